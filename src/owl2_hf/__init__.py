@@ -1,0 +1,1 @@
+"""mPLUG-Owl2 and its family on the Hugging Face stack."""

@@ -1,0 +1,294 @@
+"""Configuration of mPLUG-Owl2: every number of the architecture, the published 7B model as defaults.
+
+Source: mPLUG-Owl2 (CVPR 2024, arXiv:2311.04257) and its released code (X-PLUG/mPLUG-Owl).
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+# Written into every saved config.json, so that the folder also loads where this package is not installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mplug_owl2.MplugOwl2Config",
+    "AutoModel": "modeling_mplug_owl2.MplugOwl2Model",
+    "AutoModelForCausalLM": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
+    "AutoImageProcessor": "image_processing_mplug_owl2.MplugOwl2ImageProcessor",
+    "AutoProcessor": "processing_mplug_owl2.MplugOwl2Processor",
+}
+
+
+@strict
+class MplugOwl2VisionConfig(PreTrainedConfig):
+    """Vision encoder (ViT-L/14).
+
+    Args:
+        use_cls_token: A class token stands in front of the patches.
+        use_post_layernorm: The output of the last layer is normalised.
+        position_grid_size: Side of the learned position table. `None`: the patch grid itself with a class token,
+            16 without one (the original's table, resized bicubically to the patch grid).
+    """
+
+    model_type = "mplug_owl2_vision"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    image_size: int = 448
+    patch_size: int = 14
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-6
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    use_cls_token: bool = True
+    use_post_layernorm: bool = True
+    position_grid_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        _check_positive(self, "num_attention_heads", "patch_size", "num_channels", "num_hidden_layers")
+        if self.position_grid_size is None:
+            self.position_grid_size = self.grid_size if self.use_cls_token else 16
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        _check_divisible("vision hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        _check_divisible("image_size", self.image_size, "patch_size", self.patch_size)
+        if self.use_cls_token and self.position_grid_size != self.grid_size:
+            raise ValueError(
+                f"With a class token the position table is not resized: position_grid_size "
+                f"({self.position_grid_size}) must be image_size // patch_size ({self.grid_size})."
+            )
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the picture."""
+        return self.image_size // self.patch_size
+
+    @property
+    def sequence_length(self) -> int:
+        """Positions of one encoded picture, class token included."""
+        return self.grid_size**2 + int(self.use_cls_token)
+
+
+@strict
+class MplugOwl2AbstractorConfig(PreTrainedConfig):
+    """Visual abstractor: learnable queries that summarise one picture.
+
+    Args:
+        block_norm_eps: Epsilon of the norms around attention and MLP, 1e-5 whatever the original's config says.
+        layer_norm_eps: Epsilon of the norm inside the MLP.
+        grid_size: Patches along one side of the encoded picture.
+        use_cls_token: The encoded picture has a class token in front; it gets a zero position.
+        projection_dim: Width of the language model.
+    """
+
+    model_type = "mplug_owl2_abstractor"
+    base_config_key = "abstractor_config"
+    attribute_map = {"attention_probs_dropout_prob": "attention_dropout"}
+
+    num_learnable_queries: int = 64
+    hidden_size: int = 1024
+    encoder_hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 16
+    attention_dropout: float | int = 0.0
+    block_norm_eps: float = 1e-5
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    grid_size: int = 32
+    use_cls_token: bool = True
+    projection_dim: int = 4096
+
+    def validate_architecture(self):
+        _check_positive(self, "num_learnable_queries", "num_attention_heads", "grid_size", "num_hidden_layers")
+        _check_divisible("abstractor hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        _check_divisible("abstractor hidden_size", self.hidden_size, "sin-cos halves of rows and columns", 4)
+        _check_equal(
+            "abstractor hidden_size", self.hidden_size, "abstractor encoder_hidden_size", self.encoder_hidden_size
+        )
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions that one picture takes in the language model: the queries and the end-of-image vector."""
+        return self.num_learnable_queries + 1
+
+
+@strict
+class MplugOwl2TextConfig(LlamaConfig):
+    """Modality-adaptive LLaMA. `vocab_size` counts the rows of the embedding table, placeholder and padding included."""
+
+    model_type = "mplug_owl2_text"
+    base_config_key = "text_config"
+    base_model_tp_plan = {
+        **LlamaConfig.base_model_tp_plan,
+        "layers.*.self_attn.visual_k_proj": "colwise",
+        "layers.*.self_attn.visual_v_proj": "colwise",
+    }
+
+    vocab_size: int = 32064
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        _check_divisible(
+            "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads or 1
+        )
+
+
+@strict
+class MplugOwl2Config(PreTrainedConfig):
+    """Configuration of the whole model.
+
+    Also reads the original's flat form: LLaMA's fields at the top level and
+    `visual_config = {"visual_model": ..., "visual_abstractor": ...}`; unknown top-level keys are kept.
+
+    Args:
+        image_token_id: Placeholder of one visual token; a row of the embedding table.
+        output_vocab_size: Ids from here on are never predicted: they are the placeholder and the rows that pad the
+            table. `None`: every id but the placeholder may be predicted.
+
+    Raises:
+        ValueError: Sizes of the components disagree; the message names both.
+    """
+
+    model_type = "mplug_owl2"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=MplugOwl2VisionConfig),
+        "abstractor_config": SubConfigSpec(config_class=MplugOwl2AbstractorConfig),
+        "text_config": SubConfigSpec(config_class=MplugOwl2TextConfig),
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"image_token_index": "image_token_id"}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    abstractor_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int | None = None
+    output_vocab_size: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if "visual_config" in kwargs:
+            kwargs = self._read_original_form(kwargs)
+        elif self.text_config is None:
+            self.output_vocab_size = self.output_vocab_size or 32000
+        if self.image_token_id is None:
+            self.image_token_id = 32000
+        self._complete_abstractor_config()
+        if getattr(self, "auto_map", None) is None:
+            kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+
+    def _read_original_form(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Split the original's flat fields into the three sub-configurations; returns what is left."""
+        visual_config = kwargs.pop("visual_config")
+        if not isinstance(visual_config, dict) or not {"visual_model", "visual_abstractor"} <= visual_config.keys():
+            found = sorted(visual_config) if isinstance(visual_config, dict) else type(visual_config).__name__
+            raise ValueError(
+                "visual_config must hold 'visual_model' and 'visual_abstractor', the components of mPLUG-Owl2; "
+                f"got {found}. Another model of the family is not read by this configuration."
+            )
+        text_fields = (_own_fields(MplugOwl2TextConfig) | {"rope_theta", "rope_scaling"}) - {"tie_word_embeddings"}
+        text = {key: kwargs.pop(key) for key in list(kwargs) if key in text_fields}
+        num_text_tokens = text.get("vocab_size", 32000)
+        self.text_config = {**text, "vocab_size": padded_vocab_size(num_text_tokens)}
+        self.image_token_id = self.output_vocab_size = num_text_tokens
+        self.vision_config = _known_fields(MplugOwl2VisionConfig, visual_config["visual_model"])
+        self.abstractor_config = _known_fields(MplugOwl2AbstractorConfig, visual_config["visual_abstractor"])
+        # The names of the original's classes; ours are written on saving.
+        self.architectures = None
+        return kwargs
+
+    def _complete_abstractor_config(self):
+        """Sizes that the abstractor shares with its neighbours are taken from them unless given."""
+        if self.abstractor_config is not None and not isinstance(self.abstractor_config, dict):
+            return
+        vision = self.vision_config
+        if not isinstance(vision, PreTrainedConfig):
+            vision = self.vision_config = MplugOwl2VisionConfig(**(vision or {}))
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = MplugOwl2TextConfig(**(self.text_config or {}))
+        self.abstractor_config = {
+            "encoder_hidden_size": vision.hidden_size,
+            "grid_size": vision.grid_size,
+            "use_cls_token": vision.use_cls_token,
+            "projection_dim": self.text_config.hidden_size,
+            **(self.abstractor_config or {}),
+        }
+
+    def validate_architecture(self):
+        vision, abstractor, text = self.vision_config, self.abstractor_config, self.text_config
+        _check_equal(
+            "vision hidden_size", vision.hidden_size, "abstractor encoder_hidden_size", abstractor.encoder_hidden_size
+        )
+        _check_equal(
+            "patches per side (image_size // patch_size)", vision.grid_size, "abstractor grid_size", abstractor.grid_size
+        )
+        _check_equal(
+            "vision use_cls_token", vision.use_cls_token, "abstractor use_cls_token", abstractor.use_cls_token
+        )
+        _check_equal("text hidden_size", text.hidden_size, "abstractor projection_dim", abstractor.projection_dim)
+        if not 0 <= self.image_token_id < text.vocab_size:
+            raise ValueError(
+                f"image_token_id ({self.image_token_id}) must be a row of the embedding table: text vocab_size is "
+                f"{text.vocab_size}. Give image_token_id, or a vocab_size above it."
+            )
+        if self.output_vocab_size is not None and not 0 < self.output_vocab_size <= text.vocab_size:
+            raise ValueError(
+                f"output_vocab_size ({self.output_vocab_size}) must lie between 1 and text vocab_size "
+                f"({text.vocab_size})."
+            )
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions that one picture takes in the language model."""
+        return self.abstractor_config.num_image_tokens
+
+
+def padded_vocab_size(num_text_tokens: int, multiple: int = 64) -> int:
+    """Rows of an embedding table that holds `num_text_tokens` ids, the placeholder, and padding to `multiple`."""
+    return -(-(num_text_tokens + 1) // multiple) * multiple
+
+
+def _own_fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    return set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+
+
+def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> dict[str, Any]:
+    """The original dumps all of transformers 4's generation defaults here; only the component's own fields are kept."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{config_class.base_config_key} must be a dictionary, got {type(values).__name__}.")
+    renamed = {config_class.attribute_map.get(key, key): value for key, value in values.items()}
+    return {key: renamed[key] for key in _own_fields(config_class) & renamed.keys()}
+
+
+def _check_positive(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{config.base_config_key}: {name} must be at least 1, got {getattr(config, name)}.")
+
+
+def _check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if value % divisor:
+        raise ValueError(f"{name} ({value}) must be a multiple of {divisor_name} ({divisor}).")
+
+
+def _check_equal(name: str, value: int, other_name: str, other: int) -> None:
+    if value != other:
+        raise ValueError(f"{name} ({value}) must equal {other_name} ({other}).")
+
+
+MplugOwl2Config.register_for_auto_class()
+
+__all__ = [
+    "MplugOwl2AbstractorConfig",
+    "MplugOwl2Config",
+    "MplugOwl2TextConfig",
+    "MplugOwl2VisionConfig",
+]

@@ -1,0 +1,337 @@
+"""mPLUG-Owl2: vision encoder, visual abstractor and modality-adaptive LLaMA, wired together.
+
+B: batch, L: positions, N: pictures of the whole batch, D: width of the language model, V: embedding rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+
+from .configuration_mplug_owl2 import MplugOwl2Config
+from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
+from .modeling_mplug_owl2_text import MplugOwl2TextModel
+from .modeling_mplug_owl2_vision import MplugOwl2VisionModel
+
+# Logit of ids that are never predicted. Its probability is exactly 0 in float32, so it neither wins nor changes a loss;
+# it is finite in float16, so that entropies (p * log p), beam scores and repetition penalties stay finite.
+RESERVED_LOGIT = -1e4
+
+
+@dataclass
+class MplugOwl2ImageFeatures(BaseModelOutputWithPooling):
+    """Output of `get_image_features`.
+
+    Args:
+        last_hidden_state: (N, P, C) vision encoder output; `hidden_states` and `attentions` are the vision encoder's.
+        pooler_output: N times (Q + 1, D), the visual tokens of each picture.
+        abstractor_hidden_states: layers + 1 times (N, Q, C), on request.
+        abstractor_attentions: layers times (N, heads, Q, Q + P), on request.
+    """
+
+    abstractor_hidden_states: tuple[Tensor, ...] | None = None
+    abstractor_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MplugOwl2ModelOutputWithPast(BaseModelOutputWithPast):
+    """Args: image_hidden_states (N * (Q + 1), D) visual tokens that entered the language model."""
+
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class MplugOwl2CausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Args: image_hidden_states (N * (Q + 1), D) visual tokens that entered the language model."""
+
+    image_hidden_states: Tensor | None = None
+
+
+class MplugOwl2PreTrainedModel(PreTrainedModel):
+    config: MplugOwl2Config
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "MplugOwl2VisionEmbeddings",
+        "MplugOwl2VisionLayer",
+        "MplugOwl2AbstractorLayer",
+        "MplugOwl2DecoderLayer",
+    ]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keys_to_ignore_on_load_missing = [r"[qk]_pos_embed$"]
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As in transformers; besides, every id below `new_num_tokens` but the placeholder may be predicted from now on."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None:
+            self.config.output_vocab_size = new_num_tokens
+        return embeddings
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """As in transformers, but in this package's layout unless asked otherwise, wherever the weights came from."""
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+class MplugOwl2Model(MplugOwl2PreTrainedModel):
+    """mPLUG-Owl2 without the language-model head."""
+
+    def __init__(self, config: MplugOwl2Config):
+        super().__init__(config)
+        self.vision_tower = MplugOwl2VisionModel._from_config(config.vision_config)
+        self.visual_abstractor = MplugOwl2VisualAbstractor._from_config(config.abstractor_config)
+        self.language_model = MplugOwl2TextModel._from_config(config.text_config)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> MplugOwl2ImageFeatures:
+        """(N, 3, H, W) normalised pixels -> the visual tokens of each picture, in `pooler_output`."""
+        encoded = self.vision_tower(pixel_values, **{**kwargs, "return_dict": True})
+        abstracted = self.visual_abstractor(encoded.last_hidden_state, **{**kwargs, "return_dict": True})
+        return MplugOwl2ImageFeatures(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=list(abstracted.last_hidden_state),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            abstractor_hidden_states=abstracted.hidden_states,
+            abstractor_attentions=abstracted.attentions,
+        )
+
+    def get_placeholder_mask(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        image_features: Tensor,
+        mm_token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Find the positions that the visual tokens take.
+
+        Args:
+            input_ids: (B, L), read where `mm_token_type_ids` is absent.
+            inputs_embeds: (B, L, D).
+            image_features: (N * (Q + 1), D).
+            mm_token_type_ids: (B, L) modality indicators.
+
+        Returns:
+            (B, L, 1), True at visual tokens.
+
+        Raises:
+            ValueError: Nothing tells which positions are visual, or their number is not that of the visual tokens.
+        """
+        if mm_token_type_ids is not None:
+            image_mask = mm_token_type_ids == 1
+        elif input_ids is not None:
+            image_mask = input_ids == self.config.image_token_id
+        else:
+            raise ValueError(
+                "inputs_embeds came with pictures but without mm_token_type_ids, so visual and text positions cannot "
+                "be told apart: pass mm_token_type_ids (0 text, 1 image), or input_ids instead of inputs_embeds."
+            )
+        if not torch.compiler.is_compiling() and (num_positions := int(image_mask.sum())) != len(image_features):
+            per_image = self.config.num_image_tokens
+            raise ValueError(
+                f"Image features and image tokens do not match: {len(image_features)} features "
+                f"({len(image_features) / per_image:g} pictures of {per_image}) for {num_positions} placeholder "
+                f"positions. Each picture needs {per_image} placeholders (id {self.config.image_token_id}) in its "
+                "prompt; MplugOwl2Processor writes them."
+            )
+        return image_mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> MplugOwl2ModelOutputWithPast:
+        """Encode the pictures, put them in place of their placeholders, and run the language model.
+
+        Args:
+            input_ids: (B, L), `config.image_token_id` at each visual token, or
+            inputs_embeds: (B, L, D), exactly one of the two.
+            pixel_values: (N, 3, H, W), in the order of the placeholders over the whole batch, or
+            mm_encoder_outputs: `{"image": get_image_features(...)}`, at most one of the two.
+            mm_token_type_ids: (B, L) modality indicators, 0 text and 1 image; read off `input_ids` when absent.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        encoder_output = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and encoder_output is not None:
+            raise ValueError("Give pixel_values or mm_encoder_outputs, not both: they are the same pictures.")
+        if pixel_values is not None:
+            encoder_output = self.get_image_features(pixel_values, return_dict=True)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        image_features = None
+        if encoder_output is not None:
+            image_features = torch.cat(list(encoder_output.pooler_output)).to(inputs_embeds)
+            image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features, mm_token_type_ids)
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
+            if mm_token_type_ids is None:
+                mm_token_type_ids = image_mask.squeeze(-1).long()
+        else:
+            if mm_token_type_ids is None:
+                self._check_no_placeholder(input_ids, past_key_values)
+            if self.training:
+                inputs_embeds = inputs_embeds + self._untouched_vision_side(inputs_embeds)
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            mm_token_type_ids=mm_token_type_ids,
+            **{**kwargs, "return_dict": True},
+        )
+        return MplugOwl2ModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+    def _check_no_placeholder(self, input_ids: Tensor | None, past_key_values: Cache | None) -> None:
+        """A prompt that names pictures needs them; checked once per prompt, not at each decoding step."""
+        if input_ids is None or torch.compiler.is_compiling() or input_ids.is_meta:
+            return
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return
+        num_positions = int((input_ids == self.config.image_token_id).sum())
+        if num_positions:
+            raise ValueError(
+                f"The prompt has {num_positions} image placeholders (id {self.config.image_token_id}) but no pictures "
+                "came: pass pixel_values, or leave the placeholders out."
+            )
+
+    def _untouched_vision_side(self, inputs_embeds: Tensor) -> Tensor:
+        """Zero that depends on the vision side, so that ranks with and without pictures run the same collectives."""
+        vision = self.config.vision_config
+        picture = inputs_embeds.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+        return 0.0 * torch.cat(self.get_image_features(picture, return_dict=True).pooler_output).sum().to(inputs_embeds)
+
+
+class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixin):
+    """mPLUG-Owl2 with the language-model head: text from text and pictures."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: MplugOwl2Config):
+        super().__init__(config)
+        self.model = MplugOwl2Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> MplugOwl2ImageFeatures:
+        """(N, 3, H, W) normalised pixels -> the visual tokens of each picture, in `pooler_output`."""
+        return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> MplugOwl2CausalLMOutputWithPast:
+        """Predict the next token at each position.
+
+        Args:
+            input_ids, pixel_values, attention_mask, inputs_embeds, mm_token_type_ids, mm_encoder_outputs: as in
+                `MplugOwl2Model.forward`.
+            labels: (B, L), -100 where no loss is wanted; visual positions never count.
+            logits_to_keep: Number of last positions, or the positions, to predict; 0 for all.
+
+        Returns:
+            `loss` where labels are given, `logits` (B, L, V), the cache, and on request hidden states and attentions.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **{**kwargs, "return_dict": True},
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self._suppress_reserved_ids(self.lm_head(outputs.last_hidden_state[:, keep]))
+        loss = None
+        if labels is not None:
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return MplugOwl2CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _suppress_reserved_ids(self, logits: Tensor) -> Tensor:
+        """(B, L, V) -> the same, with the placeholder and the rows that pad the table made unreachable."""
+        if self.config.image_token_id < logits.shape[-1]:
+            logits[..., self.config.image_token_id] = RESERVED_LOGIT
+        if self.config.output_vocab_size is not None:
+            logits[..., self.config.output_vocab_size :] = RESERVED_LOGIT
+        return logits
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict:
+        if mm_token_type_ids is not None:
+            if not is_first_iteration and kwargs.get("use_cache", True):
+                # Whatever follows a prompt is text: decoding runs the text branch alone, without looking.
+                mm_token_type_ids = None
+            elif (num_candidates := input_ids.shape[-1] - mm_token_type_ids.shape[-1]) > 0 and inputs_embeds is None:
+                # Candidate tokens of assisted decoding; transformers extends the indicators by accepted ones alone.
+                mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, num_candidates))
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+
+MplugOwl2Model.register_for_auto_class("AutoModel")
+MplugOwl2ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["MplugOwl2ForConditionalGeneration", "MplugOwl2Model", "MplugOwl2PreTrainedModel"]

@@ -1,0 +1,254 @@
+"""Modality-adaptive LLaMA: text and visual tokens have their own norms, keys and values, and share everything else.
+
+The text branch carries LLaMA's parameter names; the visual branch stands beside it as `visual_*`.
+
+B: batch, L: positions, D: width, T and V: text and visual tokens of the whole batch (T + V = B * L).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_mplug_owl2 import MplugOwl2TextConfig
+
+
+class ModalityRouting(NamedTuple):
+    """Where the text and the visual tokens of a batch stand; made once per forward and shared by all layers.
+
+    Each token is computed by its own branch alone. A compiled graph needs shapes that do not depend on the data: there
+    the index tensors are `None`, both branches compute every token, and the mask selects.
+    """
+
+    visual_mask: Tensor  # (B, L, 1), True at visual tokens
+    text_index: Tensor | None  # (T,) into the flattened batch
+    visual_index: Tensor | None  # (V,)
+
+    @classmethod
+    def from_indicators(cls, mm_token_type_ids: Tensor, training: bool) -> "ModalityRouting | None":
+        """Args: mm_token_type_ids (B, L), 0 text and 1 image. Returns `None` where the text branch alone is needed."""
+        visual_mask = mm_token_type_ids.bool()
+        if torch.compiler.is_compiling() or visual_mask.is_meta:
+            return cls(visual_mask.unsqueeze(-1), None, None)
+        flat_mask = visual_mask.flatten()
+        visual_index = flat_mask.nonzero().squeeze(1)
+        # In training both branches always take part, so that data-parallel ranks reduce the same gradients.
+        if visual_index.numel() == 0 and not training:
+            return None
+        return cls(visual_mask.unsqueeze(-1), (~flat_mask).nonzero().squeeze(1), visual_index)
+
+    def split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, D) -> what the text branch reads, (T, D), and what the visual branch reads, (V, D)."""
+        if self.text_index is None:
+            return hidden_states, hidden_states
+        flat = hidden_states.flatten(0, 1)
+        return flat[self.text_index], flat[self.visual_index]
+
+    def merge(self, text: Tensor, visual: Tensor) -> Tensor:
+        """Inverse of `split`, for outputs of any width."""
+        if self.text_index is None:
+            return torch.where(self.visual_mask, visual, text)
+        merged = text.new_empty(self.visual_mask.numel(), text.shape[-1])
+        merged.index_copy_(0, self.text_index, text)
+        merged.index_copy_(0, self.visual_index, visual.to(text.dtype))
+        return merged.view(*self.visual_mask.shape[:2], -1)
+
+
+def route(text_branch: nn.Module, visual_branch: nn.Module, x: Tensor, routing: ModalityRouting | None) -> Tensor:
+    """(B, L, D) -> (B, L, D'), each token through the branch of its modality."""
+    if routing is None:
+        return text_branch(x)
+    text, visual = routing.split(x)
+    return routing.merge(text_branch(text), visual_branch(visual))
+
+
+class MplugOwl2Attention(nn.Module):
+    """Self-attention with keys and values of each token's own modality (equations 2 to 4 of the paper)."""
+
+    def __init__(self, config: MplugOwl2TextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+
+        width, bias = config.hidden_size, config.attention_bias
+        key_value_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, key_value_width, bias=bias)
+        self.v_proj = nn.Linear(width, key_value_width, bias=bias)
+        self.visual_k_proj = nn.Linear(width, key_value_width, bias=bias)
+        self.visual_v_proj = nn.Linear(width, key_value_width, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        routing: ModalityRouting | None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, L, D) -> (B, L, D) and, with eager attention, the (B, heads, L, past + L) weights."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        if routing is None:
+            key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
+        else:
+            text, visual = routing.split(hidden_states)
+            key = routing.merge(self.k_proj(text), self.visual_k_proj(visual))
+            value = routing.merge(self.v_proj(text), self.visual_v_proj(visual))
+        key, value = key.view(shape).transpose(1, 2), value.view(shape).transpose(1, 2)
+
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+class MplugOwl2DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: MplugOwl2TextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = MplugOwl2Attention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.visual_input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.visual_post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, routing: ModalityRouting | None = None, **kwargs) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        normed = route(self.input_layernorm, self.visual_input_layernorm, hidden_states, routing)
+        hidden_states = hidden_states + self.self_attn(normed, routing=routing, **kwargs)[0]
+        normed = route(
+            self.post_attention_layernorm, self.visual_post_attention_layernorm, hidden_states, routing
+        )
+        return hidden_states + self.mlp(normed)
+
+
+class MplugOwl2TextModel(PreTrainedModel):
+    """Modality-adaptive LLaMA without a head."""
+
+    config: MplugOwl2TextConfig
+    base_model_prefix = "language_model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MplugOwl2DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MplugOwl2DecoderLayer, "attentions": MplugOwl2Attention}
+
+    def __init__(self, config: MplugOwl2TextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(MplugOwl2DecoderLayer(config, idx) for idx in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: (B, L), or
+            inputs_embeds: (B, L, D), exactly one of the two.
+            attention_mask: (B, past + L), 1 at tokens and 0 at padding.
+            position_ids: (B, L); counted on from the cache when absent.
+            mm_token_type_ids: (B, L) modality indicators, 0 text and 1 image; all text when absent.
+
+        Returns:
+            `last_hidden_state` (B, L, D) after the final norm, the cache, and on request `hidden_states` and `attentions`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if mm_token_type_ids is not None and mm_token_type_ids.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                "mm_token_type_ids must have one indicator for each position: expected "
+                f"{tuple(inputs_embeds.shape[:2])}, got {tuple(mm_token_type_ids.shape)}."
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+        attention_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if mm_token_type_ids is None and self.training:
+            mm_token_type_ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
+        routing = None
+        if mm_token_type_ids is not None:
+            routing = ModalityRouting.from_indicators(mm_token_type_ids.to(inputs_embeds.device), self.training)
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                routing=routing,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+__all__ = ["MplugOwl2TextModel"]
