@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -138,6 +138,11 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             raise ValueError(
                 "inputs_embeds came with pictures but without mm_token_type_ids, so visual and text positions cannot "
                 "be told apart: pass mm_token_type_ids (0 text, 1 image), or input_ids instead of inputs_embeds."
+            )
+        if image_features.shape[-1] != inputs_embeds.shape[-1]:
+            raise ValueError(
+                f"Visual tokens of width {image_features.shape[-1]} do not fit a language model of width "
+                f"{inputs_embeds.shape[-1]}: they were encoded by another model."
             )
         if not torch.compiler.is_compiling() and (num_positions := int(image_mask.sum())) != len(image_features):
             per_image = self.config.num_image_tokens
@@ -307,23 +312,36 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixi
             logits[..., self.config.output_vocab_size :] = RESERVED_LOGIT
         return logits
 
+    def generate(self, inputs: Tensor | None = None, **kwargs):
+        """As in transformers; the modality indicators are read off the prompt once, before anything is added to it."""
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        has_pictures = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
+        if has_pictures and input_ids is not None and kwargs.get("mm_token_type_ids") is None:
+            kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
+        return super().generate(inputs, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict:
+        if isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0:
+            # The assistant of assisted decoding is never told that it reads a prompt.
+            is_first_iteration = True
         if mm_token_type_ids is not None:
             if not is_first_iteration and kwargs.get("use_cache", True):
                 # Whatever follows a prompt is text: decoding runs the text branch alone, without looking.
                 mm_token_type_ids = None
-            elif (num_candidates := input_ids.shape[-1] - mm_token_type_ids.shape[-1]) > 0 and inputs_embeds is None:
+            elif inputs_embeds is None and (num_new := input_ids.shape[-1] - mm_token_type_ids.shape[-1]) > 0:
                 # Candidate tokens of assisted decoding; transformers extends the indicators by accepted ones alone.
-                mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, num_candidates))
+                mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, num_new))
         return super().prepare_inputs_for_generation(
             input_ids,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             is_first_iteration=is_first_iteration,

@@ -1,0 +1,44 @@
+"""The original's inputs in this package's terms: one `-200` marker there is a run of placeholders here."""
+
+import torch
+from torch import Tensor
+
+MARKER = -200
+
+
+def expand_markers(input_ids: Tensor, config, labels=None, attention_mask=None, tokens_per_marker=None):
+    """(B, L) original ids -> model inputs with every marker expanded, rows padded on the right.
+
+    Args:
+        tokens_per_marker: Visual tokens behind one marker, where it is not one picture.
+    """
+    run = tokens_per_marker or config.num_image_tokens
+    rows, kept_labels = [], []
+    for index, row in enumerate(input_ids):
+        keep = slice(None) if attention_mask is None else attention_mask[index].bool()
+        ids, new_labels = [], []
+        row_labels = labels[index] if labels is not None else torch.full_like(row, -100)
+        for token, label in zip(row[keep].tolist(), row_labels[keep].tolist(), strict=True):
+            is_image = token == MARKER
+            ids += [config.image_token_id] * run if is_image else [token]
+            new_labels += [-100] * run if is_image else [label]
+        rows.append(ids)
+        kept_labels.append(new_labels)
+    return pad(rows, kept_labels if labels is not None else None, side="right")
+
+
+def pad(rows: list[list[int]], labels: list[list[int]] | None = None, side: str = "left") -> dict[str, Tensor]:
+    """Rows of ids -> a padded batch with its attention mask."""
+    width = max(map(len, rows))
+
+    def fill(row, value):
+        padding = [value] * (width - len(row))
+        return padding + row if side == "left" else row + padding
+
+    batch = {
+        "input_ids": torch.tensor([fill(row, 0) for row in rows]),
+        "attention_mask": torch.tensor([fill([1] * len(row), 0) for row in rows]),
+    }
+    if labels is not None:
+        batch["labels"] = torch.tensor([fill(row, -100) for row in labels])
+    return batch
