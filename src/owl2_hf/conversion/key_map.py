@@ -93,10 +93,10 @@ PADDED = ("model.embed_tokens.weight", "lm_head.weight")
 _LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
 
-def split_query_key_value(fused: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_query_key_value(fused: Tensor, num_heads: int) -> list[Tensor]:
     """(heads * 3 * head_dim, ...) interleaved as [head][q | k | v][head_dim] -> three of (heads * head_dim, ...)."""
     per_head = fused.reshape(num_heads, 3, -1, *fused.shape[1:])
-    return tuple(per_head[:, i].reshape(-1, *fused.shape[1:]) for i in range(3))
+    return [per_head[:, i].reshape(-1, *fused.shape[1:]) for i in range(3)]
 
 
 def pad_rows(table: Tensor, num_rows: int) -> Tensor:

@@ -50,19 +50,14 @@ class MplugOwl2VisionConfig(PreTrainedConfig):
     use_post_layernorm: bool = True
     position_grid_size: int | None = None
 
-    def __post_init__(self, **kwargs):
-        _check_positive(self, "num_attention_heads", "patch_size", "num_channels", "num_hidden_layers")
-        if self.position_grid_size is None:
-            self.position_grid_size = self.grid_size if self.use_cls_token else 16
-        super().__post_init__(**kwargs)
-
     def validate_architecture(self):
+        _check_positive(self, "num_attention_heads", "patch_size", "num_channels", "num_hidden_layers")
         _check_divisible("vision hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         _check_divisible("image_size", self.image_size, "patch_size", self.patch_size)
-        if self.use_cls_token and self.position_grid_size != self.grid_size:
+        if self.use_cls_token and self.position_table_side != self.grid_size:
             raise ValueError(
                 f"With a class token the position table is not resized: position_grid_size "
-                f"({self.position_grid_size}) must be image_size // patch_size ({self.grid_size})."
+                f"({self.position_table_side}) must be image_size // patch_size ({self.grid_size})."
             )
 
     @property
@@ -71,9 +66,11 @@ class MplugOwl2VisionConfig(PreTrainedConfig):
         return self.image_size // self.patch_size
 
     @property
-    def sequence_length(self) -> int:
-        """Positions of one encoded picture, class token included."""
-        return self.grid_size**2 + int(self.use_cls_token)
+    def position_table_side(self) -> int:
+        """Positions along one side of the learned table."""
+        if self.position_grid_size is not None:
+            return self.position_grid_size
+        return self.grid_size if self.use_cls_token else 16
 
 
 @strict
@@ -122,7 +119,7 @@ class MplugOwl2AbstractorConfig(PreTrainedConfig):
 
 @strict
 class MplugOwl2TextConfig(LlamaConfig):
-    """Modality-adaptive LLaMA. `vocab_size` counts the rows of the embedding table, placeholder and padding included."""
+    """Modality-adaptive LLaMA. `vocab_size` counts all rows of the embedding table, placeholder and padding too."""
 
     model_type = "mplug_owl2_text"
     base_config_key = "text_config"
@@ -166,10 +163,11 @@ class MplugOwl2Config(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"image_token_index": "image_token_id"}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    abstractor_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    image_token_id: int | None = None
+    # Dictionaries on the way in, configurations from then on.
+    vision_config: Any = None
+    abstractor_config: Any = None
+    text_config: Any = None
+    image_token_id: int = 32000
     output_vocab_size: int | None = None
     tie_word_embeddings: bool = False
 
@@ -178,8 +176,6 @@ class MplugOwl2Config(PreTrainedConfig):
             kwargs = self._read_original_form(kwargs)
         elif self.text_config is None:
             self.output_vocab_size = self.output_vocab_size or 32000
-        if self.image_token_id is None:
-            self.image_token_id = 32000
         self._complete_abstractor_config()
         if getattr(self, "auto_map", None) is None:
             kwargs.setdefault("auto_map", dict(AUTO_MAP))
@@ -228,11 +224,12 @@ class MplugOwl2Config(PreTrainedConfig):
             "vision hidden_size", vision.hidden_size, "abstractor encoder_hidden_size", abstractor.encoder_hidden_size
         )
         _check_equal(
-            "patches per side (image_size // patch_size)", vision.grid_size, "abstractor grid_size", abstractor.grid_size
+            "patches per side (image_size // patch_size)",
+            vision.grid_size,
+            "abstractor grid_size",
+            abstractor.grid_size,
         )
-        _check_equal(
-            "vision use_cls_token", vision.use_cls_token, "abstractor use_cls_token", abstractor.use_cls_token
-        )
+        _check_equal("vision use_cls_token", vision.use_cls_token, "abstractor use_cls_token", abstractor.use_cls_token)
         _check_equal("text hidden_size", text.hidden_size, "abstractor projection_dim", abstractor.projection_dim)
         if not 0 <= self.image_token_id < text.vocab_size:
             raise ValueError(

@@ -73,7 +73,7 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"[qk]_pos_embed$"]
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As in transformers; besides, every id below `new_num_tokens` but the placeholder may be predicted from now on."""
+        """As in transformers; from then on every id below `new_num_tokens` but the placeholder may be predicted."""
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         if new_num_tokens is not None:
             self.config.output_vocab_size = new_num_tokens
@@ -131,9 +131,9 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             ValueError: Nothing tells which positions are visual, or their number is not that of the visual tokens.
         """
         if mm_token_type_ids is not None:
-            image_mask = mm_token_type_ids == 1
+            image_mask = mm_token_type_ids.eq(1)
         elif input_ids is not None:
-            image_mask = input_ids == self.config.image_token_id
+            image_mask = input_ids.eq(self.config.image_token_id)
         else:
             raise ValueError(
                 "inputs_embeds came with pictures but without mm_token_type_ids, so visual and text positions cannot "
@@ -221,7 +221,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             return
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             return
-        num_positions = int((input_ids == self.config.image_token_id).sum())
+        num_positions = int(input_ids.eq(self.config.image_token_id).sum())
         if num_positions:
             raise ValueError(
                 f"The prompt has {num_positions} image placeholders (id {self.config.image_token_id}) but no pictures "
@@ -293,7 +293,7 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixi
         logits = self._suppress_reserved_ids(self.lm_head(outputs.last_hidden_state[:, keep]))
         loss = None
         if labels is not None:
-            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            labels = labels.masked_fill(labels.eq(self.config.image_token_id), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return MplugOwl2CausalLMOutputWithPast(
             loss=loss,
@@ -317,7 +317,7 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixi
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         has_pictures = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
         if has_pictures and input_ids is not None and kwargs.get("mm_token_type_ids") is None:
-            kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
+            kwargs["mm_token_type_ids"] = input_ids.eq(self.config.image_token_id).long()
         return super().generate(inputs, **kwargs)
 
     def prepare_inputs_for_generation(

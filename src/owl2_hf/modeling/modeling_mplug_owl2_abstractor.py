@@ -34,7 +34,7 @@ def query_position_table(config: MplugOwl2AbstractorConfig) -> Tensor:
 
 
 def image_position_table(config: MplugOwl2AbstractorConfig) -> Tensor:
-    """(P, C) sin-cos positions of the picture, float32: columns in the first half, rows in the second, class token zero."""
+    """(P, C) sin-cos positions of the picture, float32: column in the first half of C, row in the second."""
     rows, columns = np.divmod(np.arange(config.grid_size**2, dtype=np.float32), config.grid_size)
     half = config.hidden_size // 2
     table = np.concatenate([sincos_table(columns, half), sincos_table(rows, half)], axis=1)
@@ -45,6 +45,9 @@ def image_position_table(config: MplugOwl2AbstractorConfig) -> Tensor:
 
 class MplugOwl2AbstractorAttention(nn.Module):
     """Queries attend to themselves and to the picture; positions enter queries and keys, not values."""
+
+    q_pos_embed: Tensor
+    k_pos_embed: Tensor
 
     def __init__(self, config: MplugOwl2AbstractorConfig):
         super().__init__()
@@ -155,8 +158,7 @@ class MplugOwl2VisualAbstractor(PreTrainedModel):
             init.copy_(module.k_pos_embed, image_position_table(module.config))
 
     def get_input_embeddings(self) -> None:
-        """The queries are parameters, not a table to look up."""
-        return None
+        """None: the queries are parameters, not a table to look up."""
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)

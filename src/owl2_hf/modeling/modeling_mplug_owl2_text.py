@@ -54,14 +54,14 @@ class ModalityRouting(NamedTuple):
 
     def split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, D) -> what the text branch reads, (T, D), and what the visual branch reads, (V, D)."""
-        if self.text_index is None:
+        if self.text_index is None or self.visual_index is None:
             return hidden_states, hidden_states
         flat = hidden_states.flatten(0, 1)
         return flat[self.text_index], flat[self.visual_index]
 
     def merge(self, text: Tensor, visual: Tensor) -> Tensor:
         """Inverse of `split`, for outputs of any width."""
-        if self.text_index is None:
+        if self.text_index is None or self.visual_index is None:
             return torch.where(self.visual_mask, visual, text)
         merged = text.new_empty(self.visual_mask.numel(), text.shape[-1])
         merged.index_copy_(0, self.text_index, text)
@@ -152,9 +152,7 @@ class MplugOwl2DecoderLayer(GradientCheckpointingLayer):
         """(B, L, D) -> (B, L, D)."""
         normed = route(self.input_layernorm, self.visual_input_layernorm, hidden_states, routing)
         hidden_states = hidden_states + self.self_attn(normed, routing=routing, **kwargs)[0]
-        normed = route(
-            self.post_attention_layernorm, self.visual_post_attention_layernorm, hidden_states, routing
-        )
+        normed = route(self.post_attention_layernorm, self.visual_post_attention_layernorm, hidden_states, routing)
         return hidden_states + self.mlp(normed)
 
 
@@ -205,7 +203,7 @@ class MplugOwl2TextModel(PreTrainedModel):
             mm_token_type_ids: (B, L) modality indicators, 0 text and 1 image; all text when absent.
 
         Returns:
-            `last_hidden_state` (B, L, D) after the final norm, the cache, and on request `hidden_states` and `attentions`.
+            `last_hidden_state` (B, L, D) after the final norm, the cache, on request `hidden_states` and `attentions`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")

@@ -32,7 +32,7 @@ class MplugOwl2VisionEmbeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
         )
-        num_positions = config.position_grid_size**2 + int(config.use_cls_token)
+        num_positions = config.position_table_side**2 + int(config.use_cls_token)
         # The original stores the table without its leading axis where there is no class token.
         table_shape = (1, num_positions) if config.use_cls_token else (num_positions,)
         self.position_embedding = nn.Parameter(torch.empty(*table_shape, config.hidden_size))
@@ -48,7 +48,7 @@ class MplugOwl2VisionEmbeddings(nn.Module):
         return self.pre_layernorm(hidden_states + self._positions())
 
     def _positions(self) -> Tensor:
-        source, target = self.config.position_grid_size, self.config.grid_size
+        source, target = self.config.position_table_side, self.config.grid_size
         if source == target:
             return self.position_embedding
         table = self.position_embedding.float().reshape(1, source, source, -1).permute(0, 3, 1, 2)
