@@ -25,9 +25,11 @@ def _report_mistakes(command: Callable) -> Callable:
 
     @wraps(command)
     def wrapped(*args, **kwargs):
+        from huggingface_hub.errors import StrictDataclassError
+
         try:
             return command(*args, **kwargs)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, StrictDataclassError) as error:
             if kwargs.get("debug"):
                 raise
             typer.echo(f"owl2-hf: {' '.join(str(error).split())}", err=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -119,8 +120,8 @@ def read_config(source: Path) -> MplugOwl2Config:
     values.pop("auto_map", None)
     try:
         return MplugOwl2Config.from_dict(values)
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"{path}: {error}") from None
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConversionError(f"{path}: {error.__cause__ or error}") from None
 
 
 def weight_files(source: Path) -> list[Path]:
@@ -248,10 +249,11 @@ def _save_weights(state_dict: dict[str, Tensor], folder: Path, max_shard_size: s
 
 def _save_configuration(config: MplugOwl2Config, source: Path, folder: Path) -> None:
     """config.json, generation_config.json and the remote code that lets others load the folder without this package."""
-    config.architectures = [MplugOwl2ForConditionalGeneration.__name__]
-    config.save_pretrained(folder)
     with torch.device("meta"):
-        custom_object_save(MplugOwl2ForConditionalGeneration(config), folder, config=config)
+        model = MplugOwl2ForConditionalGeneration(config)
+    model.config.architectures = [type(model).__name__]
+    custom_object_save(model, folder)
+    model.config.save_pretrained(folder)
     try:
         generation = GenerationConfig.from_pretrained(source)
     except OSError:
