@@ -1,0 +1,144 @@
+"""Tokenizers of the original as `tokenizers` byte-pair encodings that reproduce its ids."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
+
+from ..processing.image_processing_mplug_owl2 import MplugOwl2ImageProcessor
+from ..processing.processing_mplug_owl2 import ESCAPE, NO_PREFIX, MplugOwl2Processor
+
+CONTROL_TOKENS = ("<unk>", "<s>", "</s>")
+IMAGE_TOKEN = "<|image|>"
+
+
+def llama_tokenizer(
+    vocab: dict[str, int], merges: Sequence[tuple[str, str]], model_max_length: int = 2048
+) -> PreTrainedTokenizerFast:
+    """LLaMA's tokenizer from its pieces, with the image placeholder behind them.
+
+    Each text between control tokens gets a leading space of its own, unless it starts with `NO_PREFIX`; `ESCAPE` inside
+    the name of a control token keeps that name text. Neither reaches the model.
+
+    Args:
+        vocab: Piece -> id, with `<unk>`, `<s>`, `</s>` as 0, 1, 2 and the byte pieces `<0x00>` to `<0xFF>`.
+        merges: Pairs of pieces, first come first merged.
+    """
+    tokenizer = Tokenizer(BPE(vocab, list(merges), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Prepend("▁"),
+            normalizers.Replace(Regex(f"^▁{NO_PREFIX}"), ""),
+            normalizers.Replace(" ", "▁"),
+            normalizers.Replace(ESCAPE, ""),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]
+    )
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (*special.values(), IMAGE_TOKEN)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **special,
+        pad_token="<unk>",
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        model_max_length=model_max_length,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def has_tokenizer(source: Path) -> bool:
+    """Whether a folder holds a tokenizer that `load_tokenizer` reads."""
+    return any((source / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+
+
+def load_tokenizer(source: str | Path) -> tuple[PreTrainedTokenizerFast, bool]:
+    """The tokenizer of an original checkpoint, and its `legacy` flag.
+
+    Args:
+        source: A folder with tokenizer.model or tokenizer.json, or one of these files.
+
+    Raises:
+        ValueError: There is none, or it is not LLaMA's kind.
+    """
+    source = Path(source)
+    folder = source if source.is_dir() else source.parent
+    if source.is_dir():
+        source = source / ("tokenizer.model" if (source / "tokenizer.model").is_file() else "tokenizer.json")
+    if not source.is_file():
+        raise ValueError(f"{source} is missing: expected a tokenizer.model or a tokenizer.json.")
+    vocab, merges = _read_json(source) if source.suffix == ".json" else _read_sentencepiece(source)
+    if [vocab.get(token) for token in CONTROL_TOKENS] != [0, 1, 2] or IMAGE_TOKEN in vocab:
+        raise ValueError(f"{source} is not LLaMA's kind: expected {', '.join(CONTROL_TOKENS)} as ids 0, 1, 2.")
+    settings = read_json(folder / "tokenizer_config.json")
+    max_length = settings.get("model_max_length")
+    tokenizer = llama_tokenizer(
+        vocab, merges, model_max_length=max_length if isinstance(max_length, int) and max_length < 10**6 else 2048
+    )
+    return tokenizer, settings.get("legacy") is not False
+
+
+def load_processor(
+    source: str | Path, num_image_tokens: int, image_size: int, tokenizer: str | Path | None = None
+) -> MplugOwl2Processor:
+    """The processor of an original checkpoint.
+
+    Args:
+        source: Folder of the checkpoint; its preprocessor_config.json is read where it has one.
+        num_image_tokens: Positions of one picture in the language model.
+        image_size: Pixels of a side that the vision encoder takes.
+        tokenizer: Where to read the tokenizer from, if not from `source`.
+    """
+    source = Path(source)
+    loaded, legacy = load_tokenizer(tokenizer or source)
+    settings = read_json(source / "preprocessor_config.json")
+    kept = {key: settings[key] for key in ("image_mean", "image_std", "resample") if key in settings}
+    # Training writes how pictures became square into the model's configuration.
+    mode = "pad" if read_json(source / "config.json").get("image_aspect_ratio") == "pad" else "resize"
+    image_processor = MplugOwl2ImageProcessor(
+        size={"height": image_size, "width": image_size}, image_aspect_ratio=mode, **kept
+    )
+    return MplugOwl2Processor(image_processor, loaded, num_image_tokens=num_image_tokens, legacy=legacy)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected an object, got {type(values).__name__}.")
+    return values
+
+
+def _read_sentencepiece(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    try:
+        vocab, _, merges = SentencePieceExtractor(str(path)).extract()
+    except ImportError:
+        raise ValueError(f"{path} needs the package sentencepiece: pip install 'owl2_hf[convert]'.") from None
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is not a sentencepiece model ({type(error).__name__}).") from None
+    return vocab, merges
+
+
+def _read_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    model = read_json(path).get("model") or {}
+    if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise ValueError(f"{path}: expected a byte-pair encoding, got {model.get('type')!r}.")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    return model["vocab"], [(left, right) for left, right in pairs]

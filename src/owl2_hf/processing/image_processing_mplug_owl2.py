@@ -1,0 +1,347 @@
+"""Pictures for mPLUG-Owl2: opened with care, made square as the original makes them, resized and normalised.
+
+H, W: height and width of a picture, S: side of the final square, N: pictures.
+"""
+
+import base64
+import binascii
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_base import BatchFeature
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs
+
+ASPECT_RATIOS = ("resize", "pad", "crop")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_FILE_BYTES = 64 * 2**20
+MAX_IMAGE_PIXELS = 89_478_485  # PIL's own threshold for a decompression bomb
+URL_TIMEOUT = 20.0  # seconds for a whole download
+BICUBIC = Image.Resampling.BICUBIC
+
+
+class MplugOwl2ImagesKwargs(ImagesKwargs, total=False):
+    """Options of `MplugOwl2ImageProcessor`; see there."""
+
+    image_aspect_ratio: str
+    max_image_pixels: int
+
+
+class MplugOwl2ImageProcessor(PilBackend):
+    """Prepares pictures with PIL, whose resampling the model was trained on.
+
+    Args:
+        image_aspect_ratio: How a picture becomes square. "resize" stretches it to the square of its longer edge and then
+            to the final size, the original's two resamplings; "pad" centres it on a square in the mean colour; "crop"
+            resizes the shorter edge and cuts the centre, as CLIP does.
+        size: `{"height": S, "width": S}`, the final square; a number, or CLIP's `{"shortest_edge": S}`, means the same.
+        max_image_pixels: A picture with more is refused before it is decoded. Where the square of the longer edge has
+            more, the first of the two resamplings is skipped; such panoramas do not have the original's pixels.
+
+    Pictures may be PIL images, arrays, tensors, paths, URLs, data URLs, base64 strings or bytes, singly or in lists.
+    EXIF orientation is applied to what is opened here; a PIL image is taken as it is. Transparency is dropped, as in the
+    original. 16-bit grey is scaled to 8 bits. Of an animation the first frame counts. Arrays hold 0 to 255, or floats from
+    0 to 1; channels come last in arrays and first in tensors where the shape leaves it open.
+
+    Raises:
+        ValueError: A picture is broken, too large, or of an unknown kind; the message names it.
+    """
+
+    valid_kwargs = MplugOwl2ImagesKwargs
+    model_input_names = ["pixel_values"]
+    image_aspect_ratio = "resize"
+    max_image_pixels = MAX_IMAGE_PIXELS
+    size = {"height": 448, "width": 448}
+    resample = PILImageResampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+    def _standardize_kwargs(self, size=None, **kwargs) -> dict:
+        if kwargs.get("image_aspect_ratio") not in ASPECT_RATIOS:
+            raise ValueError(
+                f"image_aspect_ratio must be one of {', '.join(map(repr, ASPECT_RATIOS))}, "
+                f"got {kwargs.get('image_aspect_ratio')!r}."
+            )
+        # The final picture is cut by `image_aspect_ratio` alone; CLIP's own switches say nothing more.
+        kwargs.update(do_center_crop=None, crop_size=None)
+        kwargs = super()._standardize_kwargs(size=size, **kwargs)
+        size = kwargs["size"]
+        side = size.shortest_edge or size.height
+        if not side or (size.width or side) != side:
+            raise ValueError(f"size must be a square such as {{'height': 448, 'width': 448}}, got {dict(size)}.")
+        kwargs["size"] = SizeDict(height=side, width=side)
+        return kwargs
+
+    def fetch_images(self, images: Any) -> Any:
+        """The same nesting, with every path, URL, base64 string or bytes opened."""
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image) for image in images]
+        if isinstance(images, (str, Path, bytes)):
+            return open_image(images, self.max_image_pixels)
+        return images
+
+    def _prepare_image_like_inputs(self, images: Any, *args, **kwargs) -> list[np.ndarray]:
+        flat = _flatten(self.fetch_images(images))
+        if not flat:
+            raise ValueError("No picture came: give at least one.")
+        return [
+            _named(f"picture {index} of {len(flat)}", lambda picture=picture: self.process_image(picture, **kwargs))
+            for index, picture in enumerate(flat, start=1)
+        ]
+
+    def process_image(self, image: Any, *, input_data_format=None, max_image_pixels=None, **kwargs) -> np.ndarray:
+        """One picture of any kind -> (3, H, W) uint8."""
+        picture = to_rgb(image, input_data_format)
+        _check_size(picture, max_image_pixels or self.max_image_pixels)
+        return np.asarray(picture).transpose(2, 0, 1)
+
+    def _preprocess(
+        self,
+        images: list[np.ndarray],
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling | None,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: list[float],
+        image_std: list[float],
+        return_tensors: str | None,
+        image_aspect_ratio: str = "resize",
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        **kwargs,
+    ) -> BatchFeature:
+        """N times (3, H, W) uint8 -> `pixel_values` (N, 3, S, S) float32."""
+        prepared = []
+        for image in images:
+            if do_resize:
+                picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+                make_square = {"resize": _stretch, "pad": _pad, "crop": _crop}[image_aspect_ratio]
+                square = make_square(picture, size.height, resample or BICUBIC, max_image_pixels, image_mean)
+                image = np.asarray(square).transpose(2, 0, 1)
+            if do_rescale:
+                image = self.rescale(image, rescale_factor)
+            if do_normalize:
+                image = self.normalize(image, image_mean, image_std)
+            prepared.append(image)
+        return BatchFeature({"pixel_values": prepared}, tensor_type=return_tensors)
+
+
+def _stretch(picture: Image.Image, side: int, resample: int, max_pixels: int, mean: list[float]) -> Image.Image:
+    edge = max(picture.size)
+    if edge**2 <= max_pixels:
+        picture = picture.resize((edge, edge), BICUBIC)
+    return picture.resize((side, side), resample)
+
+
+def _pad(picture: Image.Image, side: int, resample: int, max_pixels: int, mean: list[float]) -> Image.Image:
+    edge = max(picture.size)
+    if edge**2 > max_pixels:
+        scale = side / edge
+        picture = picture.resize([max(1, round(length * scale)) for length in picture.size], resample)
+        edge = side
+    square = Image.new("RGB", (edge, edge), tuple(int(channel * 255) for channel in mean))
+    square.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
+    return square.resize((side, side), resample)
+
+
+def _crop(picture: Image.Image, side: int, resample: int, max_pixels: int, mean: list[float]) -> Image.Image:
+    width, height = picture.size
+    short = min(width, height)
+    longer = int(side * max(width, height) / short)
+    if longer * side > max_pixels:
+        left, top = (width - short) / 2, (height - short) / 2
+        return picture.resize((side, side), resample, box=(left, top, left + short, top + short))
+    picture = picture.resize((side, longer) if width <= height else (longer, side), resample)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
+
+
+def open_image(source: str | Path | bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Open a picture from a path, an http(s) URL, a data URL, base64 or bytes, upright.
+
+    Raises:
+        ValueError: It cannot be had, is not a picture in one of `FORMATS`, or is too large.
+    """
+    if isinstance(source, bytes):
+        name, read = "picture given as bytes", lambda: source
+    elif isinstance(source, Path) or _is_file(source):
+        name, read = f"picture {str(source)!r}", lambda: _read_file(Path(source))
+    elif source.startswith(("http://", "https://")):
+        name, read = f"picture {source[:200]!r}", lambda: _download(source)
+    elif source.startswith("data:"):
+        name, read = "picture given as data URL", lambda: _decode_base64(source.partition(",")[2])
+    else:
+        shown = source if len(source) <= 100 else source[:100] + "..."
+        name, read = f"picture {shown!r}", lambda: _decode_base64(source)
+    return _named(name, lambda: _decode(read(), max_pixels))
+
+
+def _named(name: str, action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _is_file(source: str) -> bool:
+    try:
+        return Path(source).is_file()
+    except (OSError, ValueError):  # too long for a name, or not a name at all
+        return False
+
+
+def _read_file(path: Path) -> bytes:
+    if not path.is_file():
+        raise ValueError("there is no such file.")
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise ValueError(f"the file has {size:,} bytes, at most {MAX_FILE_BYTES:,} are read.")
+    return path.read_bytes()
+
+
+def _download(url: str) -> bytes:
+    deadline = time.monotonic() + URL_TIMEOUT
+    content = b""
+    try:
+        with urllib.request.urlopen(url, timeout=URL_TIMEOUT) as response:
+            if not response.url.startswith(("http://", "https://")):
+                raise ValueError(f"it leads to {response.url[:200]!r}, which is not fetched.")
+            while chunk := response.read(2**16):
+                content += chunk
+                if len(content) > MAX_FILE_BYTES:
+                    raise ValueError(f"it has more than {MAX_FILE_BYTES:,} bytes.")
+                if time.monotonic() > deadline:
+                    raise ValueError(f"it did not arrive within {URL_TIMEOUT:g} seconds.")
+    except (urllib.error.URLError, OSError) as error:
+        raise ValueError(f"it could not be fetched ({getattr(error, 'reason', None) or error}).") from None
+    return content
+
+
+def _decode_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("expected a file, an http(s) URL, a data URL or base64, and it is none of them.") from None
+
+
+def _decode(content: bytes, max_pixels: int) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is the stricter one
+            picture = Image.open(BytesIO(content), formats=FORMATS)
+            _check_size(picture, max_pixels)
+            picture.load()
+            return ImageOps.exif_transpose(picture)
+    except Image.DecompressionBombError:
+        raise ValueError(f"it has more than {2 * MAX_IMAGE_PIXELS:,} pixels.") from None
+    except ValueError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"it is not a picture in one of the formats {', '.join(FORMATS)}.") from None
+    except Exception as error:  # a damaged file makes decoders raise almost anything
+        raise ValueError(f"it is damaged ({type(error).__name__}).") from None
+
+
+def _check_size(picture: Image.Image, max_pixels: int) -> None:
+    if picture.width * picture.height > max_pixels:
+        raise ValueError(
+            f"it has {picture.width} x {picture.height} pixels, at most {max_pixels:,} are taken; make it smaller, or "
+            "raise max_image_pixels."
+        )
+
+
+def to_rgb(image: Any, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
+    """A PIL image, array or tensor as an RGB PIL image; what is given stays as it is."""
+    if isinstance(image, Image.Image):
+        return _pil_to_rgb(image)
+    if hasattr(image, "detach"):  # a tensor, which has channels first unless its shape says otherwise
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+        return _array_to_rgb(image, input_data_format, ambiguous=ChannelDimension.FIRST)
+    if isinstance(image, np.ndarray):
+        return _array_to_rgb(image, input_data_format, ambiguous=ChannelDimension.LAST)
+    raise ValueError(f"expected a PIL image, an array, a tensor, a path, a URL or base64, got {type(image).__name__}.")
+
+
+def _pil_to_rgb(image: Image.Image) -> Image.Image:
+    if image.width == 0 or image.height == 0:
+        raise ValueError(f"it has no pixels ({image.width} x {image.height}).")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        return _array_to_rgb(values.clip(0, 65535).astype(np.uint16))
+    if image.mode == "F":
+        return _array_to_rgb(np.asarray(image))
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")
+    try:
+        return image.convert("RGB")
+    except ValueError:
+        raise ValueError(f"pictures of mode {image.mode!r} cannot be turned into RGB; convert it first.") from None
+
+
+def _array_to_rgb(
+    array: np.ndarray,
+    input_data_format: str | ChannelDimension | None = None,
+    ambiguous: ChannelDimension = ChannelDimension.LAST,
+) -> Image.Image:
+    if array.ndim == 2:
+        array = array[..., None]
+    elif array.ndim != 3:
+        raise ValueError(f"expected an array of 2 or 3 axes, got shape {array.shape}.")
+    else:
+        first, last = array.shape[0] in (1, 3, 4), array.shape[2] in (1, 3, 4)
+        if input_data_format is None:
+            if not first and not last:
+                raise ValueError(f"expected 1, 3 or 4 channels first or last, got shape {array.shape}.")
+            both = first and last
+            input_data_format = ambiguous if both else (ChannelDimension.FIRST if first else ChannelDimension.LAST)
+        if ChannelDimension(input_data_format) == ChannelDimension.FIRST:
+            array = array.transpose(1, 2, 0)
+    if array.size == 0:
+        raise ValueError(f"it has no pixels (shape {array.shape}).")
+    array = np.ascontiguousarray(_to_uint8(array))
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).convert("RGB")
+
+
+def _to_uint8(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"expected numbers from 0 to 255 or from 0 to 1, got {array.dtype}.")
+    if not np.isfinite(array).all():
+        raise ValueError("it holds NaN or infinite values.")
+    low, high = float(array.min()), float(array.max())
+    if array.dtype == np.uint16 and high > 255:
+        return (array / 257 + 0.5).astype(np.uint8)
+    if low < 0 or high > 255:
+        raise ValueError(f"expected values from 0 to 255 or from 0 to 1, got {low:g} to {high:g}.")
+    if array.dtype.kind == "f" and high <= 1:
+        array = array * 255
+    return np.round(array).astype(np.uint8)
+
+
+def _flatten(images: Any) -> list[Any]:
+    """Lists, and arrays or tensors of several pictures, in order."""
+    if isinstance(images, (list, tuple)):
+        return [picture for image in images for picture in _flatten(image)]
+    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
+
+
+MplugOwl2ImageProcessor.register_for_auto_class("AutoImageProcessor")
+
+__all__ = ["MplugOwl2ImageProcessor"]
