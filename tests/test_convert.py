@@ -49,7 +49,7 @@ def test_the_table_is_one_to_one():
 
 
 def test_the_table_covers_the_published_model(golden_dir):
-    """Every key of the published 7B model, by name and shape, lands on a parameter or buffer of ours, and all are filled."""
+    """Every tensor of the published 7B model has its place, by name and shape, and every place is filled."""
     keys = golden_dir("A").parents[1] / "spec" / "keys" / "owl2.json"
     if not keys.is_file():
         pytest.skip("the key list of the published model is not here")
@@ -212,6 +212,6 @@ def test_the_target_is_never_written_over(source, tmp_path):
     occupied.mkdir()
     (occupied / "mine.txt").write_text("mine")
     for target in (occupied, source, source / "inside"):
-        with pytest.raises(ConversionError, match="exists and is not an empty folder|is the source or lies inside"):
+        with pytest.raises(ConversionError, match=r"exists and is not an empty folder|is the source or lies inside"):
             convert(source, target)
     assert [path.name for path in occupied.iterdir()] == ["mine.txt"]

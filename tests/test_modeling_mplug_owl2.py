@@ -193,7 +193,7 @@ def test_counts_that_disagree_are_named(model):
     with pytest.raises(ValueError, match=r"5 features \(1 pictures of 5\) for 10 placeholder positions"):
         model(torch.tensor([[1, *RUN, *RUN]]), pixel_values=pictures(1))
     with pytest.raises(ValueError, match=r"has 5 image placeholders .* but no pictures came"):
-        model(torch.tensor([[1, *RUN]]))
+        model.generate(torch.tensor([[1, *RUN]]))
     with pytest.raises(ValueError, match=r"pixel_values must be \(pictures, 3, 21, 21\), got \(1, 3, 28, 28\)"):
         model(torch.tensor([[1, *RUN]]), pixel_values=torch.zeros(1, 3, 28, 28))
     with pytest.raises(ValueError, match="not both"):

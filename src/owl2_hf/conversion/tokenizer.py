@@ -38,8 +38,10 @@ def llama_tokenizer(
             normalizers.Replace(ESCAPE, ""),
         ]
     )
+    # As in sentencepiece, an ASCII byte stands for itself even beside bytes that are no UTF-8.
+    ascii_bytes = [decoders.Replace(f"<0x{byte:02X}>", chr(byte)) for byte in range(128)]
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace("▁", " "), *ascii_bytes, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]

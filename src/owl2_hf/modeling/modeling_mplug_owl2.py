@@ -11,13 +11,15 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 
 from .configuration_mplug_owl2 import MplugOwl2Config
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
-from .modeling_mplug_owl2_text import MplugOwl2TextModel
+from .modeling_mplug_owl2_text import MplugOwl2TextModel, check_indicators
 from .modeling_mplug_owl2_vision import MplugOwl2VisionModel
+
+logger = logging.get_logger(__name__)
 
 # Logit of ids that are never predicted. Its probability is exactly 0 in float32, so it neither wins nor changes a loss;
 # it is finite in float16, so that entropies (p * log p), beam scores and repetition penalties stay finite.
@@ -131,6 +133,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             ValueError: Nothing tells which positions are visual, or their number is not that of the visual tokens.
         """
         if mm_token_type_ids is not None:
+            check_indicators(mm_token_type_ids, inputs_embeds)
             image_mask = mm_token_type_ids.eq(1)
         elif input_ids is not None:
             image_mask = input_ids.eq(self.config.image_token_id)
@@ -194,8 +197,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             if mm_token_type_ids is None:
                 mm_token_type_ids = image_mask.squeeze(-1).long()
         else:
-            if mm_token_type_ids is None:
-                self._check_no_placeholder(input_ids, past_key_values)
+            self._check_no_placeholder(input_ids, past_key_values)
             if self.training:
                 inputs_embeds = inputs_embeds + self._untouched_vision_side(inputs_embeds)
 
@@ -216,17 +218,27 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         )
 
     def _check_no_placeholder(self, input_ids: Tensor | None, past_key_values: Cache | None) -> None:
-        """A prompt that names pictures needs them; checked once per prompt, not at each decoding step."""
+        """A prompt that names pictures needs them; looked at once per prompt, not at each decoding step.
+
+        Training and generation (which hands over a cache) refuse a picture's run of placeholders. A bare forward warns
+        and embeds them, as transformers' models do: its own tests feed ids at random.
+        """
         if input_ids is None or torch.compiler.is_compiling() or input_ids.is_meta:
             return
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             return
-        num_positions = int(input_ids.eq(self.config.image_token_id).sum())
-        if num_positions:
-            raise ValueError(
-                f"The prompt has {num_positions} image placeholders (id {self.config.image_token_id}) but no pictures "
-                "came: pass pixel_values, or leave the placeholders out."
-            )
+        placeholders = input_ids.eq(self.config.image_token_id)
+        if not (num_positions := int(placeholders.sum())):
+            return
+        message = (
+            f"The prompt has {num_positions} image placeholders (id {self.config.image_token_id}) but no pictures "
+            "came: pass pixel_values, or leave the placeholders out."
+        )
+        per_image = self.config.num_image_tokens
+        if (self.training or past_key_values is not None) and placeholders.shape[1] >= per_image:
+            if placeholders.unfold(1, per_image, 1).all(-1).any():
+                raise ValueError(message)
+        logger.warning_once(message)
 
     def _untouched_vision_side(self, inputs_embeds: Tensor) -> Tensor:
         """Zero that depends on the vision side, so that ranks with and without pictures run the same collectives."""
@@ -306,11 +318,12 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixi
 
     def _suppress_reserved_ids(self, logits: Tensor) -> Tensor:
         """(B, L, V) -> the same, with the placeholder and the rows that pad the table made unreachable."""
-        if self.config.image_token_id < logits.shape[-1]:
-            logits[..., self.config.image_token_id] = RESERVED_LOGIT
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        reserved = ids.eq(self.config.image_token_id)
         if self.config.output_vocab_size is not None:
-            logits[..., self.config.output_vocab_size :] = RESERVED_LOGIT
-        return logits
+            reserved = reserved | ids.ge(self.config.output_vocab_size)
+        # Out of place: under tensor parallelism the head's output is a view that autograd does not let change.
+        return logits.masked_fill(reserved, RESERVED_LOGIT)
 
     def generate(self, inputs: Tensor | None = None, **kwargs):
         """As in transformers; the modality indicators are read off the prompt once, before anything is added to it."""

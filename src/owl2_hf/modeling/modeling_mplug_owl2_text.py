@@ -77,6 +77,15 @@ def route(text_branch: nn.Module, visual_branch: nn.Module, x: Tensor, routing: 
     return routing.merge(text_branch(text), visual_branch(visual))
 
 
+def check_indicators(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> None:
+    """Raises ValueError unless there is one indicator for each position, (B, L) for (B, L, D)."""
+    if mm_token_type_ids.shape != inputs_embeds.shape[:2]:
+        raise ValueError(
+            "mm_token_type_ids must have one indicator for each position: expected "
+            f"{tuple(inputs_embeds.shape[:2])}, got {tuple(mm_token_type_ids.shape)}."
+        )
+
+
 class MplugOwl2Attention(nn.Module):
     """Self-attention with keys and values of each token's own modality (equations 2 to 4 of the paper)."""
 
@@ -209,11 +218,8 @@ class MplugOwl2TextModel(PreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if mm_token_type_ids is not None and mm_token_type_ids.shape != inputs_embeds.shape[:2]:
-            raise ValueError(
-                "mm_token_type_ids must have one indicator for each position: expected "
-                f"{tuple(inputs_embeds.shape[:2])}, got {tuple(mm_token_type_ids.shape)}."
-            )
+        if mm_token_type_ids is not None:
+            check_indicators(mm_token_type_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:

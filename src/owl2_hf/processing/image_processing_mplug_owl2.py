@@ -214,7 +214,7 @@ def _read_file(path: Path) -> bytes:
 
 def _download(url: str) -> bytes:
     deadline = time.monotonic() + URL_TIMEOUT
-    content = b""
+    content = bytearray()
     try:
         with urllib.request.urlopen(url, timeout=URL_TIMEOUT) as response:
             if not response.url.startswith(("http://", "https://")):
@@ -227,7 +227,7 @@ def _download(url: str) -> bytes:
                     raise ValueError(f"it did not arrive within {URL_TIMEOUT:g} seconds.")
     except (urllib.error.URLError, OSError) as error:
         raise ValueError(f"it could not be fetched ({getattr(error, 'reason', None) or error}).") from None
-    return content
+    return bytes(content)
 
 
 def _decode_base64(text: str) -> bytes:

@@ -135,8 +135,8 @@ class MplugOwl2Processor(ProcessorMixin):
         """As in transformers, with the text of every message taken as text, and lists of frames as `video` parts."""
         if not conversation:
             raise ValueError("The conversation is empty: give at least one message.")
-        if not self.legacy:
-            kwargs["after_turn"] = NO_PREFIX
+        if kwargs.get("tokenize") and not self.legacy:
+            kwargs["after_turn"] = NO_PREFIX  # a prompt that stays a string gets it when it is tokenized
         is_batch = not isinstance(conversation[0], dict) and not hasattr(conversation[0], "role")
         if is_batch:
             conversation = [[self._plain(message) for message in messages] for messages in conversation]

@@ -1,0 +1,82 @@
+"""The command line, as a user types it."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from owl2_hf.cli import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_describe_streams_the_answer_of_the_bundled_model():
+    result = run("describe")
+    assert result.exit_code == 0
+    assert result.stdout.strip()
+
+
+def test_describe_prints_json_for_a_program():
+    result = run("describe", "--json", "-q", "What is this?")
+    answer = json.loads(result.stdout)
+    assert answer["question"] == "What is this?"
+    assert answer["answer"] == run("describe").stdout.strip()
+
+
+def test_info_shows_the_bundled_model():
+    facts = json.loads(run("info", "--json").stdout)
+    parameters = facts["parameters"]
+    assert parameters["total"] == sum(count for name, count in parameters.items() if name != "total")
+    assert set(parameters) >= {"vision_tower", "visual_abstractor", "language_model"}
+    assert facts["preprocessing"] == "resize"
+    assert f"{parameters['total']:,}" in run("info").stdout
+
+
+def test_convert_and_info_of_an_original_checkpoint(golden_dir, tmp_path):
+    source = golden_dir("A") / "hf"
+    result = run("convert", source, tmp_path / "target", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["dtype"] == "float32"
+    facts = json.loads(run("info", tmp_path / "target", "--json").stdout)
+    assert facts["tokens per picture"] == 9
+    answer = run("describe", "--model", tmp_path / "target", "-q", "Describe the image.", "--max-new-tokens", "4")
+    assert answer.exit_code == 0, answer.stderr
+
+
+def test_convert_without_a_tokenizer_says_so_and_takes_one(golden_dir, tmp_path):
+    source = golden_dir("B") / "hf"
+    result = run("convert", source, tmp_path / "without")
+    assert result.exit_code == 0
+    assert "no tokenizer" in result.stdout
+    assert run("info", tmp_path / "without").exit_code == 0
+    result = run("convert", source, tmp_path / "with", "--tokenizer", golden_dir("A") / "hf")
+    assert result.exit_code == 1
+    assert "tokens, the weights" in result.stderr
+    assert not (tmp_path / "with").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["describe", "no-such-picture.png"], "no-such-picture.png"),
+        (["describe", "--model", "no-such-folder"], "no-such-folder"),
+        (["info", "no-such-folder"], "no-such-folder"),
+        (["convert", "no-such-folder", "target"], "no-such-folder is not a folder"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_exit_code_1(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stderr.strip().count("\n") == 0
+
+
+def test_wrong_arguments_exit_with_2():
+    assert run("describe", "--no-such-option").exit_code == 2
+    assert run("convert").exit_code == 2
+    assert run("describe", "--max-new-tokens", "0").exit_code == 2

@@ -1,0 +1,284 @@
+"""Pixels of the original, every kind of picture, and what is refused."""
+
+import base64
+import http.server
+import threading
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+from owl2_hf.processing import MplugOwl2ImageProcessor
+from owl2_hf.processing import image_processing_mplug_owl2 as module
+
+GOLDEN = Path(__file__).parent / "golden" / "P"
+MODES = {"resize": "resize", "pad": "pad", "none": "crop"}
+
+
+def processor(side=28, **kwargs):
+    return MplugOwl2ImageProcessor(size={"height": side, "width": side}, **kwargs)
+
+
+def pixels(image, **kwargs):
+    return processor()(image, return_tensors="pt", **kwargs).pixel_values
+
+
+@pytest.fixture
+def photo():
+    array = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
+    return Image.fromarray(array)
+
+
+@pytest.mark.parametrize(("key", "expected"), load_file(GOLDEN / "pixel_values.safetensors").items())
+def test_pixels_are_the_originals(key, expected):
+    name, _, mode, side = key.split("/")
+    image = Image.open(GOLDEN / "images" / f"{name}.png").convert("RGB")
+    actual = processor(int(side), image_aspect_ratio=MODES[mode])(image, return_tensors="pt").pixel_values[0]
+    assert torch.equal(actual, expected)
+
+
+def test_pixels_are_the_originals_in_the_wider_set(golden_dir):
+    folder = golden_dir("P")
+    for key, expected in load_file(folder / "pixel_values.safetensors").items():
+        name, kind, mode, side = key.split("/")
+        if kind == "rgb" and mode in MODES and key != "three_high_50x3/rgb/none/56":  # the original's channel bug
+            image = Image.open(folder / "images" / f"{name}.png").convert("RGB")
+            actual = processor(int(side))(image, image_aspect_ratio=MODES[mode], return_tensors="pt").pixel_values
+            assert torch.equal(actual[0], expected), key
+
+
+def test_every_way_to_give_a_picture_is_the_same(photo, tmp_path):
+    expected = pixels(photo)
+    path = tmp_path / "a picture.png"
+    photo.save(path)
+    content = path.read_bytes()
+    text = base64.b64encode(content).decode()
+    array = np.asarray(photo)
+    ways = [
+        str(path), path, content, text, f"data:image/png;base64,{text}",
+        array, array.transpose(2, 0, 1), array / 255.0, array.astype(np.float32), array.astype(np.int64),
+        torch.from_numpy(array.copy()), torch.from_numpy(array.copy()).permute(2, 0, 1) / 255,
+        torch.from_numpy(array.copy()).permute(2, 0, 1).to(torch.bfloat16).requires_grad_(),
+    ]  # fmt: skip
+    for way in ways:
+        torch.testing.assert_close(pixels(way), expected, rtol=0, atol=1e-6)
+    assert pixels([[photo], [photo, str(path)]]).shape == (3, 3, 28, 28)
+    assert pixels(np.stack([array, array])).shape == (2, 3, 28, 28)
+
+
+def test_what_is_given_stays_as_it_is(photo):
+    array = np.asarray(photo).astype(np.float32) / 255
+    before = array.copy()
+    array.flags.writeable = False
+    pixels(array)
+    pixels(array[::-1])
+    assert np.array_equal(array, before)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"])
+def test_every_mode_shows_its_picture(mode):
+    gray = Image.fromarray(np.repeat(np.linspace(0, 255, 40, dtype=np.uint8)[None], 40, axis=0))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    elif mode == "PA":
+        image = gray.convert("P").convert("PA")
+    else:
+        image = gray.convert("RGB").convert(mode) if mode in ("CMYK", "YCbCr", "HSV", "RGBA") else gray.convert(mode)
+    assert image.mode == mode
+    error = (pixels(image) - pixels(gray)).abs().mean()
+    assert error < (0.5 if mode == "1" else 0.05)
+
+
+def test_transparency_is_dropped_as_in_the_original(photo):
+    transparent = photo.convert("RGBA")
+    transparent.putalpha(0)
+    assert torch.equal(pixels(transparent), pixels(photo))
+
+
+def test_exif_orientation_is_applied_to_what_is_opened(photo, tmp_path):
+    upright = pixels(photo)
+    turned = photo.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(pixels(tmp_path / "turned.png"), upright)
+    exif[0x0112] = 99
+    photo.save(tmp_path / "invalid.png", exif=exif)
+    assert torch.equal(pixels(tmp_path / "invalid.png"), upright)
+
+
+def test_the_first_frame_of_an_animation_counts(photo, tmp_path):
+    photo.quantize().save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("P", photo.size)])
+    first = Image.open(tmp_path / "a.gif").convert("RGB")
+    assert torch.equal(pixels(tmp_path / "a.gif"), pixels(first))
+
+
+@given(width=st.integers(1, 9), height=st.integers(1, 9), mode=st.sampled_from(module.ASPECT_RATIOS))
+@settings(max_examples=60, deadline=None)
+def test_small_pictures_keep_their_channels(width, height, mode):
+    colour = (250, 10, 120)
+    values = processor(8, image_aspect_ratio=mode)(Image.new("RGB", (width, height), colour), return_tensors="np")
+    mean, std = np.array(module.OPENAI_CLIP_MEAN), np.array(module.OPENAI_CLIP_STD)
+    centre = values.pixel_values[0][:, 4, 4]
+    if mode != "pad" or width == height:
+        np.testing.assert_allclose(centre, (np.array(colour) / 255 - mean) / std, atol=1e-5)
+    assert values.pixel_values.shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("mode", module.ASPECT_RATIOS)
+def test_a_long_panorama_takes_little_memory(mode):
+    panorama = Image.new("RGB", (65500, 2), (9, 200, 30))
+    values = pixels(panorama, image_aspect_ratio=mode)
+    assert values.shape == (1, 3, 28, 28)
+    assert values[0, 1].max() > 1
+
+
+def test_modes_differ_and_are_read_from_saved_settings(photo, tmp_path):
+    results = [pixels(photo, image_aspect_ratio=mode) for mode in module.ASPECT_RATIOS]
+    assert not any(torch.equal(a, b) for a, b in [(results[0], results[1]), (results[1], results[2])])
+    saved = processor(image_aspect_ratio="pad")
+    for _ in range(3):
+        saved.save_pretrained(tmp_path)
+        saved = MplugOwl2ImageProcessor.from_pretrained(tmp_path)
+    assert torch.equal(saved(photo, return_tensors="pt").pixel_values, results[1])
+
+
+def test_the_originals_settings_are_read():
+    settings = {"crop_size": 448, "do_center_crop": True, "size": 448, "feature_extractor_type": "CLIPFeatureExtractor"}
+    loaded = MplugOwl2ImageProcessor.from_dict({**settings, "resample": 3})
+    assert dict(loaded.size) == {"height": 448, "width": 448}
+    assert loaded.image_aspect_ratio == "resize"
+    assert dict(MplugOwl2ImageProcessor(size={"shortest_edge": 56}).size) == {"height": 56, "width": 56}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image_aspect_ratio": "squash"}, "must be one of 'resize', 'pad', 'crop', got 'squash'"),
+        ({"size": {"height": 4, "width": 5}}, "size must be a square"),
+    ],
+)
+def test_wrong_settings_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        MplugOwl2ImageProcessor(**values)
+
+
+def eps(path):
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+
+
+def truncated(path):
+    buffer = BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "PNG")
+    path.write_bytes(buffer.getvalue()[:500])
+
+
+def bomb(path):
+    Image.new("1", (20000, 20000)).save(path)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def too_long(path):
+    with path.open("wb") as file:
+        file.truncate(module.MAX_FILE_BYTES + 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (eps, "not a picture in one of the formats PNG"),
+        (truncated, "damaged"),
+        (bomb, "pixels"),
+        (empty, "not a picture"),
+        (too_long, "at most 67,108,864 are read"),
+    ],
+)
+def test_a_broken_file_is_named(make, message, tmp_path):
+    path = tmp_path / "broken.png"
+    make(path)
+    with pytest.raises(ValueError, match=message) as caught:
+        pixels([Image.new("RGB", (4, 4)), str(path)])
+    assert "broken.png" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.full((4, 4, 3), np.nan), "NaN"),
+        (np.full((4, 4, 3), 300), "got 300 to 300"),
+        (np.full((4, 4, 3), -1.0), "got -1 to -1"),
+        (np.zeros((5, 5, 2)), r"1, 3 or 4 channels .* \(5, 5, 2\)"),
+        (np.zeros((0, 4, 3)), "no pixels"),
+        (np.zeros(5), r"2 or 3 axes, got shape \(5,\)"),
+        (np.array([["a"]]), "expected numbers"),
+        (object(), "got object"),
+        (Path("nowhere.png"), "no such file"),
+        ("nowhere.png", "none of them"),
+        (b"no picture", "not a picture"),
+    ],
+)
+def test_what_is_no_picture_is_refused(image, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        pixels(image)
+    assert "0x" not in str(caught.value)
+
+
+def test_the_number_of_a_bad_picture_is_named():
+    with pytest.raises(ValueError, match="picture 2 of 2: it holds NaN"):
+        pixels([np.zeros((4, 4, 3)), np.full((4, 4, 3), np.nan)])
+    with pytest.raises(ValueError, match="No picture came"):
+        pixels([])
+
+
+@pytest.fixture
+def server(photo):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/away":
+                self.send_response(302)
+                self.send_header("Location", "file:///etc/hostname")
+                self.end_headers()
+            elif self.path == "/endless":
+                self.send_response(200)
+                self.end_headers()
+                with np.errstate(all="ignore"):
+                    try:
+                        while True:
+                            self.wfile.write(bytes(2**20))
+                    except OSError:
+                        return
+            elif self.path == "/photo.png":
+                self.send_response(200)
+                self.end_headers()
+                photo.save(self.wfile, "PNG")
+            else:
+                self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+def test_urls_are_fetched_within_limits(server, photo):
+    assert torch.equal(pixels(f"{server}/photo.png"), pixels(photo))
+    for path, message in (
+        ("missing", "could not be fetched"),
+        ("away", "could not be fetched"),
+        ("endless", "more than"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            pixels(f"{server}/{path}")
+        assert path in str(caught.value)
