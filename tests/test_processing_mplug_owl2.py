@@ -1,0 +1,310 @@
+"""Prompts, placeholders and indicators; text stays text."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from owl2_hf.conversion.tokenizer import load_tokenizer
+from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
+from owl2_hf.processing.processing_mplug_owl2 import ESCAPE, NO_PREFIX
+
+GOLDEN = Path(__file__).parent / "golden"
+CONTROL = ["<|image|>", "<s>", "</s>", "<unk>"]
+RED, BLUE = Image.new("RGB", (9, 5), "red"), Image.new("RGB", (5, 9), "blue")
+
+
+def make(legacy=True, **kwargs):
+    tokenizer, _ = load_tokenizer(GOLDEN / "T" / "tiny.model")
+    image_processor = MplugOwl2ImageProcessor(size={"height": 14, "width": 14})
+    return MplugOwl2Processor(image_processor, tokenizer, num_image_tokens=3, legacy=legacy, **kwargs)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["legacy", "not legacy"])
+def processor(request):
+    return make(request.param)
+
+
+def user(*parts):
+    return {"role": "user", "content": [part if isinstance(part, dict) else text(part) for part in parts]}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def picture(image):
+    return {"type": "image", "image": image}
+
+
+def encode(processor, conversation, **kwargs):
+    kwargs = {"add_generation_prompt": True, "return_tensors": "pt", **kwargs}
+    return processor.apply_chat_template(conversation, tokenize=True, return_dict=True, **kwargs)
+
+
+# Chat template
+
+
+@pytest.mark.parametrize(
+    ("messages", "prompt"),
+    [
+        ([user(picture(RED), "Describe.")], "USER: <|image|>Describe. ASSISTANT:"),
+        ([user("a ", picture(RED), " b")], "USER: a <|image|> b ASSISTANT:"),
+        ([{"role": "user", "content": "Hi"}], "USER: Hi ASSISTANT:"),
+        ([{"role": "user", "content": ""}], "USER:ASSISTANT:"),
+        (
+            [{"role": "system", "content": "Be kind."}, user("q1"), {"role": "assistant", "content": "a1"}, user("q2")],
+            "Be kind. USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT:",
+        ),
+    ],
+)
+def test_prompts_are_the_originals(processor, messages, prompt):
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == prompt
+
+
+def test_golden_conversations_give_the_originals_prompts_and_ids(golden_dir):
+    processor = make()
+    cases = json.loads((golden_dir("A") / "e2e" / "e2e.json").read_text())["cases"]
+    for case in cases:
+        messages, images = [], iter(case["images"])
+        for number, turn in enumerate(turn for turn in case["turns"] if turn is not None):
+            parts = []
+            for index, piece in enumerate(turn.split("<|image|>")):
+                parts += [picture(Image.open(golden_dir("A") / "e2e" / next(images)))] if index else []
+                parts += [text(piece)] if piece else []
+            messages.append({"role": "assistant" if number % 2 else "user", "content": parts})
+        assert processor.apply_chat_template(messages, add_generation_prompt=True) == case["prompt"]
+        from_chat = encode(processor, messages)
+        pictures = [Image.open(golden_dir("A") / "e2e" / name) for name in case["images"]]
+        from_string = processor(text=case["prompt"], images=pictures or None, return_tensors="pt")
+        assert from_chat.keys() == from_string.keys()
+        assert all(torch.equal(from_chat[key], from_string[key]) for key in from_chat)
+
+
+def test_assistant_masks_cover_the_answers(processor):
+    messages = [
+        user(picture(RED), "What </s> is it?"), {"role": "assistant", "content": "A dog."},
+        user(picture(BLUE), "And?"), {"role": "assistant", "content": "a </s> cat"},
+    ]  # fmt: skip
+    out = encode(processor, messages, add_generation_prompt=False, return_assistant_tokens_mask=True)
+    learned = out["input_ids"][0][out["assistant_masks"][0].bool()]
+    assert processor.tokenizer.decode(learned) == "A dog.</s> a </s> cat</s>"
+    assert (learned == processor.tokenizer.eos_token_id).sum() == 2
+
+
+def test_an_answer_can_be_continued(processor):
+    messages = [user(picture(RED), "What is it?"), {"role": "assistant", "content": "It is"}]
+    out = encode(processor, messages, add_generation_prompt=False, continue_final_message=True)
+    prompt = processor(text="USER: <|image|>What is it? ASSISTANT: It is", images=RED, return_tensors="pt")
+    assert torch.equal(out["input_ids"], prompt["input_ids"])
+
+
+# Text stays text
+
+
+@pytest.mark.parametrize("token", CONTROL)
+def test_names_of_control_tokens_in_messages_are_text(processor, token):
+    said = f"What does {token} mean?"
+    for messages in (
+        [user(said)],
+        [{"role": "user", "content": said}],
+        [{"role": "system", "content": said}, user("hi")],
+        [user("hi"), {"role": "assistant", "content": said}, user("go on")],
+        [user(picture(RED), said)],
+    ):
+        out = encode(processor, messages)
+        ids = out["input_ids"][0].tolist()
+        assert ids.count(processor.image_token_id) == 3 * ("pixel_values" in out)
+        assert processor.tokenizer.unk_token_id not in ids
+        assert ids.count(1) == 1
+        assert ids.count(2) == len([m for m in messages if m["role"] == "assistant"])
+        assert token in processor.tokenizer.decode([i for i in ids if i > 2])
+
+
+@given(st.lists(st.sampled_from([*CONTROL, " ", "a", "\n", "é", ESCAPE, NO_PREFIX, "▁", "<", "|image|>"]), max_size=12))
+@settings(max_examples=150, deadline=None)
+def test_no_text_makes_a_control_token(pieces):
+    processor = PROCESSORS[len(pieces) % 2]
+    content = "".join(pieces)
+    ids = encode(processor, [user(picture(RED), content)])["input_ids"][0].tolist()
+    assert ids.count(processor.image_token_id) == 3
+    assert [i for i in ids if i in (0, 1, 2)] == [1]
+
+
+PROCESSORS = [make(True), make(False)]
+
+
+def test_the_escaped_prompt_may_be_handed_on_as_a_string(processor):
+    messages = [user(picture(RED), "Is <|image|> a picture? </s>")]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    out = processor(text=prompt, images=RED, return_tensors="pt")
+    assert torch.equal(out["input_ids"], encode(processor, messages)["input_ids"])
+
+
+def test_in_a_raw_prompt_they_are_control_tokens(processor):
+    ids = processor(text="a</s>b<|image|>", images=RED)["input_ids"][0]
+    assert (ids.count(2), ids.count(processor.image_token_id)) == (1, 3)
+
+
+def test_a_tokenizer_that_cannot_keep_them_apart_is_refused():
+    processor = make()
+    backend = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    backend["normalizer"]["normalizers"] = backend["normalizer"]["normalizers"][:1]
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    processor = MplugOwl2Processor(processor.image_processor, plain, num_image_tokens=3)
+    assert encode(processor, [user("hello")], return_tensors=None)["input_ids"]
+    with pytest.raises(ValueError, match=r"must delete U\+FDD0"):
+        encode(processor, [user("what is </s>?")])
+
+
+# Placeholders, indicators, batches
+
+
+def test_one_placeholder_becomes_the_positions_of_one_picture(processor):
+    out = processor(text="USER: <|image|>a<|image|> ASSISTANT:", images=[RED, BLUE], return_tensors="pt")
+    is_image = out["input_ids"].eq(processor.image_token_id)
+    assert is_image.sum() == 6
+    assert torch.equal(out["mm_token_type_ids"], is_image.long())
+    assert out["pixel_values"].shape == (2, 3, 14, 14)
+    assert (
+        set(out)
+        == {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values"}
+        == set(processor.model_input_names)
+    )
+
+
+def test_text_only_needs_no_picture(processor):
+    out = processor(text=["USER: hi ASSISTANT:", "a"], padding=True, return_tensors="pt")
+    assert "pixel_values" not in out
+    assert out["mm_token_type_ids"].sum() == 0
+    assert processor(text=["hi", "ho"], images=[[], []]).keys() == processor(text=["hi", "ho"]).keys()
+
+
+def test_batches_are_padded_on_the_left(processor):
+    rows = ["USER: <|image|>a ASSISTANT:", "USER: b ASSISTANT:", "<|image|><|image|>c"]
+    out = processor(text=rows, images=[[RED], [], [BLUE, RED]], padding=True, return_tensors="pt")
+    for row, own, ids, mask in zip(
+        rows, [[RED], [], [BLUE, RED]], out["input_ids"], out["attention_mask"], strict=True
+    ):
+        alone = processor(text=row, images=own or None)["input_ids"][0]
+        assert ids[mask.bool()].tolist() == alone
+        assert mask.tolist() == sorted(mask.tolist())
+    flat = processor(text=rows, images=[RED, BLUE, RED], padding=True, return_tensors="pt")
+    assert torch.equal(flat["pixel_values"], out["pixel_values"])
+
+
+def test_the_frames_of_a_video_follow_one_another(processor):
+    frames = [RED, BLUE, RED]
+    video = encode(processor, [user({"type": "video", "video": frames}, "What happens?")])
+    pictures = encode(processor, [user(*map(picture, frames), "What happens?")])
+    assert all(torch.equal(video[key], pictures[key]) for key in video)
+    runs = video["input_ids"][0].eq(processor.image_token_id).nonzero().flatten()
+    assert (runs.diff() == 1).all()
+    assert len(runs) == 9
+
+
+def test_conversations_come_in_batches(processor):
+    batch = [[user(picture(RED), "a")], [user("b, and more")]]
+    out = encode(processor, batch, processor_kwargs={"padding": True})
+    assert out["input_ids"].shape[0] == 2
+    assert out["pixel_values"].shape[0] == 1
+
+
+@pytest.mark.parametrize("part", ["image", "url", "path"])
+def test_pictures_of_a_chat_come_in_many_forms(processor, part, tmp_path):
+    path = tmp_path / "red.png"
+    RED.save(path)
+    for value in (str(path), path):
+        out = encode(processor, [user({"type": "image", part: value}, "a")])
+        assert torch.equal(out["pixel_values"], encode(processor, [user(picture(RED), "a")])["pixel_values"])
+    openai = {"type": "image_url", "image_url": {"url": str(path)}}
+    assert encode(processor, [user(openai, "a")])["pixel_values"].shape[0] == 1
+
+
+def test_nothing_that_is_given_changes(processor):
+    messages = [user(picture(RED), "a </s>"), {"role": "assistant", "content": "b"}]
+    images, prompts = [[RED]], ["USER: <|image|>"]
+    before = copy.deepcopy((messages, images, prompts))
+    encode(processor, messages)
+    encode(processor, messages)
+    processor(text=prompts, images=images)
+    assert (messages, images, prompts) == before
+
+
+def test_options_reach_the_image_processor(processor):
+    kwargs = {"text": "<|image|>", "images": Image.effect_noise((30, 10), 90), "return_tensors": "pt"}
+    padded = processor(**kwargs, image_aspect_ratio="pad")["pixel_values"]
+    assert not torch.equal(padded, processor(**kwargs)["pixel_values"])
+    assert torch.equal(padded, processor(**kwargs, images_kwargs={"image_aspect_ratio": "pad"})["pixel_values"])
+
+
+def test_servers_can_ask_for_the_length(processor):
+    sizes = processor._get_num_multimodal_tokens(image_sizes=[(5, 9), (400, 2)])
+    assert (sizes["num_image_tokens"], sizes["num_image_patches"]) == ([3, 3], [1, 1])
+
+
+def test_settings_survive_three_rounds_of_saving(tmp_path, processor):
+    loaded = processor
+    for round_number in range(3):
+        loaded.save_pretrained(tmp_path / str(round_number))
+        loaded = MplugOwl2Processor.from_pretrained(tmp_path / str(round_number))
+    kwargs = {"text": "USER: <|image|>a</s>b", "images": RED, "return_tensors": "pt"}
+    before, after = processor(**kwargs), loaded(**kwargs)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert (loaded.num_image_tokens, loaded.chat_template) == (3, processor.chat_template)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"text": "<|image|>", "images": [RED, BLUE]}, "1 .* tokens and 2 images"),
+        ({"text": "<|image|>"}, "no images were passed"),
+        (
+            {"text": ["<|image|>", "<|image|>"], "images": [[RED, BLUE], []]},
+            r"Prompt 0 of the batch has 1 .* 2 pictures",
+        ),
+        ({"text": ["<|image|><|image|>"], "images": [[RED], [BLUE]]}, "for 2 prompts, but 1 prompts"),
+        ({"text": []}, "No text came"),
+        ({"text": "a", "videos": [[RED]]}, "as its frames"),
+        ({"text": "<|image|>", "images": "nowhere.png"}, r"nowhere\.png"),
+        ({"text": "<|image|>", "images": np.full((4, 4, 3), np.nan)}, "NaN"),
+        ({"text": "<|image|>abc", "images": RED, "truncation": True, "max_length": 3}, "truncation"),
+    ],
+)
+def test_what_does_not_fit_is_refused(processor, call, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**call)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ([], "conversation is empty"),
+        ([{"role": "narrator", "content": "a"}], "got 'narrator'"),
+        ([user({"type": "audio", "audio": "a.wav"})], "got 'audio'"),
+        ([user({"type": "video", "video": "film.mp4"})], "a list of its frames, got str"),
+    ],
+)
+def test_a_conversation_that_makes_no_sense_is_refused(processor, conversation, message):
+    with pytest.raises(ValueError, match=message):
+        encode(processor, conversation)
+
+
+def test_a_tokenizer_without_placeholder_is_refused():
+    processor = make()
+    with pytest.raises(ValueError, match="has no token '<frame>'"):
+        MplugOwl2Processor(processor.image_processor, processor.tokenizer, image_token="<frame>")
