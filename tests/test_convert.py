@@ -215,3 +215,8 @@ def test_the_target_is_never_written_over(source, tmp_path):
         with pytest.raises(ConversionError, match=r"exists and is not an empty folder|is the source or lies inside"):
             convert(source, target)
     assert [path.name for path in occupied.iterdir()] == ["mine.txt"]
+
+
+def test_the_originals_layout_is_refused_by_from_pretrained(source):
+    with pytest.raises(ValueError, match="is in the original's layout: convert it first"):
+        MplugOwl2ForConditionalGeneration.from_pretrained(source)

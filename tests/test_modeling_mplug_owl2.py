@@ -474,3 +474,64 @@ def test_the_sub_model_runs_by_itself():
     with pytest.raises(ValueError, match="exactly one"):
         text_model()
     assert text_model(torch.tensor([[1, 2]])).last_hidden_state.shape == (1, 2, 48)
+
+
+# Around the model
+
+
+def test_weights_on_disk_give_the_same(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    device_map = {
+        "model.vision_tower": "cpu",
+        "model.visual_abstractor": "disk",
+        "model.language_model": "disk",
+        "lm_head": "cpu",
+    }
+    offloaded = MplugOwl2ForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    model.set_attn_implementation("sdpa")
+    inputs = {**pad([[1, 5, *RUN, 7], [1, 9]]), "pixel_values": pictures(1)}
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    assert offloaded.generate(**inputs, **settings).tolist() == model.generate(**inputs, **settings).tolist()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(model, use_reentrant):
+    inputs = {**pad([[1, 5, *RUN, 7]]), "pixel_values": pictures(1)}
+    gradients = []
+    for checkpointing in (False, True):
+        trained = copy.deepcopy(model).train()
+        if checkpointing:
+            trained.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            trained.enable_input_require_grads()
+        trained(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in trained.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_lora_finds_its_targets_by_plain_names_and_loads_again(model, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    inputs = {**pad([[1, 5, *RUN, 7]]), "pixel_values": pictures(1)}
+    config = LoraConfig(target_modules=["q_proj", "visual_v_proj"], r=2, init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(model), config).eval()
+    trained = {name.split(".lora_")[0] for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert all(name.endswith(("q_proj", "visual_v_proj")) for name in trained)
+    assert any("language_model.layers.0.self_attn.visual_v_proj" in name for name in trained)
+    with torch.no_grad():
+        expected = adapted(**inputs).logits
+        adapted.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+        assert torch.equal(loaded(**inputs).logits, expected)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_saving_writes_this_packages_layout(model, tmp_path):
+    from safetensors.torch import load_file
+
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()

@@ -74,6 +74,17 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _keys_to_ignore_on_load_missing = [r"[qk]_pos_embed$"]
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers; weights in the original's layout, which would all be missing, are refused."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if any(".multiway." in key for key in info["unexpected_keys"]):
+            raise ValueError(
+                f"{args[0] if args else 'The checkpoint'} is in the original's layout: convert it first, with "
+                "`owl2-hf convert SOURCE TARGET` of the package owl2_hf."
+            )
+        return (model, info) if output_loading_info else model
+
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """As in transformers; from then on every id below `new_num_tokens` but the placeholder may be predicted."""
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)

@@ -1,0 +1,86 @@
+"""`pipeline("image-text-to-text")` and Auto classes, with the package installed and without remote code."""
+
+import base64
+
+import pytest
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    pipeline,
+)
+
+import owl2_hf
+from owl2_hf.default import default_dir
+
+QUESTION = {"type": "text", "text": "What is this?"}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipeline("image-text-to-text", model=str(default_dir()))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return list(owl2_hf.default_pictures().values())
+
+
+def ask(pipe, part, **kwargs):
+    messages = [{"role": "user", "content": [part, QUESTION]}]
+    return pipe(text=messages, return_full_text=False, **kwargs)[0]["generated_text"]
+
+
+def test_auto_classes_know_the_model():
+    folder = default_dir()
+    assert type(AutoConfig.from_pretrained(folder)) is owl2_hf.MplugOwl2Config
+    assert type(AutoModel.from_pretrained(folder)) is owl2_hf.MplugOwl2Model
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        assert type(auto_class.from_pretrained(folder)) is owl2_hf.MplugOwl2ForConditionalGeneration
+    assert type(AutoProcessor.from_pretrained(folder)) is owl2_hf.MplugOwl2Processor
+    assert type(AutoImageProcessor.from_pretrained(folder)) is owl2_hf.MplugOwl2ImageProcessor
+    assert AutoTokenizer.from_pretrained(folder)("USER: hi").input_ids[0] == 1
+
+
+def test_every_form_of_a_picture_gets_the_same_answer(pipe, pictures):
+    path = pictures[0]
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    answers = {
+        ask(pipe, part)
+        for part in (
+            {"type": "image", "image": Image.open(path)},
+            {"type": "image", "path": str(path)},
+            {"type": "image", "url": str(path)},
+            {"type": "image", "base64": encoded},
+            {"type": "image", "url": f"data:image/png;base64,{encoded}"},
+            {"type": "image_url", "image_url": {"url": str(path)}},
+        )
+    }
+    assert len(answers) == 1
+    raw = pipe(images=Image.open(path), text="USER: <|image|>What is this? ASSISTANT:", return_full_text=False)
+    assert {raw[0]["generated_text"]} == answers
+
+
+def test_text_without_pictures(pipe):
+    output = pipe(text=[{"role": "user", "content": [{"type": "text", "text": "Hello!"}]}], return_full_text=False)
+    assert output[0]["generated_text"].strip()
+
+
+def test_a_batch_answers_as_one_by_one(pipe, pictures):
+    chats = [[{"role": "user", "content": [{"type": "image", "path": str(path)}, QUESTION]}] for path in pictures]
+    chats.append([{"role": "user", "content": [QUESTION]}])
+    together = pipe(text=chats, batch_size=3, return_full_text=False)
+    alone = [pipe(text=chat, return_full_text=False) for chat in chats]
+    assert [answer[0]["generated_text"] for answer in together] == [answer[0]["generated_text"] for answer in alone]
+
+
+def test_a_broken_picture_is_named(pipe, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        ask(pipe, {"type": "image", "path": str(tmp_path / "broken.png")})
