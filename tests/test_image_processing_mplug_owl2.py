@@ -3,6 +3,7 @@
 import base64
 import http.server
 import threading
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -223,6 +224,9 @@ def test_a_broken_file_is_named(make, message, tmp_path):
         (object(), "got object"),
         (Path("nowhere.png"), "no such file"),
         ("nowhere.png", "none of them"),
+        ("/dev/null", "it is no file"),
+        (str(Path(__file__).parent), "it is no file"),
+        ("A" * 5000, r"text of 5,000 letters: it is not a picture"),
         (b"no picture", "not a picture"),
     ],
 )
@@ -230,6 +234,35 @@ def test_what_is_no_picture_is_refused(image, message):
     with pytest.raises(ValueError, match=message) as caught:
         pixels(image)
     assert "0x" not in str(caught.value)
+
+
+def test_a_damaged_picture_that_is_open_already_is_named(tmp_path):
+    truncated(tmp_path / "broken.png")
+    with pytest.raises(ValueError, match=r"picture 1 of 1: .*broken\.png' is damaged"):
+        pixels(Image.open(tmp_path / "broken.png"))
+
+
+def test_sixteen_bits_are_scaled_alike_in_dark_and_bright_pictures():
+    for value in (200, 40_000):
+        image = Image.fromarray(np.full((4, 4), value, np.uint16))
+        values = processor()(image, do_normalize=False, return_tensors="np").pixel_values
+        np.testing.assert_allclose(values, value / 65535, atol=1 / 255)
+
+
+def test_floats_that_are_not_to_be_rescaled_are_refused():
+    with pytest.raises(ValueError, match="leave do_rescale on"):
+        pixels(np.full((4, 4, 3), 0.5), do_rescale=False)
+
+
+def test_nearest_neighbours_are_not_taken_for_a_missing_choice(photo):
+    nearest = pixels(photo, resample=Image.Resampling.NEAREST)
+    assert not torch.equal(nearest, pixels(photo))
+
+
+def test_damaged_exif_data_are_ignored(photo, tmp_path):
+    path = tmp_path / "a.jpg"
+    photo.save(path, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+    assert torch.equal(pixels(path), pixels(Image.open(path)))
 
 
 def test_the_number_of_a_bad_picture_is_named():
@@ -256,6 +289,15 @@ def server(photo):
                             self.wfile.write(bytes(2**20))
                     except OSError:
                         return
+            elif self.path == "/drip":
+                self.send_response(200)
+                self.end_headers()
+                try:
+                    while True:
+                        self.wfile.write(b"x")
+                        time.sleep(0.05)
+                except OSError:
+                    return
             elif self.path == "/photo.png":
                 self.send_response(200)
                 self.end_headers()
@@ -272,7 +314,13 @@ def server(photo):
         running.shutdown()
 
 
-def test_urls_are_fetched_within_limits(server, photo):
+def test_secrets_in_urls_are_not_repeated(server):
+    with pytest.raises(ValueError, match="could not be fetched") as caught:
+        pixels(f"{server}/missing?token=secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_urls_are_fetched_within_limits(server, photo, monkeypatch):
     assert torch.equal(pixels(f"{server}/photo.png"), pixels(photo))
     for path, message in (
         ("missing", "could not be fetched"),
@@ -282,3 +330,6 @@ def test_urls_are_fetched_within_limits(server, photo):
         with pytest.raises(ValueError, match=message) as caught:
             pixels(f"{server}/{path}")
         assert path in str(caught.value)
+    monkeypatch.setattr(module, "URL_TIMEOUT", 0.5)
+    with pytest.raises(ValueError, match=r"did not arrive within 0\.5 seconds"):
+        pixels(f"{server}/drip")

@@ -74,7 +74,6 @@ def test_text_without_pictures(pipe):
 
 def test_a_batch_answers_as_one_by_one(pipe, pictures):
     chats = [[{"role": "user", "content": [{"type": "image", "path": str(path)}, QUESTION]}] for path in pictures]
-    chats.append([{"role": "user", "content": [QUESTION]}])
     together = pipe(text=chats, batch_size=3, return_full_text=False)
     alone = [pipe(text=chat, return_full_text=False) for chat in chats]
     assert [answer[0]["generated_text"] for answer in together] == [answer[0]["generated_text"] for answer in alone]

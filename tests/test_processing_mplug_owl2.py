@@ -98,6 +98,30 @@ def test_assistant_masks_cover_the_answers(processor):
     assert (learned == processor.tokenizer.eos_token_id).sum() == 2
 
 
+def test_assistant_masks_need_no_help_from_the_template():
+    processor = make(legacy=False)
+    template = "{%- for m in messages -%}{%- generation -%}{{ m.content }}</s>{%- endgeneration -%}{%- endfor -%}"
+    messages = [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "bb"}]
+    out = encode(
+        processor, messages, chat_template=template, add_generation_prompt=False, return_assistant_tokens_mask=True
+    )
+    assert out["assistant_masks"].tolist() == [[0, *[1] * (out["input_ids"].shape[1] - 1)]]
+
+
+def test_an_empty_system_message_adds_nothing(processor):
+    messages = [{"role": "system", "content": ""}, user("q")]
+    assert processor.apply_chat_template(messages) == "USER: q "
+
+
+def test_a_part_may_only_hold_the_place_of_a_picture(processor):
+    for kind in ("image", "video"):
+        assert processor.apply_chat_template([user({"type": kind}, "a")]) == "USER: <|image|>a "
+    out = encode(processor, [user({"type": "image"}, "a")], processor_kwargs={"images": [RED]})
+    assert out["pixel_values"].shape[0] == 1
+    keys = {"type": "image", "image": RED, "url": None}
+    assert encode(processor, [user(keys, "a")])["pixel_values"].shape[0] == 1
+
+
 def test_an_answer_can_be_continued(processor):
     messages = [user(picture(RED), "What is it?"), {"role": "assistant", "content": "It is"}]
     out = encode(processor, messages, add_generation_prompt=False, continue_final_message=True)
@@ -140,6 +164,20 @@ def test_no_text_makes_a_control_token(pieces):
 PROCESSORS = [make(True), make(False)]
 
 
+@pytest.mark.parametrize("token", CONTROL)
+def test_control_tokens_spread_over_parts_are_text(processor, token):
+    for cut in range(1, len(token)):
+        ids = encode(processor, [user(picture(RED), token[:cut], token[cut:], " a")])["input_ids"][0].tolist()
+        assert ids.count(processor.image_token_id) == 3
+        assert [i for i in ids if i in (0, 1, 2)] == [1]
+
+
+def test_sanitising_is_always_in_force(processor):
+    messages = [user(picture(RED), "<s>")]
+    out = encode(processor, messages, sanitize_control_tokens=True)
+    assert torch.equal(out["input_ids"], encode(processor, messages)["input_ids"])
+
+
 def test_the_escaped_prompt_may_be_handed_on_as_a_string(processor):
     messages = [user(picture(RED), "Is <|image|> a picture? </s>")]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -166,6 +204,8 @@ def test_a_tokenizer_that_cannot_keep_them_apart_is_refused():
     assert encode(processor, [user("hello")], return_tensors=None)["input_ids"]
     with pytest.raises(ValueError, match=r"must delete U\+FDD0"):
         encode(processor, [user("what is </s>?")])
+    with pytest.raises(ValueError, match="legacy=False needs a tokenizer"):
+        MplugOwl2Processor(processor.image_processor, plain, legacy=False)
 
 
 # Placeholders, indicators, batches
@@ -200,6 +240,11 @@ def test_batches_are_padded_on_the_left(processor):
         alone = processor(text=row, images=own or None)["input_ids"][0]
         assert ids[mask.bool()].tolist() == alone
         assert mask.tolist() == sorted(mask.tolist())
+    none = processor(text=rows, images=[RED, None, [BLUE, RED]], padding=True, return_tensors="pt")
+    assert torch.equal(none["pixel_values"], out["pixel_values"])
+    array = np.stack([np.asarray(BLUE)] * 2)
+    stacked = processor(text=rows, images=[np.asarray(RED)[None], None, array], padding=True, return_tensors="pt")
+    assert torch.equal(stacked["input_ids"], out["input_ids"])
     flat = processor(text=rows, images=[RED, BLUE, RED], padding=True, return_tensors="pt")
     assert torch.equal(flat["pixel_values"], out["pixel_values"])
 
@@ -207,6 +252,8 @@ def test_batches_are_padded_on_the_left(processor):
 def test_the_frames_of_a_video_follow_one_another(processor):
     frames = [RED, BLUE, RED]
     video = encode(processor, [user({"type": "video", "video": frames}, "What happens?")])
+    stacked = np.stack([np.asarray(RED), np.asarray(RED)])
+    assert encode(processor, [user({"type": "video", "video": stacked})])["pixel_values"].shape[0] == 2
     pictures = encode(processor, [user(*map(picture, frames), "What happens?")])
     assert all(torch.equal(video[key], pictures[key]) for key in video)
     runs = video["input_ids"][0].eq(processor.image_token_id).nonzero().flatten()
@@ -249,6 +296,17 @@ def test_options_reach_the_image_processor(processor):
     assert torch.equal(padded, processor(**kwargs, images_kwargs={"image_aspect_ratio": "pad"})["pixel_values"])
 
 
+def test_the_limit_of_pixels_reaches_what_is_opened(processor, tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (40, 30)).save(path)
+    for picture_or_path in (str(path), Image.open(path)):
+        with pytest.raises(ValueError, match="has 40 x 30 pixels, at most 1,000"):
+            processor(text="<|image|>", images=picture_or_path, max_image_pixels=1000)
+    strict = make()
+    strict.image_processor.max_image_pixels = 1000
+    assert strict(text="<|image|>", images=str(path), max_image_pixels=2000)["pixel_values"]
+
+
 def test_servers_can_ask_for_the_length(processor):
     sizes = processor._get_num_multimodal_tokens(image_sizes=[(5, 9), (400, 2)])
     assert (sizes["num_image_tokens"], sizes["num_image_patches"]) == ([3, 3], [1, 1])
@@ -271,14 +329,21 @@ def test_settings_survive_three_rounds_of_saving(tmp_path, processor):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"text": "<|image|>", "images": [RED, BLUE]}, "1 .* tokens and 2 images"),
-        ({"text": "<|image|>"}, "no images were passed"),
+        ({"text": "<|image|>", "images": [RED, BLUE]}, "has 1 .* but 2 pictures"),
+        ({"text": "<|image|>"}, "has 1 .* but 0 pictures"),
         (
             {"text": ["<|image|>", "<|image|>"], "images": [[RED, BLUE], []]},
             r"Prompt 0 of the batch has 1 .* 2 pictures",
         ),
-        ({"text": ["<|image|><|image|>"], "images": [[RED], [BLUE]]}, "for 2 prompts, but 1 prompts"),
+        ({"text": ["<|image|><|image|>"], "images": [[RED], [BLUE]]}, "for 2 prompts, but 1"),
         ({"text": []}, "No text came"),
+        ({"text": ["<|image|>", "a"], "images": [RED, BLUE]}, "has 1 .* but 2 pictures"),
+        ({"text": "<|image|>", "images": [np.zeros((2, 4, 4, 3))]}, "has 1 .* but 2 pictures"),
+        ({"text": 5}, "Prompt 0 must be a string, got int"),
+        ({"text": ["a", ["b"]]}, "Prompt 1 must be a string, got list"),
+        ({"text": "a\ud800"}, "not Unicode at character 1"),
+        ({}, "got neither"),
+        ({"text": "a", "audio": np.zeros(3)}, "cannot hear"),
         ({"text": "a", "videos": [[RED]]}, "as its frames"),
         ({"text": "<|image|>", "images": "nowhere.png"}, r"nowhere\.png"),
         ({"text": "<|image|>", "images": np.full((4, 4, 3), np.nan)}, "NaN"),
@@ -286,22 +351,30 @@ def test_settings_survive_three_rounds_of_saving(tmp_path, processor):
     ],
 )
 def test_what_does_not_fit_is_refused(processor, call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         processor(**call)
+    assert " at 0x" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("conversation", "message"),
     [
         ([], "conversation is empty"),
+        ([[]], "conversation is empty"),
+        (["hi"], "got 'str'"),
+        ([{"role": "user", "content": 5}], "a string or a list of parts, got int"),
+        ([user({"type": "text"})], "of type 'text' with a string"),
+        ([user({"type": "image", "image": [RED, BLUE]})], "must hold a single picture, got list"),
+        ([user({"type": "video", "video": []})], "at least one frame"),
         ([{"role": "narrator", "content": "a"}], "got 'narrator'"),
         ([user({"type": "audio", "audio": "a.wav"})], "got 'audio'"),
-        ([user({"type": "video", "video": "film.mp4"})], "a list of its frames, got str"),
+        ([user({"type": "video", "video": "film.mp4"})], "must hold a list of at least one frame, got str"),
     ],
 )
 def test_a_conversation_that_makes_no_sense_is_refused(processor, conversation, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         encode(processor, conversation)
+    assert " at 0x" not in str(caught.value)
 
 
 def test_a_tokenizer_without_placeholder_is_refused():

@@ -104,12 +104,30 @@ def test_the_control_tokens_and_settings():
     assert tokenizer.padding_side == "left"
 
 
+def test_a_sentencepiece_model_of_another_kind_is_refused(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    lines = ["the quick brown fox jumps over the lazy dog"] * 50
+    for kind, extra in (("unigram", {}), ("bpe", {"add_dummy_prefix": False, "byte_fallback": True})):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_prefix=str(tmp_path / "tokenizer"), model_type=kind,
+            vocab_size=40 if kind == "unigram" else 300,
+            hard_vocab_limit=False, minloglevel=2, **extra,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="is not LLaMA's kind: a test text has ids"):
+            load_tokenizer(tmp_path)
+
+
 def test_the_legacy_flag_and_length_are_read(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((GOLDEN / "tiny.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"legacy": false, "model_max_length": 77}')
     tokenizer, legacy = load_tokenizer(tmp_path)
     assert not legacy
     assert tokenizer.model_max_length == 77
+
+
+def bpe(vocab, merges=(), **others):
+    model = {"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": list(merges)}
+    return json.dumps({"model": model, **others}).encode()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +137,13 @@ def test_the_legacy_flag_and_length_are_read(tmp_path):
         ("tokenizer.json", b"{", "not valid JSON"),
         ("tokenizer.json", b"[]", "expected an object, got list"),
         ("tokenizer.json", b'{"model": {"type": "WordPiece"}}', "expected a byte-pair encoding, got 'WordPiece'"),
-        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "not LLaMA's kind"),
+        ("tokenizer.json", b'{"model": []}', "expected a byte-pair encoding, got None"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "expected byte_fallback"),
+        ("tokenizer.json", bpe({"a": 0}), "not LLaMA's kind: expected <unk>"),
+        ("tokenizer.json", bpe({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 9}), "some are missing"),
+        ("tokenizer.json", bpe({"<unk>": 0, "<s>": 1, "</s>": 2}, ["a b c"]), "merges must be pairs"),
+        ("tokenizer.json", bpe({"<unk>": 0, "<s>": 1, "</s>": 2}, ["a b"]), "fits together"),
+        ("tokenizer.json", bpe({"<unk>": 0}, added_tokens=[{"content": "<pad>"}]), r"does not have: \['<pad>'\]"),
     ],
 )
 def test_a_broken_tokenizer_is_named(tmp_path, name, content, message):
@@ -127,6 +151,13 @@ def test_a_broken_tokenizer_is_named(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_tokenizer(tmp_path)
     assert name in str(caught.value)
+
+
+def test_a_legacy_flag_that_is_none_is_named(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((GOLDEN / "tiny.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": "false"}')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: legacy must be true or false, got 'false'"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):

@@ -66,11 +66,12 @@ def has_tokenizer(source: Path) -> bool:
     return any((source / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
-def load_tokenizer(source: str | Path) -> tuple[PreTrainedTokenizerFast, bool]:
+def load_tokenizer(source: str | Path, legacy: bool | None = None) -> tuple[PreTrainedTokenizerFast, bool]:
     """The tokenizer of an original checkpoint, and its `legacy` flag.
 
     Args:
         source: A folder with tokenizer.model or tokenizer.json, or one of these files.
+        legacy: The flag, where something else than the tokenizer_config.json beside the tokenizer tells it.
 
     Raises:
         ValueError: There is none, or it is not LLaMA's kind.
@@ -84,12 +85,24 @@ def load_tokenizer(source: str | Path) -> tuple[PreTrainedTokenizerFast, bool]:
     vocab, merges = _read_json(source) if source.suffix == ".json" else _read_sentencepiece(source)
     if [vocab.get(token) for token in CONTROL_TOKENS] != [0, 1, 2] or IMAGE_TOKEN in vocab:
         raise ValueError(f"{source} is not LLaMA's kind: expected {', '.join(CONTROL_TOKENS)} as ids 0, 1, 2.")
+    if set(vocab.values()) != set(range(len(vocab))):
+        raise ValueError(
+            f"{source}: expected ids from 0 to {len(vocab) - 1} for {len(vocab)} pieces, some are missing."
+        )
     settings = read_json(folder / "tokenizer_config.json")
     max_length = settings.get("model_max_length")
-    tokenizer = llama_tokenizer(
-        vocab, merges, model_max_length=max_length if isinstance(max_length, int) and max_length < 10**6 else 2048
-    )
-    return tokenizer, settings.get("legacy") is not False
+    try:
+        tokenizer = llama_tokenizer(
+            vocab, merges, model_max_length=max_length if isinstance(max_length, int) and max_length < 10**6 else 2048
+        )
+    except Exception as error:  # tokenizers raises bare ones
+        raise ValueError(f"{source} is not a byte-pair encoding that fits together: {error}") from None
+    if source.suffix != ".json":
+        _check_against_sentencepiece(tokenizer, source)
+    legacy = settings.get("legacy") if legacy is None else legacy
+    if legacy not in (None, True, False):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: legacy must be true or false, got {legacy!r}.")
+    return tokenizer, legacy is not False
 
 
 def load_processor(
@@ -104,7 +117,7 @@ def load_processor(
         tokenizer: Where to read the tokenizer from, if not from `source`.
     """
     source = Path(source)
-    loaded, legacy = load_tokenizer(tokenizer or source)
+    loaded, legacy = load_tokenizer(tokenizer or source, read_json(source / "tokenizer_config.json").get("legacy"))
     settings = read_json(source / "preprocessor_config.json")
     kept = {key: settings[key] for key in ("image_mean", "image_std", "resample") if key in settings}
     # Training writes how pictures became square into the model's configuration.
@@ -138,9 +151,34 @@ def _read_sentencepiece(path: Path) -> tuple[dict[str, int], list[tuple[str, str
     return vocab, merges
 
 
+def _check_against_sentencepiece(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    """Refuse models of another kind: unigram ones, ones that normalise text, ones without a space in front."""
+    from sentencepiece import SentencePieceProcessor
+
+    probe = (
+        "  Two  spaces,\ttab\n \ufb01 \uff11\uff12 \u2581 and \u7f8a\u99dd \U0001f999, then words unlike one another: "
+    )
+    expected = SentencePieceProcessor(model_file=str(path)).encode(probe)
+    if (got := tokenizer(probe, add_special_tokens=False).input_ids) != expected:
+        raise ValueError(
+            f"{path} is not LLaMA's kind: a test text has ids {expected}, a byte-pair encoding gives {got}."
+        )
+
+
 def _read_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    model = read_json(path).get("model") or {}
-    if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise ValueError(f"{path}: expected a byte-pair encoding, got {model.get('type')!r}.")
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
-    return model["vocab"], [(left, right) for left, right in pairs]
+    values = read_json(path)
+    model = values.get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or kind != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise ValueError(f"{path}: expected a byte-pair encoding, got {kind!r}.")
+    if not model.get("byte_fallback"):
+        raise ValueError(f"{path} is not LLaMA's kind: expected byte_fallback.")
+    try:
+        added = {token["content"] for token in values.get("added_tokens", [])} - {*model["vocab"], IMAGE_TOKEN}
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+        pairs = [(left, right) for left, right in merges]
+    except (TypeError, ValueError, KeyError):
+        raise ValueError(f"{path}: merges must be pairs of pieces, and added tokens have content.") from None
+    if added:
+        raise ValueError(f"{path} has tokens that the original does not have: {sorted(added)}.")
+    return model["vocab"], pairs

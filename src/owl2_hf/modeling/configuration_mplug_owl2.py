@@ -198,7 +198,7 @@ class MplugOwl2Config(PreTrainedConfig):
         self.vision_config = _known_fields(MplugOwl2VisionConfig, visual_config["visual_model"])
         self.abstractor_config = _known_fields(MplugOwl2AbstractorConfig, visual_config["visual_abstractor"])
         # The names of the original's classes; ours are written on saving.
-        self.architectures = None
+        self.architectures: list[str] | None = None
         return kwargs
 
     def _complete_abstractor_config(self):

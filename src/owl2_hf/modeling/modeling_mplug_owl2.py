@@ -16,7 +16,7 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from .configuration_mplug_owl2 import MplugOwl2Config
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
-from .modeling_mplug_owl2_text import MplugOwl2TextModel, check_indicators
+from .modeling_mplug_owl2_text import MplugOwl2TextModel, match_indicators
 from .modeling_mplug_owl2_vision import MplugOwl2VisionModel
 
 logger = logging.get_logger(__name__)
@@ -144,8 +144,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             ValueError: Nothing tells which positions are visual, or their number is not that of the visual tokens.
         """
         if mm_token_type_ids is not None:
-            check_indicators(mm_token_type_ids, inputs_embeds)
-            image_mask = mm_token_type_ids.eq(1)
+            image_mask = match_indicators(mm_token_type_ids, inputs_embeds).eq(1)
         elif input_ids is not None:
             image_mask = input_ids.eq(self.config.image_token_id)
         else:
@@ -158,7 +157,8 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
                 f"Visual tokens of width {image_features.shape[-1]} do not fit a language model of width "
                 f"{inputs_embeds.shape[-1]}: they were encoded by another model."
             )
-        if not torch.compiler.is_compiling() and (num_positions := int(image_mask.sum())) != len(image_features):
+        can_look = not (torch.compiler.is_compiling() or image_mask.is_meta)
+        if can_look and (num_positions := int(image_mask.sum())) != len(image_features):
             per_image = self.config.num_image_tokens
             raise ValueError(
                 f"Image features and image tokens do not match: {len(image_features)} features "
@@ -197,6 +197,9 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             raise ValueError("Give pixel_values or mm_encoder_outputs, not both: they are the same pictures.")
         if pixel_values is not None:
             encoder_output = self.get_image_features(pixel_values, return_dict=True)
+        elif self.training and encoder_output is None:
+            # Ahead of the embedding, where pictures are encoded: sharded ranks gather parameters in the order of use.
+            nothing = self._untouched_vision_side()
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -210,7 +213,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         else:
             self._check_no_placeholder(input_ids, past_key_values)
             if self.training:
-                inputs_embeds = inputs_embeds + self._untouched_vision_side(inputs_embeds)
+                inputs_embeds = inputs_embeds + nothing.to(inputs_embeds)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -246,16 +249,16 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             "came: pass pixel_values, or leave the placeholders out."
         )
         per_image = self.config.num_image_tokens
-        if (self.training or past_key_values is not None) and placeholders.shape[1] >= per_image:
-            if placeholders.unfold(1, per_image, 1).all(-1).any():
-                raise ValueError(message)
+        is_run = placeholders.shape[1] >= per_image and placeholders.unfold(1, per_image, 1).all(-1).any()
+        if is_run and (self.training or past_key_values is not None):
+            raise ValueError(message)
         logger.warning_once(message)
 
-    def _untouched_vision_side(self, inputs_embeds: Tensor) -> Tensor:
+    def _untouched_vision_side(self) -> Tensor:
         """Zero that depends on the vision side, so that ranks with and without pictures run the same collectives."""
         vision = self.config.vision_config
-        picture = inputs_embeds.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
-        return 0.0 * torch.cat(self.get_image_features(picture, return_dict=True).pooler_output).sum().to(inputs_embeds)
+        picture = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=self.device)
+        return 0.0 * torch.cat(self.get_image_features(picture, return_dict=True).pooler_output).sum()
 
 
 class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixin):

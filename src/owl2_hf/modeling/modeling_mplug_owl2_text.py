@@ -77,13 +77,19 @@ def route(text_branch: nn.Module, visual_branch: nn.Module, x: Tensor, routing: 
     return routing.merge(text_branch(text), visual_branch(visual))
 
 
-def check_indicators(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> None:
-    """Raises ValueError unless there is one indicator for each position, (B, L) for (B, L, D)."""
-    if mm_token_type_ids.shape != inputs_embeds.shape[:2]:
+def match_indicators(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> Tensor:
+    """(B, L) indicators for (B, L, D) embeddings; a single row, (1, L), holds for the whole batch.
+
+    Raises:
+        ValueError: There is not one indicator for each position.
+    """
+    shape = inputs_embeds.shape[:2]
+    if mm_token_type_ids.shape not in (shape, (1, shape[1])):
         raise ValueError(
             "mm_token_type_ids must have one indicator for each position: expected "
-            f"{tuple(inputs_embeds.shape[:2])}, got {tuple(mm_token_type_ids.shape)}."
+            f"{tuple(shape)}, got {tuple(mm_token_type_ids.shape)}."
         )
+    return mm_token_type_ids.to(inputs_embeds.device).expand(shape)
 
 
 class MplugOwl2Attention(nn.Module):
@@ -219,7 +225,7 @@ class MplugOwl2TextModel(PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if mm_token_type_ids is not None:
-            check_indicators(mm_token_type_ids, inputs_embeds)
+            mm_token_type_ids = match_indicators(mm_token_type_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -237,7 +243,7 @@ class MplugOwl2TextModel(PreTrainedModel):
             mm_token_type_ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
         routing = None
         if mm_token_type_ids is not None:
-            routing = ModalityRouting.from_indicators(mm_token_type_ids.to(inputs_embeds.device), self.training)
+            routing = ModalityRouting.from_indicators(mm_token_type_ids, self.training)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)

@@ -5,11 +5,12 @@ H, W: height and width of a picture, S: side of the final square, N: pictures.
 
 import base64
 import binascii
+import http.client
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
-import warnings
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -29,34 +30,34 @@ URL_TIMEOUT = 20.0  # seconds for a whole download
 BICUBIC = Image.Resampling.BICUBIC
 
 
-class MplugOwl2ImagesKwargs(ImagesKwargs, total=False):
+class MplugOwl2ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Options of `MplugOwl2ImageProcessor`; see there."""
 
-    image_aspect_ratio: str
-    max_image_pixels: int
+    image_aspect_ratio: str | None
+    max_image_pixels: int | None
 
 
 class MplugOwl2ImageProcessor(PilBackend):
     """Prepares pictures with PIL, whose resampling the model was trained on.
 
     Args:
-        image_aspect_ratio: How a picture becomes square. "resize" stretches it to the square of its longer edge and then
-            to the final size, the original's two resamplings; "pad" centres it on a square in the mean colour; "crop"
-            resizes the shorter edge and cuts the centre, as CLIP does.
+        image_aspect_ratio: How a picture becomes square. "resize" stretches it to the square of its longer edge and
+            then to the final size, the original's two resamplings; "pad" centres it on a square in the mean colour;
+            "crop" resizes the shorter edge and cuts the centre, as CLIP does.
         size: `{"height": S, "width": S}`, the final square; a number, or CLIP's `{"shortest_edge": S}`, means the same.
         max_image_pixels: A picture with more is refused before it is decoded. Where the square of the longer edge has
             more, the first of the two resamplings is skipped; such panoramas do not have the original's pixels.
 
     Pictures may be PIL images, arrays, tensors, paths, URLs, data URLs, base64 strings or bytes, singly or in lists.
-    EXIF orientation is applied to what is opened here; a PIL image is taken as it is. Transparency is dropped, as in the
-    original. 16-bit grey is scaled to 8 bits. Of an animation the first frame counts. Arrays hold 0 to 255, or floats from
-    0 to 1; channels come last in arrays and first in tensors where the shape leaves it open.
+    EXIF orientation is applied to what is opened here; a PIL image is taken as it is. Transparency is dropped, as in
+    the original. 16-bit grey is scaled to 8 bits. Of an animation the first frame counts. Arrays hold 0 to 255, or
+    floats from 0 to 1; channels come last in arrays and first in tensors where the shape leaves it open.
 
     Raises:
         ValueError: A picture is broken, too large, or of an unknown kind; the message names it.
     """
 
-    valid_kwargs = MplugOwl2ImagesKwargs
+    valid_kwargs = MplugOwl2ImageProcessorKwargs
     model_input_names = ["pixel_values"]
     image_aspect_ratio = "resize"
     max_image_pixels = MAX_IMAGE_PIXELS
@@ -94,18 +95,27 @@ class MplugOwl2ImageProcessor(PilBackend):
         return images
 
     def _prepare_image_like_inputs(self, images: Any, *args, **kwargs) -> list[np.ndarray]:
-        flat = _flatten(self.fetch_images(images))
+        flat = _flatten(images)
         if not flat:
             raise ValueError("No picture came: give at least one.")
         return [
-            _named(f"picture {index} of {len(flat)}", lambda picture=picture: self.process_image(picture, **kwargs))
+            _named(f"picture {index} of {len(flat)}", partial(self.process_image, picture, **kwargs))
             for index, picture in enumerate(flat, start=1)
         ]
 
-    def process_image(self, image: Any, *, input_data_format=None, max_image_pixels=None, **kwargs) -> np.ndarray:
+    def process_image(
+        self, image: Any, *, input_data_format=None, max_image_pixels=None, do_rescale=True, **kwargs
+    ) -> np.ndarray:
         """One picture of any kind -> (3, H, W) uint8."""
+        max_image_pixels = max_image_pixels or self.max_image_pixels
+        if isinstance(image, (str, Path, bytes)):
+            image = open_image(image, max_image_pixels)
+        if isinstance(image, Image.Image):
+            _check_size(image, max_image_pixels)  # before anything is decoded
+        elif do_rescale is False and "float" in str(getattr(image, "dtype", "")) and image.max() <= 1:
+            raise ValueError("floats from 0 to 1 become 0 to 255 first; leave do_rescale on.")
         picture = to_rgb(image, input_data_format)
-        _check_size(picture, max_image_pixels or self.max_image_pixels)
+        _check_size(picture, max_image_pixels)
         return np.asarray(picture).transpose(2, 0, 1)
 
     def _preprocess(
@@ -126,11 +136,12 @@ class MplugOwl2ImageProcessor(PilBackend):
     ) -> BatchFeature:
         """N times (3, H, W) uint8 -> `pixel_values` (N, 3, S, S) float32."""
         prepared = []
+        resample = BICUBIC if resample is None else resample
         for image in images:
             if do_resize:
                 picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
                 make_square = {"resize": _stretch, "pad": _pad, "crop": _crop}[image_aspect_ratio]
-                square = make_square(picture, size.height, resample or BICUBIC, max_image_pixels, image_mean)
+                square = make_square(picture, size.height, resample, max_image_pixels, image_mean)
                 image = np.asarray(square).transpose(2, 0, 1)
             if do_rescale:
                 image = self.rescale(image, rescale_factor)
@@ -153,7 +164,7 @@ def _pad(picture: Image.Image, side: int, resample: int, max_pixels: int, mean: 
         scale = side / edge
         picture = picture.resize([max(1, round(length * scale)) for length in picture.size], resample)
         edge = side
-    square = Image.new("RGB", (edge, edge), tuple(int(channel * 255) for channel in mean))
+    square = Image.new("RGB", (edge, edge), tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3)))
     square.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
     return square.resize((side, side), resample)
 
@@ -176,17 +187,18 @@ def open_image(source: str | Path | bytes, max_pixels: int = MAX_IMAGE_PIXELS) -
     Raises:
         ValueError: It cannot be had, is not a picture in one of `FORMATS`, or is too large.
     """
+    read: Callable[[], bytes]
     if isinstance(source, bytes):
-        name, read = "picture given as bytes", lambda: source
-    elif isinstance(source, Path) or _is_file(source):
-        name, read = f"picture {str(source)!r}", lambda: _read_file(Path(source))
+        name, read = "bytes", lambda: source
+    elif isinstance(source, Path) or _exists(source):
+        name, read = repr(str(source)), partial(_read_file, Path(source))
     elif source.startswith(("http://", "https://")):
-        name, read = f"picture {source[:200]!r}", lambda: _download(source)
+        name, read = repr(_without_secrets(source)), partial(_download, source)
     elif source.startswith("data:"):
-        name, read = "picture given as data URL", lambda: _decode_base64(source.partition(",")[2])
+        name, read = "data URL", partial(_decode_base64, source.partition(",")[2])
     else:
-        shown = source if len(source) <= 100 else source[:100] + "..."
-        name, read = f"picture {shown!r}", lambda: _decode_base64(source)
+        name = repr(source) if len(source) <= 100 else f"text of {len(source):,} letters"
+        read = partial(_decode_base64, source)
     return _named(name, lambda: _decode(read(), max_pixels))
 
 
@@ -197,37 +209,55 @@ def _named(name: str, action: Callable[[], Any]) -> Any:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _is_file(source: str) -> bool:
+def _exists(source: str) -> bool:
     try:
-        return Path(source).is_file()
+        return bool(source) and Path(source).exists()
     except (OSError, ValueError):  # too long for a name, or not a name at all
         return False
 
 
 def _read_file(path: Path) -> bytes:
     if not path.is_file():
-        raise ValueError("there is no such file.")
+        raise ValueError("it is no file." if path.exists() else "there is no such file.")
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise ValueError(f"the file has {size:,} bytes, at most {MAX_FILE_BYTES:,} are read.")
     return path.read_bytes()
 
 
+def _without_secrets(url: str) -> str:
+    """The URL without user, password and query, which may hold secrets."""
+    parts = urllib.parse.urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"[:200]
+
+
 def _download(url: str) -> bytes:
+    """The content behind a URL; redirects lead to http and https alone."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (compatible; mplug-owl2)"})
     deadline = time.monotonic() + URL_TIMEOUT
     content = bytearray()
     try:
-        with urllib.request.urlopen(url, timeout=URL_TIMEOUT) as response:
-            if not response.url.startswith(("http://", "https://")):
-                raise ValueError(f"it leads to {response.url[:200]!r}, which is not fetched.")
-            while chunk := response.read(2**16):
+        with opener.open(request, timeout=URL_TIMEOUT / 2) as response:
+            while chunk := response.read1(2**16):
                 content += chunk
                 if len(content) > MAX_FILE_BYTES:
                     raise ValueError(f"it has more than {MAX_FILE_BYTES:,} bytes.")
                 if time.monotonic() > deadline:
                     raise ValueError(f"it did not arrive within {URL_TIMEOUT:g} seconds.")
-    except (urllib.error.URLError, OSError) as error:
-        raise ValueError(f"it could not be fetched ({getattr(error, 'reason', None) or error}).") from None
-    return bytes(content)
+        return bytes(content)
+    except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+        reason = getattr(error, "reason", None) or type(error).__name__
+        raise ValueError(f"it could not be fetched ({reason}).") from None
 
 
 def _decode_base64(text: str) -> bytes:
@@ -238,21 +268,35 @@ def _decode_base64(text: str) -> bytes:
 
 
 def _decode(content: bytes, max_pixels: int) -> Image.Image:
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"it has {len(content):,} bytes, at most {MAX_FILE_BYTES:,} are read.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is the stricter one
-            picture = Image.open(BytesIO(content), formats=FORMATS)
-            _check_size(picture, max_pixels)
-            picture.load()
-            return ImageOps.exif_transpose(picture)
-    except Image.DecompressionBombError:
-        raise ValueError(f"it has more than {2 * MAX_IMAGE_PIXELS:,} pixels.") from None
-    except ValueError:
-        raise
+        picture = Image.open(BytesIO(content), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError("it has more pixels than PIL opens; see PIL.Image.MAX_IMAGE_PIXELS.") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"it is not a picture in one of the formats {', '.join(FORMATS)}.") from None
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file makes decoders raise almost anything
         raise ValueError(f"it is damaged ({type(error).__name__}).") from None
+    _check_size(picture, max_pixels)
+    _load(picture)
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # damaged EXIF data say nothing about the pixels
+        return picture
+
+
+def _load(picture: Image.Image) -> None:
+    """Decode a picture that PIL has opened."""
+    try:
+        picture.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        name = getattr(picture, "filename", None)
+        raise ValueError(f"{repr(str(name)) + ' ' if name else 'it '}is damaged ({type(error).__name__}).") from None
 
 
 def _check_size(picture: Image.Image, max_pixels: int) -> None:
@@ -279,9 +323,12 @@ def to_rgb(image: Any, input_data_format: str | ChannelDimension | None = None) 
 def _pil_to_rgb(image: Image.Image) -> Image.Image:
     if image.width == 0 or image.height == 0:
         raise ValueError(f"it has no pixels ({image.width} x {image.height}).")
+    _load(image)
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        return _array_to_rgb(values.clip(0, 65535).astype(np.uint16))
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        if image.mode != "I" or values.max() > 255:
+            values = values / 257 + 0.5
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         return _array_to_rgb(np.asarray(image))
     if image.mode in ("P", "PA"):

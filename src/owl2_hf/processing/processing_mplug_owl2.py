@@ -3,11 +3,13 @@
 One `<|image|>` of a prompt becomes the positions of one picture: the learnable queries and the end-of-image vector.
 """
 
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.image_processing_base import BatchFeature
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 # Noncharacters of Unicode, which no text holds. The tokenizer's normaliser acts on them after control tokens are found:
 # it deletes ESCAPE, so that "<" + ESCAPE + "s>" is the text "<s>" and never the control token; and a text that starts
@@ -35,7 +37,7 @@ CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {%- set content = render(message.content) -%}
     {%- if message.role == 'system' -%}
-        {{- content ~ ' ' -}}
+        {{- content ~ ' ' if content -}}
     {%- elif message.role == 'user' -%}
         {{- 'USER: ' ~ content ~ ' ' if content else 'USER:' -}}
     {%- elif message.role == 'assistant' -%}
@@ -43,7 +45,6 @@ CHAT_TEMPLATE = """\
         {%- generation -%}
             {{- ' ' ~ content ~ eos_token -}}
         {%- endgeneration -%}
-        {{- after_turn | default('') if not loop.last or add_generation_prompt -}}
     {%- else -%}
         {{- raise_exception('A role must be system, user or assistant, got ' ~ message.role) -}}
     {%- endif -%}
@@ -54,16 +55,12 @@ CHAT_TEMPLATE = """\
 """
 
 
-class MplugOwl2ProcessorKwargs(ProcessingKwargs, total=False):
-    _defaults = {"text_kwargs": {"padding": False}}
-
-
 class MplugOwl2Processor(ProcessorMixin):
     """Tokenizer and image processor in one.
 
-    In a raw prompt `<|image|>` stands for a picture and `<s>`, `</s>`, `<unk>` are control tokens. Inside the text of a chat
-    message all of them are text; pictures are parts of their own. A video is a part with a list of frames, which take the
-    place of one picture one after another.
+    In a raw prompt `<|image|>` stands for a picture and `<s>`, `</s>`, `<unk>` are control tokens. Inside the text of a
+    chat message all of them are text; pictures are parts of their own. A video is a part with a list of frames, which
+    take the place of one picture one after another.
 
     Args:
         num_image_tokens: Positions of one picture: the model's learnable queries and one.
@@ -74,7 +71,6 @@ class MplugOwl2Processor(ProcessorMixin):
         ValueError: Pictures and placeholders do not match, or a picture cannot be used; the message says which.
     """
 
-    valid_processor_kwargs = MplugOwl2ProcessorKwargs
     return_mm_token_type_ids = True
 
     def __init__(
@@ -97,97 +93,185 @@ class MplugOwl2Processor(ProcessorMixin):
                 f"tokenizer.add_special_tokens({{'image_token': {image_token!r}}}), or name another as image_token."
             )
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
+        self.auto_map = {"AutoProcessor": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
+        if not legacy and not self._drops_noncharacters():
+            raise ValueError(
+                "legacy=False needs a tokenizer whose normalizer deletes U+FDD0 and U+FDD1, as that of a converted "
+                "checkpoint does; this one does not."
+            )
 
     @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "mm_token_type_ids"]
 
+    def __call__(
+        self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Unpack[ProcessingKwargs]
+    ) -> BatchFeature:
+        """Prompts (B) and their pictures (N) -> the model's inputs.
+
+        Args:
+            images: One picture, a flat list for all prompts in order, or a list for each prompt.
+            text: One prompt or several, with one `<|image|>` for each picture.
+        """
+        return super().__call__(images=images, text=text, **kwargs)
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.num_image_tokens
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Prompts as a list; pictures as one list for each prompt, or as one list where there is no prompt."""
         if videos is not None:
             raise ValueError("Give a video as its frames: as pictures, or as a chat part of type 'video' with a list.")
-        if isinstance(images, (list, tuple)) and not _leaves(images):
-            images = None
-        if isinstance(text, (list, tuple)) and not text:
-            raise ValueError("No text came: give a prompt, or a list of at least one.")
-        images, text, videos, audio = super().prepare_inputs_layout(
-            images=images, text=text, videos=videos, audio=audio, **kwargs
-        )
-        if text is not None and not self.legacy:
-            text = [self._without_prefixes(sample) if isinstance(sample, str) else sample for sample in text]
-        return images, text, videos, audio
+        if audio is not None:
+            raise ValueError("Got audio, which this model cannot hear: give text and images.")
+        if text is not None:
+            text = _to_prompts(text)
+        if images is not None:
+            images = self._to_lists(images, text)
+        return images if images and any(images) else None, text, None, None
+
+    def _to_lists(self, images: Any, text: list[str] | None) -> list[list[Any]]:
+        """Nested lists belong to one prompt each; a flat list is dealt out to the prompts in order."""
+        images = list(images) if _is_many(images) else [images]
+        if text is None:
+            return [_leaves(images)]
+        if any(map(_is_many, images)):
+            if len(images) != len(text):
+                raise ValueError(self._count_error(f"Got lists of pictures for {len(images)} prompts, but {len(text)}"))
+            return [[] if own is None else _leaves(own) for own in images]
+        counts = [prompt.count(self.image_token) for prompt in text]
+        if len(images) != sum(counts):
+            got = f"The text has {sum(counts)} {self.image_token} but {len(images)} pictures"
+            raise ValueError(self._count_error(got))
+        rest = iter(images)
+        return [[next(rest) for _ in range(count)] for count in counts]
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
-        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
-        if text is None or not isinstance(images, (list, tuple)) or not isinstance(images[0], (list, tuple)):
-            return
-        if len(images) != len(text):
-            raise ValueError(f"Got lists of pictures for {len(images)} prompts, but {len(text)} prompts.")
-        for index, (own, prompt) in enumerate(zip(images, text, strict=True)):
-            if (expected := prompt.count(self.image_token)) != len(_leaves(own)):
-                raise ValueError(
-                    f"Prompt {index} of the batch has {expected} {self.image_token} but {len(_leaves(own))} pictures."
-                )
+        if text is None and images is None:
+            raise ValueError("Give text, images, or both; got neither.")
+        for index, prompt in enumerate(text or []):
+            expected, got = prompt.count(self.image_token), len(images[index]) if images else 0
+            if expected != got:
+                where = "The text" if len(text) == 1 else f"Prompt {index} of the batch"
+                raise ValueError(self._count_error(f"{where} has {expected} {self.image_token} but {got} pictures"))
 
-    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
-        """As in transformers, with the text of every message taken as text, and lists of frames as `video` parts."""
+    def _count_error(self, got: str) -> str:
+        return f"{got}: {self.image_token} tokens in the prompts should be the same as the number of pictures."
+
+    def _process_images(self, images: list[list[Any]], **kwargs):
+        flat = _leaves(images)
+        processed = self.image_processor(flat, **kwargs)
+        return processed, [self.replace_image_token(processed, index) for index in range(len(flat))]
+
+    def get_text_with_replacements(
+        self, text, images_replacements=(), videos_replacements=(), audio_replacements=()
+    ) -> tuple[list[str], list[list[dict[str, Any]]]]:
+        """As in transformers; without `legacy`, texts behind control tokens also get `NO_PREFIX`."""
+        if self.legacy:
+            return super().get_text_with_replacements(text, list(images_replacements))
+        images, pattern = iter(images_replacements), re.compile("|".join(map(re.escape, self._control_tokens())))
+        expanded, all_offsets = [], []
+        for prompt in text:
+            pieces: list[str] = []
+            offsets: list[dict[str, Any]] = []
+            last = shift = 0
+            for match in pattern.finditer(prompt):
+                is_image = match[0] == self.image_token
+                replacement = next(images) if is_image else match[0] + NO_PREFIX
+                start, end = match.span()
+                new_span = (start + shift, start + shift + len(replacement))
+                offsets.append(
+                    {
+                        "type": "image" if is_image else "text",
+                        "span": (start, end),
+                        "new_span": new_span,
+                        "text": match[0],
+                        "replacement": replacement,
+                    }
+                )
+                pieces += [prompt[last:start], replacement]
+                last, shift = end, new_span[1] - end
+            expanded.append("".join([*pieces, prompt[last:]]))
+            all_offsets.append(offsets)
+        return expanded, all_offsets
+
+    def apply_chat_template(self, conversation, *args, sanitize_control_tokens: bool = True, **kwargs):
+        """As in transformers, with the text of every message taken as text, and lists of frames as `video` parts.
+
+        `sanitize_control_tokens` is always in force.
+        """
+        conversation = getattr(conversation, "messages", conversation)
         if not conversation:
             raise ValueError("The conversation is empty: give at least one message.")
-        if kwargs.get("tokenize") and not self.legacy:
-            kwargs["after_turn"] = NO_PREFIX  # a prompt that stays a string gets it when it is tokenized
-        is_batch = not isinstance(conversation[0], dict) and not hasattr(conversation[0], "role")
-        if is_batch:
-            conversation = [[self._plain(message) for message in messages] for messages in conversation]
+        first = conversation[0]
+        if isinstance(first, (list, tuple)) or hasattr(first, "messages"):
+            conversation = [self._plain(getattr(chat, "messages", chat)) for chat in conversation]
         else:
-            conversation = [self._plain(message) for message in conversation]
-        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+            conversation = self._plain(conversation)
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def _plain(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The message with its text escaped and its videos as pictures; the original stays as it is."""
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(f"A role must be 'system', 'user' or 'assistant', got {message.get('role')!r}.")
-        content = message.get("content") or ""
-        if isinstance(content, str):
-            return {**message, "content": self._escape(content)}
-        return {**message, "content": [part for one in content for part in self._plain_part(one)]}
+    def _plain(self, conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The conversation with its text escaped and its videos as pictures; the original stays as it is."""
+        if not conversation:
+            raise ValueError("The conversation is empty: give at least one message.")
+        messages = []
+        for message in conversation:
+            role = message.get("role") if isinstance(message, dict) else type(message).__name__
+            if role not in ("system", "user", "assistant"):
+                raise ValueError(f"A message must be a dict with role 'system', 'user' or 'assistant', got {role!r}.")
+            content = message.get("content")
+            if content is None or isinstance(content, str):
+                content = self._escape(content or "")
+            elif isinstance(content, (list, tuple)):
+                content = [plain for part in content for plain in self._plain_part(part)]
+            else:
+                got = type(content).__name__
+                raise ValueError(f"The content of a message must be a string or a list of parts, got {got}.")
+            messages.append({**message, "content": content})
+        return messages
 
     def _plain_part(self, part: dict[str, Any]) -> list[dict[str, Any]]:
-        kind = part.get("type")
-        if kind == "text":
-            return [{**part, "text": self._escape(part["text"])}]
-        if kind == "video":
-            frames = part.get("video")
-            if not isinstance(frames, (list, tuple)) or not frames:
-                raise ValueError(f"A video must be a list of its frames, got {type(frames).__name__}.")
-            return [{"type": "image", "image": frame} for frame in frames]
-        if kind not in ("image", "image_url"):
-            raise ValueError(f"A part must be of type 'text', 'image' or 'video', got {kind!r}.")
-        # transformers looks for strings and images under these names; a path may be a Path.
-        return [{key: str(value) if isinstance(value, Path) else value for key, value in part.items()}]
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind == "text" and isinstance(part.get("text"), str):
+            return [{"type": "text", "text": self._escape(part["text"])}]
+        if kind == "image_url":
+            url = part.get("image_url")
+            part = {"image": url.get("url") if isinstance(url, dict) else url}
+        elif kind not in ("image", "video"):
+            raise ValueError(f"A part must be of type 'text' with a string, 'image' or 'video', got {kind!r}.")
+        given = [part[key] for key in ("image", "video", "url", "path", "base64") if part.get(key) is not None]
+        if not given:
+            return [{"type": "image"}]  # only a place, for a picture that comes some other way
+        is_list = _is_many(given[0])
+        if is_list != (kind == "video") or (is_list and len(given[0]) == 0):
+            expected = "a list of at least one frame" if kind == "video" else "a single picture"
+            raise ValueError(f"A part of type {kind!r} must hold {expected}, got {type(given[0]).__name__}.")
+        return [{"type": "image", "image": picture} for picture in (given[0] if is_list else [given[0]])]
+
+    def _control_tokens(self) -> list[str]:
+        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     def _escape(self, text: str) -> str:
+        """The text with `ESCAPE` in control tokens, also in the beginning of one that the next part could complete."""
         text = text.replace(ESCAPE, "").replace(NO_PREFIX, "")
-        escaped = text
-        for token in {self.image_token, *self.tokenizer.all_special_tokens}:
-            escaped = escaped.replace(token, token[0] + ESCAPE + token[1:])
-        if escaped != text and not self._drops_escapes():
+        tokens = self._control_tokens()
+
+        def escape(match: re.Match) -> str:
+            start = match.start()
+            is_token = any(token.startswith(text[start : start + len(token)]) for token in tokens)
+            return match[0] + ESCAPE if is_token else match[0]
+
+        escaped = re.sub("|".join({re.escape(token[0]) for token in tokens}), escape, text)
+        if escaped != text and not self._drops_noncharacters():
             raise ValueError(
                 "A message holds the name of a control token as text, which this tokenizer cannot keep apart: its "
                 "normalizer must delete U+FDD0, as that of a converted checkpoint does."
             )
         return escaped
 
-    def _drops_escapes(self) -> bool:
+    def _drops_noncharacters(self) -> bool:
         normalizer = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
-        return normalizer is not None and ESCAPE not in normalizer.normalize_str(f"a{ESCAPE}b")
-
-    def _without_prefixes(self, text: str) -> str:
-        for token in (self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.unk_token):
-            if token is not None:
-                text = text.replace(token, token + NO_PREFIX).replace(token + NO_PREFIX * 2, token + NO_PREFIX)
-        return text
+        return normalizer is not None and normalizer.normalize_str(f"{NO_PREFIX}a{ESCAPE}b") == "ab"
 
     def _get_num_multimodal_tokens(self, image_sizes: Sequence | None = None, **kwargs) -> MultiModalData:
         """Placeholders and crops of each picture; its size does not matter."""
@@ -197,10 +281,27 @@ class MplugOwl2Processor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
 
 
+def _is_many(images: Any) -> bool:
+    """Whether this is a list, or an array of several pictures."""
+    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+
+
 def _leaves(images: Any) -> list[Any]:
-    if isinstance(images, (list, tuple)):
-        return [leaf for image in images for leaf in _leaves(image)]
-    return [images]
+    return [leaf for image in images for leaf in _leaves(image)] if _is_many(images) else [images]
+
+
+def _to_prompts(text: Any) -> list[str]:
+    prompts = list(text) if isinstance(text, (list, tuple)) else [text]
+    if not prompts:
+        raise ValueError("No text came: give a prompt, or a list of at least one.")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"Prompt {index} must be a string, got {type(prompt).__name__}.")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"Prompt {index} is not Unicode at character {error.start}: {error.reason}.") from None
+    return prompts
 
 
 MplugOwl2Processor.register_for_auto_class("AutoProcessor")
