@@ -1,7 +1,8 @@
 """The `owl2-hf` command."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,15 @@ def _report_mistakes(command: Callable) -> Callable:
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+@contextmanager
+def _naming(model: str) -> Iterator[None]:
+    """transformers' errors do not always say which model they are about."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model {model!r}: {error}") from error
 
 
 @app.command()
@@ -128,19 +138,23 @@ def convert(
 def _load(model: str | None) -> tuple[Any, Any]:
     """A model and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
     if model is None:
         from .default import load_default
 
+        logging.disable_progress_bar()  # it takes no time
         return load_default()
-    return AutoModelForImageTextToText.from_pretrained(model), AutoProcessor.from_pretrained(model)
+    with _naming(model):
+        return AutoModelForImageTextToText.from_pretrained(model), AutoProcessor.from_pretrained(model)
 
 
 def _facts(folder: str) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    config = AutoConfig.from_pretrained(folder)
+    with _naming(folder):
+        config = AutoConfig.from_pretrained(folder)
     if config.model_type != "mplug_owl2":
         raise ValueError(f"{folder}: expected a model of type 'mplug_owl2', got '{config.model_type}'.")
     with torch.device("meta"):
