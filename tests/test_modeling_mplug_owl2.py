@@ -180,6 +180,14 @@ def test_embeddings_with_pictures_need_indicators(model):
 
 
 @torch.no_grad()
+def test_one_row_of_indicators_holds_for_the_whole_batch(model):
+    ids = torch.tensor([[1, 5, *RUN, 7], [1, 9, *RUN, 8]])
+    indicators = ids.eq(IMAGE).long()
+    expected = model(ids, pixel_values=pictures(2), mm_token_type_ids=indicators).logits
+    assert torch.equal(model(ids, pixel_values=pictures(2), mm_token_type_ids=indicators[:1]).logits, expected)
+
+
+@torch.no_grad()
 def test_indicators_of_another_length_are_refused(model):
     with pytest.raises(ValueError, match=r"expected \(1, 3\), got \(1, 2\)"):
         model(torch.tensor([[1, 5, 6]]), mm_token_type_ids=torch.zeros(1, 2, dtype=torch.long))

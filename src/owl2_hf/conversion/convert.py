@@ -83,7 +83,9 @@ def convert(
         _save_weights(state_dict, staging, max_shard_size)
         _save_configuration(config, source, staging)
         report.tokenizer = _save_processor(config, source, tokenizer, staging)
-        (staging / "conversion_report.json").write_text(json.dumps(vars(report), indent=2) + "\n")
+        # Folders are named without what lies above them: the report may be published.
+        written = {**vars(report), "source": source.name, "target": target.name}
+        (staging / "conversion_report.json").write_text(json.dumps(written, indent=2) + "\n")
         staging.chmod(0o755)
         if target.exists():
             target.rmdir()
@@ -281,4 +283,4 @@ def _save_processor(config: MplugOwl2Config, source: Path, tokenizer: str | Path
             f"the tokenizer of {origin} has {processor.image_token_id} tokens, the weights {config.image_token_id}."
         )
     processor.save_pretrained(folder)
-    return str(origin)
+    return Path(origin).name
