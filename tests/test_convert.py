@@ -152,7 +152,6 @@ class Bomb:
 
 
 def test_a_malicious_pickle_is_refused_and_runs_nothing(source, tmp_path):
-    edit(source, lambda tensors: None)
     torch.save({NORM: Bomb(tmp_path / "ran")}, source / "pytorch_model.bin")
     with pytest.raises(ConversionError, match=r"pytorch_model\.bin cannot be read") as caught:
         convert(source, tmp_path / "target")

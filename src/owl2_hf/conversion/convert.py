@@ -26,7 +26,7 @@ from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
 from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..modeling.modeling_mplug_owl2_abstractor import image_position_table, query_position_table
 from .key_map import to_ours
-from .tokenizer import has_tokenizer, load_processor
+from .tokenizer import has_tokenizer, load_processor, read_json
 
 logger = logging.get_logger(__name__)
 
@@ -110,11 +110,10 @@ def read_config(source: Path) -> MplugOwl2Config:
     if not path.is_file():
         raise ConversionError(f"{path} is missing: the source must be a checkpoint folder with a config.json.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict) or values.get("model_type") != "mplug_owl2":
-        found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        raise ConversionError(str(error)) from None
+    if (found := values.get("model_type")) != "mplug_owl2":
         raise ConversionError(f"{path}: expected model_type 'mplug_owl2', got {found!r}; nothing was converted.")
     if "visual_config" not in values:
         raise ConversionError(f"{path} is already in this package's format: nothing to convert.")
@@ -275,9 +274,10 @@ def _save_processor(config: MplugOwl2Config, source: Path, tokenizer: str | Path
             "with --tokenizer PATH to give it one."
         )
         return None
-    processor = load_processor(
-        source, tokenizer=origin, num_image_tokens=config.num_image_tokens, image_size=config.vision_config.image_size
-    )
+    try:
+        processor = load_processor(source, config.num_image_tokens, config.vision_config.image_size, tokenizer=origin)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
     if processor.image_token_id != config.image_token_id:
         raise ConversionError(
             f"the tokenizer of {origin} has {processor.image_token_id} tokens, the weights {config.image_token_id}."

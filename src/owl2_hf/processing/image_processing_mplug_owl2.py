@@ -95,7 +95,7 @@ class MplugOwl2ImageProcessor(PilBackend):
         return images
 
     def _prepare_image_like_inputs(self, images: Any, *args, **kwargs) -> list[np.ndarray]:
-        flat = _flatten(images)
+        flat = flatten_images(images)
         if not flat:
             raise ValueError("No picture came: give at least one.")
         return [
@@ -382,11 +382,14 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     return np.round(array).astype(np.uint8)
 
 
-def _flatten(images: Any) -> list[Any]:
-    """Lists, and arrays or tensors of several pictures, in order."""
-    if isinstance(images, (list, tuple)):
-        return [picture for image in images for picture in _flatten(image)]
-    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
+def is_many(images: Any) -> bool:
+    """Whether this is a list, or an array or tensor of several pictures."""
+    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+
+
+def flatten_images(images: Any) -> list[Any]:
+    """Every single picture of nested lists and arrays, in order."""
+    return [picture for image in images for picture in flatten_images(image)] if is_many(images) else [images]
 
 
 MplugOwl2ImageProcessor.register_for_auto_class("AutoImageProcessor")

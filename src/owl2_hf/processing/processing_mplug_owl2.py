@@ -11,6 +11,8 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
+from .image_processing_mplug_owl2 import flatten_images, is_many
+
 # Noncharacters of Unicode, which no text holds. The tokenizer's normaliser acts on them after control tokens are found:
 # it deletes ESCAPE, so that "<" + ESCAPE + "s>" is the text "<s>" and never the control token; and a text that starts
 # with NO_PREFIX gets no leading space. Offsets and assistant masks stay right, which transformers' own
@@ -132,13 +134,13 @@ class MplugOwl2Processor(ProcessorMixin):
 
     def _to_lists(self, images: Any, text: list[str] | None) -> list[list[Any]]:
         """Nested lists belong to one prompt each; a flat list is dealt out to the prompts in order."""
-        images = list(images) if _is_many(images) else [images]
+        images = list(images) if is_many(images) else [images]
         if text is None:
-            return [_leaves(images)]
-        if any(map(_is_many, images)):
+            return [flatten_images(images)]
+        if any(map(is_many, images)):
             if len(images) != len(text):
                 raise ValueError(self._count_error(f"Got lists of pictures for {len(images)} prompts, but {len(text)}"))
-            return [[] if own is None else _leaves(own) for own in images]
+            return [[] if own is None else flatten_images(own) for own in images]
         counts = [prompt.count(self.image_token) for prompt in text]
         if len(images) != sum(counts):
             got = f"The text has {sum(counts)} {self.image_token} but {len(images)} pictures"
@@ -159,7 +161,7 @@ class MplugOwl2Processor(ProcessorMixin):
         return f"{got}: {self.image_token} tokens in the prompts should be the same as the number of pictures."
 
     def _process_images(self, images: list[list[Any]], **kwargs):
-        flat = _leaves(images)
+        flat = flatten_images(images)
         processed = self.image_processor(flat, **kwargs)
         return processed, [self.replace_image_token(processed, index) for index in range(len(flat))]
 
@@ -242,7 +244,7 @@ class MplugOwl2Processor(ProcessorMixin):
         given = [part[key] for key in ("image", "video", "url", "path", "base64") if part.get(key) is not None]
         if not given:
             return [{"type": "image"}]  # only a place, for a picture that comes some other way
-        is_list = _is_many(given[0])
+        is_list = is_many(given[0])
         if is_list != (kind == "video") or (is_list and len(given[0]) == 0):
             expected = "a list of at least one frame" if kind == "video" else "a single picture"
             raise ValueError(f"A part of type {kind!r} must hold {expected}, got {type(given[0]).__name__}.")
@@ -279,15 +281,6 @@ class MplugOwl2Processor(ProcessorMixin):
             return MultiModalData()
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
-
-
-def _is_many(images: Any) -> bool:
-    """Whether this is a list, or an array of several pictures."""
-    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
-
-
-def _leaves(images: Any) -> list[Any]:
-    return [leaf for image in images for leaf in _leaves(image)] if _is_many(images) else [images]
 
 
 def _to_prompts(text: Any) -> list[str]:
