@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
+from owl2_hf.modeling.conversion_mplug_owl2 import to_ours
 from safetensors.torch import load_file
 
 from owl2_hf.conversion import convert
-from owl2_hf.conversion.key_map import to_ours
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
 
 from .original import expand_markers

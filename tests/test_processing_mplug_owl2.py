@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from owl2_hf.conversion.tokenizer import load_tokenizer
 from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 from owl2_hf.processing.processing_mplug_owl2 import ESCAPE, NO_PREFIX
+from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 CONTROL = ["<|image|>", "<s>", "</s>", "<unk>"]

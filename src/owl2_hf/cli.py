@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,9 @@ def _report_mistakes(command: Callable) -> Callable:
                 raise
             typer.echo(f"owl2-hf: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("owl2-hf: interrupted", err=True)
+            raise typer.Exit(130) from None
 
     return wrapped
 
@@ -107,32 +111,130 @@ def info(
             typer.echo(f"{name:32} {value if isinstance(value, str) else format(value, ','):>14}")
 
 
-@app.command()
+_CONVERT_HELP = """Convert a checkpoint of the original into a folder that transformers loads, or back.
+
+SOURCE is recognised by what it holds, not by its name:
+
+\b
+- the original's Hugging Face layout: config.json with pytorch_model.bin, numbered .bin shards or safetensors
+  (mPLUG-Owl2, Q-Align, OneAlign, Q-Instruct, Co-Instruct, Compare2Score, DeQA-Score)
+- Megatron: release/, iter_*/ with its tracker file, or mp_rank_00/ ...; one or several tensor-parallel ranks;
+  config.json and tokenizer come from --base, the published model's sizes are taken without it
+- a LoRA fine-tune: adapter_config.json, the adapter and non_lora_trainables.bin; needs its --base model
+- this package's own format: nothing to do, unless for --to original or another --dtype
+"""
+
+
+class Target(str, Enum):
+    """Layouts that `convert` writes."""
+
+    ours = "ours"
+    original = "original"
+    adapter = "adapter"
+
+
+class Dtype(str, Enum):
+    """Types of numbers that `convert` writes."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that stands in the target.")]
+
+
+@app.command(help=_CONVERT_HELP)
 @_report_mistakes
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint in the original's Hugging Face layout.")],
+    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
     target: Annotated[Path, typer.Argument(help="Folder to make.")],
+    to: Annotated[
+        Target, typer.Option(help="Layout to write: for transformers, for the original's code, or a PEFT adapter.")
+    ] = Target.ours,
+    base: Annotated[
+        Path | None, typer.Option(help="Base model of a LoRA fine-tune; config.json and tokenizer for Megatron.")
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder or file to read the tokenizer from, where the source has none.")
     ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights; as they are if not given.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one weight file.")] = "5GB",
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Convert NaN and infinite values and report them.")
+    ] = False,
+    overwrite: Overwrite = False,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Convert a checkpoint of the original into a folder that transformers loads."""
     from .conversion import convert as convert_checkpoint
 
     report = convert_checkpoint(
-        source, target, tokenizer, max_shard_size, on_file=lambda name: typer.echo(f"reading {name}", err=True)
+        source,
+        target,
+        to=to.value,
+        base=base,
+        tokenizer=tokenizer,
+        dtype=dtype and dtype.value,
+        max_shard_size=max_shard_size,
+        allow_nonfinite=allow_nonfinite,
+        overwrite=overwrite,
+        on_file=lambda name: typer.echo(f"reading {name}", err=True),
     )
     if as_json:
         typer.echo(json.dumps(vars(report)))
+    elif report.is_noop:
+        typer.echo(f"{source} is in this package's format already: nothing to convert, {target} was not made")
+    else:
+        typer.echo(f"{target}: {report.summary()}")
+
+
+@app.command()
+@_report_mistakes
+def verify(
+    target: Annotated[Path, typer.Argument(help="Folder of a converted model.")],
+    against: Annotated[
+        Path | None, typer.Option(help="Checkpoint that it was converted from: compare every tensor, and logits.")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="As for convert, where --against needs it.")] = None,
+    as_json: JSON = False,
+    debug: Debug = False,
+) -> None:
+    """Check a converted folder: every tensor, the configuration, tokenizer and processor, and an answer's logits."""
+    from .conversion.verify import verify as verify_folder
+
+    checks = verify_folder(target, against, base)
+    if as_json:
+        typer.echo(json.dumps({"ok": True, "checks": checks}))
         return
-    typer.echo(
-        f"{report.target}: {report.num_parameters:,} parameters in {report.num_tensors} tensors, {report.dtype}; "
-        f"{len(report.dropped)} dropped, {len(report.rebuilt)} rebuilt; "
-        + ("no tokenizer" if report.tokenizer is None else f"tokenizer from {report.tokenizer}")
-    )
+    for check in checks:
+        typer.echo(f"- {check}")
+    typer.echo("ok")
+
+
+@app.command()
+@_report_mistakes
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model, as convert or save_pretrained makes it.")],
+    repo_id: Annotated[str, typer.Argument(help="namespace/name on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository, if it is made now.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; main if not given.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and list what would go; no network.")] = False,
+    as_json: JSON = False,
+    debug: Debug = False,
+) -> None:
+    """Check a model folder and upload it to the Hub."""
+    from .hub import push as push_folder
+
+    report = push_folder(folder, repo_id, private or None, revision, create_pr, dry_run)
+    if as_json:
+        typer.echo(json.dumps(vars(report)))
+        return
+    for name, size in report.files:
+        typer.echo(f"{size:>16,}  {name}")
+    total = f"{len(report.files)} files, {sum(size for _, size in report.files):,} bytes"
+    typer.echo(f"{total} would go to {report.repo_id}" if dry_run else f"{total}: {report.url}")
 
 
 def _load(model: str | None) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from owl2_hf.conversion.tokenizer import llama_tokenizer
+from owl2_hf.processing.tokenization_mplug_owl2 import llama_tokenizer
 
 from .data import Emoji, Questions
 

@@ -1,5 +1,6 @@
 """Checkpoints of the original, in and out."""
 
-from .convert import ConversionError, ConversionReport, convert
+from .convert import ConversionReport, convert, open_source
+from .reading import ConversionError
 
-__all__ = ["ConversionError", "ConversionReport", "convert"]
+__all__ = ["ConversionError", "ConversionReport", "convert", "open_source"]

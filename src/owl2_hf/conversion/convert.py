@@ -1,286 +1,418 @@
-"""Convert a checkpoint of the original into a folder that transformers loads.
+"""Convert a checkpoint of any layout of the original into a folder that transformers loads, or back.
 
-The target is built beside its final place and renamed at the end: a folder of that name is always a whole one.
+Tensors stream: each is read, checked, renamed and written before the next one, and the folder appears when it is whole.
 """
 
 import json
-import re
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, logging
 
 from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
+from ..modeling.conversion_mplug_owl2 import original_key, to_original
 from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..modeling.modeling_mplug_owl2_abstractor import image_position_table, query_position_table
-from .key_map import to_ours
-from .tokenizer import has_tokenizer, load_processor, read_json
+from ..processing import MplugOwl2Processor
+from ..processing.tokenization_mplug_owl2 import has_tokenizer
+from .card import write_card
+from .lora import LoraSource, is_lora, save_adapter
+from .megatron import MegatronSource, is_megatron
+from .original_config import original_config, save_original_processor
+from .reading import ConversionError, has_weights, sha256
+from .sources import HuggingFaceSource, OnFile, Source, expected_tensors, read_config
+from .staging import staged_folder
+from .writing import ShardWriter
 
 logger = logging.get_logger(__name__)
 
-_WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)")
-
-
-class ConversionError(ValueError):
-    """The source is not what it should be; the message names the file, the tensor, and what was expected."""
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TARGETS = ("ours", "original", "adapter")
+_TABLES = {"q_pos_embed": query_position_table, "k_pos_embed": image_position_table}
+_COMPUTED = "the model computes it"
 
 
 @dataclass
 class ConversionReport:
-    """What a conversion did, for people and programs."""
+    """What a conversion did, for people and programs; written beside the weights as conversion_report.json.
+
+    Folders are named without what lies above them, and nothing depends on the time: the report may be published, and
+    equal conversions give equal files.
+    """
 
     source: str
+    layout: str
     target: str
+    to: str
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    num_tensors_read: int = 0
     num_tensors: int = 0
     num_parameters: int = 0
     dtype: str = ""
-    dropped: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
     rebuilt: list[str] = field(default_factory=list)
+    casts: dict[str, int] = field(default_factory=dict)
+    nonfinite: dict[str, int] = field(default_factory=dict)
     tokenizer: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_noop(self) -> bool:
+        """The source is in this package's format already: nothing was written."""
+        return not self.files
+
+    def summary(self) -> str:
+        """One line for people."""
+        if self.to == "adapter":
+            return f"a PEFT adapter from {self.layout}"
+        tokenizer = "no tokenizer" if self.tokenizer is None else f"tokenizer from {self.tokenizer}"
+        return (
+            f"{self.num_parameters:,} parameters in {self.num_tensors} tensors, {self.dtype}, from {self.layout}; "
+            f"{len(self.dropped)} dropped, {len(self.rebuilt)} rebuilt; {tokenizer}"
+        )
+
+
+def open_source(source: str | Path, base: str | Path | None = None) -> Source:
+    """Recognise what a folder holds, by its content.
+
+    Args:
+        source: The original's Hugging Face layout, Megatron's, a LoRA fine-tune, or this package's format.
+        base: For a LoRA fine-tune the model it was trained on, for Megatron a folder with config.json and tokenizer.
+
+    Raises:
+        ConversionError: It is none of them, or incomplete.
+    """
+    folder, base_folder = Path(source), Path(base) if base is not None else None
+    for given in (folder, base_folder):
+        if given is not None and not given.is_dir():
+            raise ConversionError(f"{given} is not a folder: expected the folder of a checkpoint.")
+    if is_lora(folder):
+        if base_folder is None:
+            raise ConversionError(
+                f"{folder} holds a LoRA fine-tune: give the model that it was trained on with --base."
+            )
+        return LoraSource(folder, open_source(base_folder))
+    if not has_weights(folder) and is_megatron(folder):
+        return MegatronSource(folder, base_folder)
+    if base_folder is not None:
+        raise ConversionError(f"{folder} needs no --base: it holds neither a LoRA fine-tune nor Megatron's ranks.")
+    return HuggingFaceSource(folder, *read_config(folder))
 
 
 def convert(
     source: str | Path,
     target: str | Path,
+    *,
+    to: str = "ours",
+    base: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    dtype: str | None = None,
     max_shard_size: str | int = "5GB",
-    on_file: Callable[[str], None] | None = None,
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
+    on_file: Callable[[str], None] = lambda name: None,
 ) -> ConversionReport:
-    """Convert a folder in the original Hugging Face layout.
+    """Convert a checkpoint.
 
     Args:
-        source: Folder with config.json and the weights, pickled shards or safetensors.
+        source: Folder of the checkpoint, in any layout that `open_source` knows.
         target: Folder to make; it must not exist, or be empty.
+        to: "ours" for transformers, "original" for the original's code, "adapter" for PEFT (LoRA fine-tunes only).
+        base: See `open_source`.
         tokenizer: File or folder to read the tokenizer from where the source has none.
+        dtype: "float32", "float16" or "bfloat16"; each tensor's own if not given. The sin-cos tables stay as they are.
         max_shard_size: Upper bound of one target file, as in `save_pretrained`.
+        allow_nonfinite: Convert NaN and infinite values, and report them, instead of refusing them.
+        overwrite: Replace what stands in `target`, once the new folder is whole.
         on_file: Called with the name of each source file before it is read.
 
     Raises:
-        ConversionError: The source is incomplete, unknown or broken, or the target is in use.
+        ConversionError: The source is incomplete, unknown or broken.
+        ValueError: The target is in use, or an option makes no sense.
     """
-    source, target = Path(source), Path(target)
-    _check_target(source, target)
-    config = read_config(source)
-    files = weight_files(source)
-    report = ConversionReport(str(source), str(target))
+    if to not in TARGETS:
+        raise ValueError(f"expected one of {', '.join(TARGETS)} to convert to, got {to!r}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}.")
+    _check_apart(Path(target), *(Path(folder) for folder in (source, base) if folder is not None))
+    opened = open_source(source, base)
+    report = ConversionReport(Path(source).resolve().name, opened.layout, Path(target).resolve().name, to)
+    is_ours = isinstance(opened, HuggingFaceSource) and not opened.is_original
+    if is_ours and to == "ours" and dtype is None:
+        return report
+    with staged_folder(Path(target), overwrite) as folder:
+        with ThreadPoolExecutor(max_workers=1) as background:
+            hashes: dict[Path, Future[str]] = {}
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        state_dict = _read_weights(files, config, report, on_file)
-        _save_weights(state_dict, staging, max_shard_size)
-        _save_configuration(config, source, staging)
-        report.tokenizer = _save_processor(config, source, tokenizer, staging)
-        # Folders are named without what lies above them: the report may be published.
-        written = {**vars(report), "source": source.name, "target": target.name}
-        (staging / "conversion_report.json").write_text(json.dumps(written, indent=2) + "\n")
-        staging.chmod(0o755)
-        if target.exists():
-            target.rmdir()
-        staging.rename(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            def hear(file: Path) -> None:
+                on_file(file.name)
+                hashes[file] = background.submit(sha256, file)
+
+            if to == "adapter":
+                _write_adapter(opened, folder, hear)
+            else:
+                conversion = _Conversion(opened, report, DTYPES.get(dtype or ""), allow_nonfinite)
+                conversion.write(folder, to == "original", max_shard_size, hear)
+                write_around = _write_around_original if to == "original" else _write_around_ours
+                report.tokenizer = write_around(opened, folder, tokenizer)
+            report.files = {
+                str(file.relative_to(_common_folder(opened))): {"sha256": found.result(), "bytes": file.stat().st_size}
+                for file, found in hashes.items()
+            }
+        report.versions = {name: version(name) for name in ("owl2_hf", "torch", "transformers", "safetensors")}
+        (folder / "conversion_report.json").write_text(json.dumps(vars(report), indent=2) + "\n")
+        if to == "ours":
+            write_card(folder, opened.config, report)
     return report
 
 
-def _check_target(source: Path, target: Path) -> None:
-    if not source.is_dir():
-        raise ConversionError(f"{source} is not a folder: the source must be a checkpoint folder.")
-    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
-        raise ConversionError(f"{target} is the source or lies inside it; choose a folder of its own.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"{target} exists and is not an empty folder; remove it or choose another.")
+def _check_apart(target: Path, *sources: Path) -> None:
+    for source in sources:
+        inner, outer = target.resolve(), source.resolve()
+        if inner == outer or outer in inner.parents or inner in outer.parents:
+            raise ConversionError(f"{target} and {source} are the same or one inside the other; choose another target.")
 
 
-def read_config(source: Path) -> MplugOwl2Config:
-    """Our configuration from an original folder's config.json."""
-    path = source / "config.json"
-    if not path.is_file():
-        raise ConversionError(f"{path} is missing: the source must be a checkpoint folder with a config.json.")
-    try:
-        values = read_json(path)
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
-    if (found := values.get("model_type")) != "mplug_owl2":
-        raise ConversionError(f"{path}: expected model_type 'mplug_owl2', got {found!r}; nothing was converted.")
-    if "visual_config" not in values:
-        raise ConversionError(f"{path} is already in this package's format: nothing to convert.")
-    # Remote code that the source names is neither run nor carried over.
-    values.pop("auto_map", None)
-    try:
-        return MplugOwl2Config.from_dict(values)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ConversionError(f"{path}: {error.__cause__ or error}") from None
+def _common_folder(source: Source) -> Path:
+    """What the names of the files in a report are relative to."""
+    parents = {file.parent for file in source.files}
+    while len(parents) > 1:
+        deepest = max(parents, key=lambda parent: len(parent.parts))
+        parents = (parents - {deepest}) | {deepest.parent}
+    return parents.pop()
 
 
-def weight_files(source: Path) -> list[Path]:
-    """The files that hold the weights, in order; safetensors where both forms are there."""
-    for index_name, single_name in (
-        ("model.safetensors.index.json", "model.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-    ):
-        index = source / index_name
-        if index.is_file():
-            return _indexed_files(index)
-        if (source / single_name).is_file():
-            return [source / single_name]
-    raise ConversionError(
-        f"{source} holds no weights: expected pytorch_model.bin, model.safetensors, or shards with their index."
-    )
+class _Conversion:
+    """One pass over a source that only looks, and one that writes."""
+
+    def __init__(self, source: Source, report: ConversionReport, dtype: torch.dtype | None, allow_nonfinite: bool):
+        self.source = source
+        self.config = source.config
+        self.report = report
+        self.dtype = dtype
+        self.allow_nonfinite = allow_nonfinite
+        self.plan = self._plan()
+
+    def _plan(self) -> dict[str, Tensor]:
+        """Our name -> shape and final dtype; all that can be known to be wrong without reading values is found here."""
+        expected = expected_tensors(self.config)
+        plan: dict[str, Tensor] = {}
+        seen: dict[str, str] = {}
+        casts: Counter[str] = Counter()
+        for piece in self.source.read(meta=True):
+            self.report.num_tensors_read += 1
+            if not piece.tensors:
+                self.report.dropped[piece.key] = _COMPUTED
+            for name, tensor in piece.tensors:
+                if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                    self.report.dropped[piece.key] = "tied to the embeddings"
+                    continue
+                self._check(piece.where, name, tensor, expected, seen)
+                dtype = self._target_dtype(name, tensor)
+                if dtype != tensor.dtype:
+                    casts[f"{_name_of(tensor.dtype)} -> {_name_of(dtype)}"] += 1
+                plan[name] = tensor.to(dtype)
+        self._add_missing(plan, expected)
+        self.config.dtype = _most_common_dtype(plan)
+        self.report.casts = dict(casts)
+        self.report.dtype = _name_of(self.config.dtype)
+        self.report.num_parameters = sum(tensor.numel() for tensor in plan.values())
+        return plan
+
+    def _check(self, where: str, name: str, tensor: Tensor, expected: dict[str, Tensor], seen: dict[str, str]) -> None:
+        if name not in expected:
+            raise ConversionError(f"{where}: the configuration has no place for it (as {name}).")
+        if tensor.shape != expected[name].shape:
+            shapes = f"expected shape {tuple(expected[name].shape)} by the configuration, got {tuple(tensor.shape)}"
+            raise ConversionError(f"{where}: {shapes}.")
+        if name in seen:
+            raise ConversionError(f"{where}: it came before, as {seen[name]}.")
+        seen[name] = where
+
+    def _target_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
+        is_table = name.rsplit(".", 1)[-1] in _TABLES
+        return tensor.dtype if self.dtype is None or is_table else self.dtype
+
+    def _add_missing(self, plan: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+        """The released weights lack the abstractor's sin-cos tables; anything else that is missing is an error."""
+        missing = [name for name in expected if name not in plan]
+        if lost := [name for name in missing if name.rsplit(".", 1)[-1] not in _TABLES]:
+            keys = ", ".join(repr(original_key(name)[0]) for name in lost[:3])
+            raise ConversionError(
+                f"{self.source.files[0].parent} lacks {len(lost)} parameters of the model that its configuration "
+                f"describes: {keys}{', ...' if len(lost) > 3 else ''}."
+            )
+        plan.update({name: expected[name].to(torch.float32) for name in missing})
+        self.report.rebuilt = missing
+
+    def write(self, folder: Path, as_original: bool, max_shard_size: str | int, on_file: OnFile) -> None:
+        plan = _original_plan(self.plan, self.config) if as_original else self.plan
+        self.report.num_tensors = len(plan)
+        _check_space(folder, plan)
+        tensors = self._tensors(on_file)
+        if as_original:
+            tensors = _to_original(tensors, self.config)
+        with ShardWriter(folder, plan, max_shard_size) as writer:
+            for name, tensor in tensors:
+                writer.write(name, tensor)
+
+    def _tensors(self, on_file: OnFile) -> Iterator[tuple[str, Tensor]]:
+        for piece in self.source.read(on_file):
+            for name, tensor in piece.tensors:
+                if name in self.plan:
+                    yield name, self._checked_cast(piece.where, name, tensor)
+        for name in self.report.rebuilt:
+            yield name, _TABLES[name.rsplit(".", 1)[-1]](self.config.abstractor_config)
+
+    def _checked_cast(self, where: str, name: str, tensor: Tensor) -> Tensor:
+        is_finite = _is_finite(tensor)
+        if not is_finite:
+            count = int((~tensor.isfinite()).sum())
+            if not self.allow_nonfinite:
+                raise ConversionError(f"{where}: {count} values are NaN or infinite; --allow-nonfinite converts them.")
+            self.report.nonfinite[name] = count
+        dtype = self.plan[name].dtype
+        if tensor.dtype == dtype:
+            return tensor
+        cast = tensor.to(dtype)
+        if is_finite and not _is_finite(cast):
+            raise ConversionError(f"{where}: its values are too large for {_name_of(dtype)}; choose another dtype.")
+        return cast
 
 
-def _indexed_files(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{index} is not a weight index: {error!r}") from None
-    for name in names:
-        # The name is checked, not the resolved path: honest caches are made of links that leave their folder.
-        if not _WEIGHT_FILE.fullmatch(name):
-            raise ConversionError(f"{index} names {name!r}, which is not a weight file of this folder.")
-        if not (index.parent / name).is_file():
-            raise ConversionError(f"{index} names {name!r}, which is missing.")
-    return [index.parent / name for name in names]
+def _is_finite(tensor: Tensor) -> bool:
+    # Many times faster than a look at every value: NaN and infinity both come through.
+    return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors of one file. A pickle is read without running anything that it holds."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118, a handle of safetensors is not iterable
-                    yield key, tensors.get_tensor(key)
-            return
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # PyTorch's own words would advise to load the file unsafely.
-        raise ConversionError(
-            f"{path} cannot be read as weights ({type(error).__name__}): it is damaged, or holds more than tensors."
-        ) from None
-    if not isinstance(loaded, dict):
-        raise ConversionError(f"{path}: expected a dictionary of tensors, got {type(loaded).__name__}.")
-    yield from loaded.items()
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _read_weights(
-    files: list[Path], config: MplugOwl2Config, report: ConversionReport, on_file: Callable[[str], None] | None
-) -> dict[str, Tensor]:
+def _most_common_dtype(plan: dict[str, Tensor]) -> torch.dtype:
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in plan.values():
+        counts[tensor.dtype] += tensor.numel()
+    return counts.most_common(1)[0][0]
+
+
+def _check_space(folder: Path, plan: dict[str, Tensor]) -> None:
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in plan.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConversionError(f"{folder.parent} has {free:,} bytes free, the weights need {needed:,}.")
+
+
+def _original_plan(plan: dict[str, Tensor], config: MplugOwl2Config) -> dict[str, Tensor]:
+    converted: dict[str, Tensor] = {}
+    for name in plan:
+        key, parts = original_key(name)
+        if key not in converted:
+            converted[key] = to_original(key, {part: plan[part] for part in parts}, config)
+    return converted
+
+
+def _to_original(tensors: Iterator[tuple[str, Tensor]], config: MplugOwl2Config) -> Iterator[tuple[str, Tensor]]:
+    """What the original keeps in one tensor waits until all of it is there."""
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors:
+        key, parts = original_key(name)
+        found = waiting.setdefault(key, {})
+        found[name] = tensor if len(parts) == 1 else tensor.clone()
+        if len(found) == len(parts):
+            yield key, to_original(key, waiting.pop(key), config)
+
+
+def _write_adapter(source: Source, folder: Path, on_file: OnFile) -> None:
+    if not isinstance(source, LoraSource):
+        raise ConversionError(f"{source.folder} is {source.layout}: only a LoRA fine-tune becomes an adapter.")
+    for file in source.files[: -len(source.base.files)]:
+        on_file(file)
+    save_adapter(source, folder)
+
+
+def _write_around_ours(source: Source, folder: Path, tokenizer: str | Path | None) -> str | None:
+    """All but the weights; returns where the tokenizer came from."""
     with torch.device("meta"):
-        expected = MplugOwl2ForConditionalGeneration(config).state_dict()
-    state_dict: dict[str, Tensor] = {}
-    dtypes: Counter[torch.dtype] = Counter()
-    for file in files:
-        if on_file is not None:
-            on_file(file.name)
-        for key, tensor in read_tensors(file):
-            where = f"{file}, tensor {key!r}"
-            if not isinstance(tensor, Tensor):
-                raise ConversionError(f"{where}: expected a tensor, got {type(tensor).__name__}.")
-            try:
-                converted = dict(to_ours(key, tensor, config))
-            except KeyError:
-                raise ConversionError(f"{where}: mPLUG-Owl2 has no such parameter.") from None
-            except ValueError as error:
-                raise ConversionError(f"{where}: {error}.") from None
-            if not converted:
-                report.dropped.append(key)
-            for name, value in converted.items():
-                _check_tensor(where, name, value, expected, state_dict)
-                state_dict[name] = value.contiguous()
-                dtypes[value.dtype] += value.numel()
-    _rebuild_missing(state_dict, expected, config, report)
-    config.dtype = dtypes.most_common(1)[0][0]
-    report.dtype = str(config.dtype).removeprefix("torch.")
-    report.num_tensors = len(state_dict)
-    report.num_parameters = sum(value.numel() for value in state_dict.values())
-    return state_dict
-
-
-def _check_tensor(where: str, name: str, value: Tensor, expected: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
-    if name not in expected:
-        raise ConversionError(f"{where}: the configuration has no place for it (as {name}).")
-    if value.shape != expected[name].shape:
-        raise ConversionError(
-            f"{where}: expected shape {tuple(expected[name].shape)} by the configuration, got {tuple(value.shape)}."
-        )
-    if not value.is_floating_point():
-        raise ConversionError(f"{where}: expected floating-point weights, got {value.dtype}.")
-    if not value.isfinite().all():
-        raise ConversionError(f"{where}: {int((~value.isfinite()).sum())} values are NaN or infinite.")
-    if name in seen and not torch.equal(seen[name], value):
-        raise ConversionError(f"{where}: came twice with different values.")
-
-
-def _rebuild_missing(
-    state_dict: dict[str, Tensor], expected: dict[str, Tensor], config: MplugOwl2Config, report: ConversionReport
-) -> None:
-    """The released weights lack the abstractor's sin-cos tables; anything else that is missing is an error."""
-    missing = [key for key in expected if key not in state_dict]
-    if config.tie_word_embeddings and "lm_head.weight" in missing:
-        missing.remove("lm_head.weight")
-    lost = [key for key in missing if not key.endswith("_pos_embed")]
-    if lost:
-        raise ConversionError(f"the source lacks {len(lost)} parameters, the first as {lost[0]} in our names.")
-    tables = {"q_pos_embed": query_position_table, "k_pos_embed": image_position_table}
-    for key in missing:
-        state_dict[key] = tables[key.rsplit(".", 1)[1]](config.abstractor_config)
-    report.rebuilt = missing
-
-
-def _save_weights(state_dict: dict[str, Tensor], folder: Path, max_shard_size: str | int) -> None:
-    split = split_torch_state_dict_into_shards(state_dict, max_shard_size=max_shard_size)
-    for name, keys in split.filename_to_tensors.items():
-        save_file({key: state_dict[key] for key in keys}, folder / name, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _save_configuration(config: MplugOwl2Config, source: Path, folder: Path) -> None:
-    """config.json, generation_config.json and the remote code that lets others load the folder without this package."""
-    with torch.device("meta"):
-        model = MplugOwl2ForConditionalGeneration(config)
+        model = MplugOwl2ForConditionalGeneration(source.config)
     model.config.architectures = [type(model).__name__]
-    custom_object_save(model, folder)
+    custom_object_save(model, folder)  # the code that lets others load the folder without this package
     model.config.save_pretrained(folder)
-    try:
-        generation = GenerationConfig.from_pretrained(source)
-    except OSError:
-        text = config.text_config
-        generation = GenerationConfig(bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id)
-    if generation.pad_token_id is None:
-        generation.pad_token_id = 0
-    generation.save_pretrained(folder)
-
-
-def _save_processor(config: MplugOwl2Config, source: Path, tokenizer: str | Path | None, folder: Path) -> str | None:
-    """The processor, from the source or else from `tokenizer`; returns where the tokenizer came from."""
-    origin = tokenizer or (source if has_tokenizer(source) else None)
+    generation_config(source).save_pretrained(folder)
+    origin = tokenizer or (source.folder if has_tokenizer(source.folder) else None)
     if origin is None:
         logger.warning(
-            f"{source} has no tokenizer.model or tokenizer.json: the converted folder has no processor. Convert again "
-            "with --tokenizer PATH to give it one."
+            f"{source.folder} has no tokenizer.model or tokenizer.json: the converted folder has no processor. Convert "
+            "again with --tokenizer PATH to give it one."
         )
         return None
-    try:
-        processor = load_processor(source, config.num_image_tokens, config.vision_config.image_size, tokenizer=origin)
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
-    if processor.image_token_id != config.image_token_id:
-        raise ConversionError(
-            f"the tokenizer of {origin} has {processor.image_token_id} tokens, the weights {config.image_token_id}."
-        )
+    processor = load_processor(source, origin)
     processor.save_pretrained(folder)
+    if (vocabulary := sentencepiece_file(Path(origin))) is not None:
+        shutil.copyfile(vocabulary, folder / "tokenizer.model")  # for the way back
     return Path(origin).name
+
+
+def _write_around_original(source: Source, folder: Path, tokenizer: str | Path | None) -> str | None:
+    (folder / CONFIG_NAME).write_text(json.dumps(original_config(source.config), indent=2, sort_keys=True) + "\n")
+    generation_config(source).save_pretrained(folder)
+    origin = tokenizer or (source.folder if has_tokenizer(source.folder) else None)
+    if origin is None:
+        return None
+    vocabulary = sentencepiece_file(Path(origin))
+    if vocabulary is None:
+        logger.warning(
+            f"{origin} has no tokenizer.model, which the original's code needs: give it with --tokenizer PATH."
+        )
+        return None
+    save_original_processor(load_processor(source, origin), vocabulary, folder)
+    return Path(origin).name
+
+
+def load_processor(source: Source, tokenizer: str | Path) -> MplugOwl2Processor:
+    """The processor of a source, checked against its weights."""
+    try:
+        if (source.folder / PROCESSOR_NAME).is_file():
+            processor = MplugOwl2Processor.from_pretrained(source.folder)
+        else:
+            processor = MplugOwl2Processor.from_original(source.folder, tokenizer)
+    except (ValueError, OSError) as error:
+        raise ConversionError(str(error)) from None
+    if getattr(source.config, "image_aspect_ratio", None) == "pad":
+        processor.image_processor.image_aspect_ratio = "pad"
+    if processor.image_token_id != source.config.image_token_id:
+        raise ConversionError(
+            f"the tokenizer of {tokenizer} has {processor.image_token_id} tokens, the weights "
+            f"{source.config.image_token_id}."
+        )
+    return processor
+
+
+def sentencepiece_file(origin: Path) -> Path | None:
+    """tokenizer.model of a folder, or the file itself."""
+    path = origin / "tokenizer.model" if origin.is_dir() else origin
+    return path if path.suffix == ".model" and path.is_file() else None
+
+
+def generation_config(source: Source) -> GenerationConfig:
+    """The source's, without settings of sampling where nothing is sampled: transformers 5 refuses to save them."""
+    try:
+        generation = GenerationConfig.from_pretrained(source.folder)
+    except (OSError, ValueError, TypeError):
+        text = source.config.text_config
+        generation = GenerationConfig(bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id)
+    if not generation.do_sample:
+        generation.temperature = generation.top_p = generation.top_k = generation.typical_p = None
+    if generation.pad_token_id is None:
+        generation.pad_token_id = 0
+    return generation

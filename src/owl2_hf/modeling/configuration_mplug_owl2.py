@@ -27,6 +27,7 @@ class MplugOwl2VisionConfig(PreTrainedConfig):
 
     Args:
         use_cls_token: A class token stands in front of the patches.
+        use_pre_layernorm: The input of the first layer is normalised, as in CLIP and unlike DINOv2.
         use_post_layernorm: The output of the last layer is normalised.
         position_grid_size: Side of the learned position table. `None`: the patch grid itself with a class token,
             16 without one (the original's table, resized bicubically to the patch grid).
@@ -47,6 +48,7 @@ class MplugOwl2VisionConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
     use_cls_token: bool = True
+    use_pre_layernorm: bool = True
     use_post_layernorm: bool = True
     position_grid_size: int | None = None
 

@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 
 from .configuration_mplug_owl2 import MplugOwl2Config
+from .conversion_mplug_owl2 import RENAMED  # noqa: F401, importing it teaches transformers the original's layout
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
 from .modeling_mplug_owl2_text import MplugOwl2TextModel, match_indicators
 from .modeling_mplug_owl2_vision import MplugOwl2VisionModel
@@ -74,14 +75,29 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _keys_to_ignore_on_load_missing = [r"[qk]_pos_embed$"]
 
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As in transformers; rows of ids that no text has are zeros, as they come from the original's layout."""
+        super().initialize_weights()
+        for embeddings in (self.get_input_embeddings(), self.get_output_embeddings()):
+            if embeddings is not None and not getattr(embeddings.weight, "_is_hf_initialized", False):
+                embeddings.weight[self.config.image_token_id] = 0
+                embeddings.weight[self.config.output_vocab_size or len(embeddings.weight) :] = 0
+
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers; weights in the original's layout, which would all be missing, are refused."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if any(".multiway." in key for key in info["unexpected_keys"]):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, also from the original's layout.
+
+        Raises:
+            ValueError: The checkpoint lacks parameters; transformers would make them up. A missing head is none.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        is_base = not hasattr(model, cls.base_model_prefix)
+        lost = sorted(key for key in info["missing_keys"] if is_base or key.startswith(f"{cls.base_model_prefix}."))
+        if lost and pretrained_model_name_or_path is not None and kwargs.get("state_dict") is None:
             raise ValueError(
-                f"{args[0] if args else 'The checkpoint'} is in the original's layout: convert it first, with "
-                "`owl2-hf convert SOURCE TARGET` of the package owl2_hf."
+                f"{pretrained_model_name_or_path} lacks {len(lost)} parameters of this model, the first is {lost[0]}: "
+                "the checkpoint is incomplete, or its configuration is another model's."
             )
         return (model, info) if output_loading_info else model
 
@@ -94,6 +110,8 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As in transformers, but in this package's layout unless asked otherwise, wherever the weights came from."""
+        if save_original_format:
+            self._weight_conversions = None  # transformers takes the whole mapping, not what loading needed of it
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 

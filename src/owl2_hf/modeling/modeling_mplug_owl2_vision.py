@@ -36,7 +36,9 @@ class MplugOwl2VisionEmbeddings(nn.Module):
         # The original stores the table without its leading axis where there is no class token.
         table_shape = (1, num_positions) if config.use_cls_token else (num_positions,)
         self.position_embedding = nn.Parameter(torch.empty(*table_shape, config.hidden_size))
-        self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pre_layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_pre_layernorm else nn.Identity()
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) normalised pixels -> (N, P, C)."""

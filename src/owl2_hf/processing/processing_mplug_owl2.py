@@ -5,20 +5,16 @@ One `<|image|>` of a prompt becomes the positions of one picture: the learnable 
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file
 
-from .image_processing_mplug_owl2 import flatten_images, is_many
-
-# Noncharacters of Unicode, which no text holds. The tokenizer's normaliser acts on them after control tokens are found:
-# it deletes ESCAPE, so that "<" + ESCAPE + "s>" is the text "<s>" and never the control token; and a text that starts
-# with NO_PREFIX gets no leading space. Offsets and assistant masks stay right, which transformers' own
-# `sanitize_control_tokens` cannot give.
-ESCAPE = "\ufdd0"
-NO_PREFIX = "\ufdd1"
+from .image_processing_mplug_owl2 import MplugOwl2ImageProcessor, flatten_images, is_many
+from .tokenization_mplug_owl2 import ESCAPE, NO_PREFIX, load_tokenizer, read_json
 
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
@@ -101,6 +97,37 @@ class MplugOwl2Processor(ProcessorMixin):
                 "legacy=False needs a tokenizer whose normalizer deletes U+FDD0 and U+FDD1, as that of a converted "
                 "checkpoint does; this one does not."
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers; also from a checkpoint in the original's layout, which has no processor of its own."""
+        folder = _original_folder(pretrained_model_name_or_path, kwargs)
+        if folder is not None:
+            return cls.from_original(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_original(cls, source: str | Path, tokenizer: str | Path | None = None) -> "MplugOwl2Processor":
+        """The processor of a checkpoint in the original's layout.
+
+        Args:
+            source: Its folder, with config.json, and preprocessor_config.json where it has one.
+            tokenizer: File or folder to read the tokenizer from, where not from `source`.
+
+        Raises:
+            ValueError: There is no tokenizer, or it is not LLaMA's kind.
+        """
+        source = Path(source)
+        values, settings = read_json(source / CONFIG_NAME), read_json(source / "preprocessor_config.json")
+        loaded, legacy = load_tokenizer(tokenizer or source, read_json(source / "tokenizer_config.json").get("legacy"))
+        visual_config = values.get("visual_config", {})
+        side = visual_config.get("visual_model", {}).get("image_size", 448)
+        num_queries = visual_config.get("visual_abstractor", {}).get("num_learnable_queries", 64)
+        # Training writes how pictures became square into the model's configuration.
+        mode = "pad" if values.get("image_aspect_ratio") == "pad" else "resize"
+        kept = {key: settings[key] for key in ("image_mean", "image_std", "resample") if key in settings}
+        image_processor = MplugOwl2ImageProcessor(size={"height": side, "width": side}, image_aspect_ratio=mode, **kept)
+        return cls(image_processor, loaded, num_image_tokens=num_queries + 1, legacy=legacy)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -281,6 +308,21 @@ class MplugOwl2Processor(ProcessorMixin):
             return MultiModalData()
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+
+def _original_folder(name: str | Path, kwargs: dict[str, Any]) -> Path | None:
+    """Folder of a checkpoint in the original's layout, from the disk or the Hub; `None` for any other checkpoint."""
+    names = ("cache_dir", "force_download", "token", "revision", "subfolder", "local_files_only")
+    hub: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
+    hub.update(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    if cached_file(name, PROCESSOR_NAME, **hub) is not None:
+        return None
+    config = cached_file(name, CONFIG_NAME, **hub)
+    if config is None or "visual_config" not in read_json(Path(config)):
+        return None
+    for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        cached_file(name, file, **hub)
+    return Path(config).parent
 
 
 def _to_prompts(text: Any) -> list[str]:

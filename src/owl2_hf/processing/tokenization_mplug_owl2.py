@@ -10,8 +10,12 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
-from ..processing.image_processing_mplug_owl2 import MplugOwl2ImageProcessor
-from ..processing.processing_mplug_owl2 import ESCAPE, NO_PREFIX, MplugOwl2Processor
+# Noncharacters of Unicode, which no text holds. The tokenizer's normaliser acts on them after control tokens are found:
+# it deletes ESCAPE, so that "<" + ESCAPE + "s>" is the text "<s>" and never the control token; and a text that starts
+# with NO_PREFIX gets no leading space. Offsets and assistant masks stay right, which transformers' own
+# `sanitize_control_tokens` cannot give.
+ESCAPE = "\ufdd0"
+NO_PREFIX = "\ufdd1"
 
 CONTROL_TOKENS = ("<unk>", "<s>", "</s>")
 IMAGE_TOKEN = "<|image|>"
@@ -103,29 +107,6 @@ def load_tokenizer(source: str | Path, legacy: bool | None = None) -> tuple[PreT
     if legacy not in (None, True, False):
         raise ValueError(f"{folder / 'tokenizer_config.json'}: legacy must be true or false, got {legacy!r}.")
     return tokenizer, legacy is not False
-
-
-def load_processor(
-    source: str | Path, num_image_tokens: int, image_size: int, tokenizer: str | Path | None = None
-) -> MplugOwl2Processor:
-    """The processor of an original checkpoint.
-
-    Args:
-        source: Folder of the checkpoint; its preprocessor_config.json is read where it has one.
-        num_image_tokens: Positions of one picture in the language model.
-        image_size: Pixels of a side that the vision encoder takes.
-        tokenizer: Where to read the tokenizer from, if not from `source`.
-    """
-    source = Path(source)
-    loaded, legacy = load_tokenizer(tokenizer or source, read_json(source / "tokenizer_config.json").get("legacy"))
-    settings = read_json(source / "preprocessor_config.json")
-    kept = {key: settings[key] for key in ("image_mean", "image_std", "resample") if key in settings}
-    # Training writes how pictures became square into the model's configuration.
-    mode = "pad" if read_json(source / "config.json").get("image_aspect_ratio") == "pad" else "resize"
-    image_processor = MplugOwl2ImageProcessor(
-        size={"height": image_size, "width": image_size}, image_aspect_ratio=mode, **kept
-    )
-    return MplugOwl2Processor(image_processor, loaded, num_image_tokens=num_image_tokens, legacy=legacy)
 
 
 def read_json(path: Path) -> dict[str, Any]:

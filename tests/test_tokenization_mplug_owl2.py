@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from owl2_hf.conversion.tokenizer import load_tokenizer
 from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
+from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "T"
 IDS = json.loads((GOLDEN / "ids.json").read_text())

@@ -1,0 +1,203 @@
+"""Weight files that nobody vouches for: which ones a folder has, and their tensors, mapped and never executed."""
+
+import hashlib
+import json
+import re
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.serialization import safe_globals
+
+_WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)")
+_MAX_INDEX_BYTES = 64 * 2**20
+_MAX_NAME_LENGTH = 512
+
+
+class ConversionError(ValueError):
+    """The source is not what it should be; the message names the file, the tensor, and what was expected."""
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights in one of Hugging Face's layouts."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    return any((folder / name).exists() or (folder / f"{name}.index.json").exists() for name in names)
+
+
+def weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The files that hold the weights, in order; safetensors where both forms are there.
+
+    Returns:
+        For each file the tensors that the index places in it, `None` where there is no index.
+
+    Raises:
+        ConversionError: There are none, or the index names what it must not name.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        # transformers prefers the single file, too.
+        if (folder / name).exists():
+            return {_existing(folder / name): None}
+        if (folder / f"{name}.index.json").exists():
+            return _indexed_files(folder / f"{name}.index.json")
+    raise ConversionError(
+        f"{folder} holds no weights: expected pytorch_model.bin, model.safetensors, or shards with their index."
+    )
+
+
+def _indexed_files(index: Path) -> dict[Path, set[str] | None]:
+    placed: dict[str, set[str]] = {}
+    for key, name in _read_weight_map(index).items():
+        # The name is checked, not the resolved path: honest caches are made of links that leave their folder.
+        if not isinstance(name, str) or not _WEIGHT_FILE.fullmatch(name):
+            raise ConversionError(f"{index} names {name!r}, which is not a weight file of this folder.")
+        placed.setdefault(name, set()).add(key)
+    return {
+        _existing(index.parent / name, f"{index} names {name!r}, which is"): placed[name] for name in _natural(placed)
+    }
+
+
+def _read_weight_map(index: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ValueError("it names a tensor twice")
+        return values
+
+    try:
+        if _existing(index).stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError(f"it is larger than {_MAX_INDEX_BYTES >> 20} MiB")
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("its weight_map is not an object with entries")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConversionError(f"{index} is not a weight index: {error}") from None
+    return weight_map
+
+
+def _natural(names: Sequence[str] | dict[str, Any]) -> list[str]:
+    """Shard 2 before shard 10, whether or not the numbers are padded with zeros."""
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def _existing(path: Path, words: str | None = None) -> Path:
+    if not path.is_file():
+        raise ConversionError(f"{words or f'{path} is'} {'not a file' if path.exists() else 'missing'}.")
+    return path
+
+
+def read_tensors(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
+    """What one file holds, memory-mapped where its format allows: a tensor is read when it is used.
+
+    Args:
+        path: safetensors, or a pickle, which is read without running anything that it names.
+        allowed: Stand-ins for what a pickle may name beside tensors, as `torch.serialization.safe_globals` takes them.
+
+    Raises:
+        ConversionError: The file is damaged, or holds more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dictionary
+        is_archive = _check_archive(path)
+        with safe_globals(list(allowed)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except ConversionError:
+        raise
+    except MemoryError:
+        raise ConversionError(f"{path} does not fit in memory.") from None
+    except Exception as error:
+        raise ConversionError(f"{path} cannot be read as weights: {_why_unreadable(path, error)}.") from None
+    if not isinstance(loaded, dict):
+        raise ConversionError(f"{path}: expected a dictionary of tensors, got {type(loaded).__name__}.")
+    return loaded
+
+
+def _check_archive(path: Path) -> bool:
+    """Whether the file is a zip archive, as PyTorch writes them: nothing in it is compressed or there twice."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise ConversionError(f"{path} holds a record twice: it was not written by PyTorch.")
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
+        raise ConversionError(f"{path} is compressed: it was not written by PyTorch.")
+    return True
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """PyTorch's own words would advise to load the file unsafely."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+    if not start:
+        return "it is empty"
+    if start.lstrip()[:1] == b"<":
+        return "it is a web page, not the file itself; download it again"
+    if isinstance(error, SafetensorError):
+        return f"it is damaged or cut off ({error})"
+    return f"it is damaged, or holds more than tensors ({type(error).__name__})"
+
+
+def check_tensor(where: str, tensor: Any, meta: bool = False) -> Tensor:
+    """The value again, if it is a plain floating-point tensor.
+
+    Args:
+        where: File and tensor, for errors.
+        meta: Give its shape and dtype alone, on the meta device.
+
+    Raises:
+        ConversionError: It is something else.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ConversionError(f"{where}: expected a tensor, got {type(tensor).__name__}.")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ConversionError(f"{where}: expected a dense tensor, got {str(tensor.layout).removeprefix('torch.')}.")
+    if not tensor.is_floating_point():
+        raise ConversionError(f"{where}: expected floating-point weights, got {tensor.dtype}.")
+    return tensor.detach().to("meta") if meta else tensor.detach()
+
+
+def describe(path: Path, key: Any) -> str:
+    """How errors name a tensor: quoted, since nobody vouches for the name."""
+    if not isinstance(key, str) or len(key) > _MAX_NAME_LENGTH:
+        raise ConversionError(f"{path}: expected names of tensors, got {repr(key)[:80]}.")
+    return f"{path}, tensor {key!r}"
+
+
+def sha256(path: Path) -> str:
+    """Hash of one file, which is checked for damage on the way where its format carries checksums.
+
+    Raises:
+        ConversionError: A checksum is wrong.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
+        _check_records(path)
+    return digest.hexdigest()
+
+
+def _check_records(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if not entry.CRC:  # PyTorch was told not to compute any
+                continue
+            try:
+                with archive.open(entry) as record:
+                    while record.read(2**24):
+                        pass
+            except zipfile.BadZipFile:
+                raise ConversionError(
+                    f"{path} is damaged: the checksum of its record {entry.filename!r} is wrong."
+                ) from None

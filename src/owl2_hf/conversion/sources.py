@@ -1,0 +1,154 @@
+"""Where weights come from: every layout as a stream of tensors under our names."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers.utils import CONFIG_NAME
+
+from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
+from ..modeling.conversion_mplug_owl2 import to_ours
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
+from ..processing.tokenization_mplug_owl2 import read_json
+from .reading import ConversionError, check_tensor, describe, read_tensors, weight_files
+
+_MAX_LAYERS = 1000
+_MAX_SIZE = 2**20
+_SIZES = ("num_", "_size", "head_dim", "projection_dim", "max_position_embeddings")
+
+
+OnFile = Callable[[Path], None]
+
+
+def nobody(path: Path) -> None:
+    """For whoever does not want to hear of files."""
+
+
+@dataclass
+class Piece:
+    """One tensor of a source.
+
+    Args:
+        where: File and tensor, as errors name them.
+        key: The source's own name.
+        tensors: Our names and what goes there; none where the tensor is dropped on purpose.
+    """
+
+    where: str
+    key: str
+    tensors: list[tuple[str, Tensor]]
+
+
+class Source(Protocol):
+    """A checkpoint to read.
+
+    Args:
+        layout: What it is, in words.
+        folder: Where its configuration, tokenizer and preprocessing settings are.
+        config: Our configuration of the model.
+        files: Everything that is read for the weights.
+    """
+
+    layout: str
+    folder: Path
+    config: MplugOwl2Config
+    files: list[Path]
+
+    def read(self, on_file: OnFile = nobody, meta: bool = False) -> Iterator[Piece]:
+        """All tensors, file by file.
+
+        Args:
+            on_file: Hears of each file before it is read.
+            meta: Shapes and dtypes alone, for a plan.
+        """
+
+
+@dataclass
+class HuggingFaceSource:
+    """A folder with config.json and weights, in the original's layout or in ours."""
+
+    folder: Path
+    config: MplugOwl2Config
+    is_original: bool
+    files: list[Path] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.layout = "the original's Hugging Face layout" if self.is_original else "this package's format"
+        self._placed = weight_files(self.folder)
+        self.files = list(self._placed)
+
+    def read(self, on_file: OnFile = nobody, meta: bool = False) -> Iterator[Piece]:
+        for file, placed in self._placed.items():
+            on_file(file)
+            tensors = read_tensors(file)
+            if lost := sorted((placed or set()) - tensors.keys()):
+                raise ConversionError(f"{file}, tensor {lost[0]!r}: the index places it here, but it is not here.")
+            while tensors:
+                # Let go of one by one, and with the last of the file itself.
+                key = next(iter(tensors))
+                yield self._piece(file, key, tensors.pop(key), meta)
+
+    def _piece(self, file: Path, key: str, tensor: Tensor, meta: bool) -> Piece:
+        where = describe(file, key)
+        tensor = check_tensor(where, tensor, meta)
+        return Piece(where, key, rename(where, key, tensor, self.config) if self.is_original else [(key, tensor)])
+
+
+def rename(where: str, key: str, tensor: Tensor, config: MplugOwl2Config) -> list[tuple[str, Tensor]]:
+    """One tensor of the original under our names, with errors that say where it stands."""
+    try:
+        return list(to_ours(key, tensor, config))
+    except KeyError:
+        raise ConversionError(f"{where}: mPLUG-Owl2 has no such parameter.") from None
+    except ValueError as error:
+        raise ConversionError(f"{where}: {error}.") from None
+
+
+def expected_tensors(config: MplugOwl2Config) -> dict[str, Tensor]:
+    """Every tensor of a saved model by name, on the meta device."""
+    with torch.device("meta"):
+        state_dict = MplugOwl2ForConditionalGeneration(config).state_dict()
+    if config.tie_word_embeddings:
+        del state_dict["lm_head.weight"]
+    return state_dict
+
+
+def read_config(folder: Path) -> tuple[MplugOwl2Config, bool]:
+    """Our configuration from a folder's config.json, and whether it is in the original's form.
+
+    Raises:
+        ConversionError: It is missing, broken, another model's, or of sizes that no model has.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ConversionError(f"{path} is missing: expected the config.json of the checkpoint.")
+    try:
+        values = read_json(path)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+    if (found := values.get("model_type")) != "mplug_owl2":
+        raise ConversionError(f"{path}: expected model_type 'mplug_owl2', got {found!r}; nothing was converted.")
+    # Code that the source names is neither run nor carried over.
+    values.pop("auto_map", None)
+    is_original = "visual_config" in values
+    _check_sizes(path, values)
+    try:
+        return MplugOwl2Config.from_dict(values), is_original
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise ConversionError(f"{path}: {error.__cause__ or error}") from None
+
+
+def _check_sizes(path: Path, values: dict) -> None:
+    """Before a model of a billion layers is built."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_sizes(path, value)
+        elif isinstance(value, int) and (name.startswith(_SIZES) or name.endswith(_SIZES)):
+            least = 0 if "ngram" in name else 1
+            most = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+            if not least <= value <= most:
+                raise ConversionError(f"{path}: {name} is {value}, expected {least} to {most}.")

@@ -1,0 +1,191 @@
+"""Check that a converted folder is whole and right: what is claimed here was asserted."""
+
+import gc
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.utils import PROCESSOR_NAME
+
+from ..modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration
+from ..processing import MplugOwl2Processor
+from .convert import open_source
+from .reading import ConversionError
+from .sources import HuggingFaceSource, Source, expected_tensors
+
+# Ids that LLaMA-2's tokenizer gives; a piece of its vocabulary tells it from others.
+_LLAMA2_PIECE = ("▁USER", 3148, 1001)
+_LLAMA2_IDS = {
+    "Hello": [1, 15043],
+    "USER: ": [1, 3148, 1001, 29901, 29871],
+    "ASSISTANT:": [1, 319, 1799, 9047, 13566, 29901],
+    "\n": [1, 29871, 13],
+    "\U0001f999": [1, 29871, 243, 162, 169, 156],
+}
+_PROBES = ("Hello", "What is this?", " two  spaces", "\n", "1234 ü 漢字 \U0001f999", "USER: ASSISTANT:")
+_PROMPT = "USER: <|image|>What is this? ASSISTANT:"
+
+
+def verify(target: str | Path, against: str | Path | None = None, base: str | Path | None = None) -> list[str]:
+    """Check a folder in this package's format.
+
+    Args:
+        target: The folder.
+        against: The checkpoint that it was converted from: every tensor is compared with it, and the logits of a fixed
+            prompt and picture where transformers can load it as it is.
+        base: As for `convert`, where `against` needs it.
+
+    Returns:
+        What was checked and found right, one sentence each.
+
+    Raises:
+        ConversionError: Something is wrong; the message says what and where.
+    """
+    target = Path(target)
+    source = open_source(target)
+    if not isinstance(source, HuggingFaceSource) or source.is_original:
+        raise ConversionError(f"{target} is {source.layout}: convert it first.")
+    checks = [_check_tensors(source)]
+    processor = _load_processor(target)
+    if processor is not None:
+        checks += _check_processor(processor, source.config)
+    if against is not None:
+        original = open_source(against, base)
+        checks.append(_compare_tensors(source, original))
+        del original
+    logits = _logits(target, processor)
+    checks.append(f"a forward pass gives finite logits of shape {tuple(logits.shape)}")
+    if against is not None:
+        checks += _compare_logits(logits, Path(against), base, processor, source.config)
+    return checks
+
+
+def _check_tensors(source: Source) -> str:
+    expected = expected_tensors(source.config)
+    count = 0
+    for piece in source.read():
+        for name, tensor in piece.tensors:
+            if name not in expected:
+                raise ConversionError(f"{piece.where}: the configuration has no place for it, or it came before.")
+            if tensor.shape != (shape := expected.pop(name).shape):
+                raise ConversionError(f"{piece.where}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}.")
+            if not all(bool(bound.isfinite()) for bound in torch.aminmax(tensor)):
+                raise ConversionError(f"{piece.where}: it holds NaN or infinite values.")
+            count += tensor.numel()
+    if expected:
+        raise ConversionError(f"{source.folder} lacks {len(expected)} parameters, the first is {next(iter(expected))}.")
+    return f"all {count:,} parameters are there, of the configuration's shapes and finite"
+
+
+def _load_processor(target: Path) -> MplugOwl2Processor | None:
+    if not (target / PROCESSOR_NAME).is_file():
+        return None
+    try:
+        return MplugOwl2Processor.from_pretrained(target)
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise ConversionError(f"{target} has a processor that does not load: {error}") from None
+
+
+def _check_processor(processor: MplugOwl2Processor, config: MplugOwl2Config) -> list[str]:
+    pairs = {
+        "image placeholder": (processor.image_token_id, config.image_token_id),
+        "positions of a picture": (processor.num_image_tokens, config.num_image_tokens),
+        "pixels of a side": (processor.image_processor.size["height"], config.vision_config.image_size),
+    }
+    for name, (found, expected) in pairs.items():
+        if found != expected:
+            raise ConversionError(f"the processor's {name} is {found}, the model's {expected}.")
+    num_tokens = len(processor.tokenizer)
+    if num_tokens > config.text_config.vocab_size:
+        raise ConversionError(f"the tokenizer has {num_tokens} tokens, the table {config.text_config.vocab_size} rows.")
+    ids = processor(text=_PROMPT, images=_picture(config))["input_ids"][0]
+    if (found := ids.count(config.image_token_id)) != config.num_image_tokens:
+        raise ConversionError(f"a picture takes {found} positions of a prompt, the model {config.num_image_tokens}.")
+    return [_check_ids(processor), f"the processor fits the model: {found} positions for a picture"]
+
+
+def _check_ids(processor: MplugOwl2Processor) -> str:
+    tokenizer = processor.tokenizer
+    piece, *ids = _LLAMA2_PIECE
+    is_llama2 = tokenizer(piece.strip("▁"), add_special_tokens=False).input_ids == ids
+    for text, expected in _LLAMA2_IDS.items() if is_llama2 else ():
+        if (found := tokenizer(text).input_ids) != expected:
+            raise ConversionError(f"the tokenizer gives {found} for {text!r}, expected {expected} as LLaMA-2's.")
+    for text in _PROBES:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if tokenizer.unk_token_id not in ids and tokenizer.decode(ids).strip() != text.strip():
+            raise ConversionError(f"the tokenizer gives {tokenizer.decode(ids)!r} back for {text!r}.")
+    if is_llama2:
+        return f"the tokenizer gives LLaMA-2's ids for {len(_LLAMA2_IDS)} texts"
+    return f"the tokenizer gives back {len(_PROBES)} texts; it is not LLaMA-2's, so no ids are known"
+
+
+def _compare_tensors(target: HuggingFaceSource, original: Source) -> str:
+    """Both streams once; what is small enough to wait for its partner in the other does."""
+    expected = {name: tensor for piece in target.read() for name, tensor in piece.tensors}
+    compared = 0
+    for piece in original.read():
+        for name, tensor in piece.tensors:
+            if name not in expected:
+                continue  # a head that is tied
+            found = expected.pop(name)
+            if not torch.equal(found, tensor.to(found.dtype)):
+                raise ConversionError(f"{piece.where}: its values are not those of {name} in {target.folder}.")
+            compared += 1
+    if left := [name for name in expected if not name.endswith("_pos_embed")]:
+        raise ConversionError(f"{target.folder} has {left[0]}, which the source does not have.")
+    return f"{compared} tensors equal the source's, bit for bit" + (
+        f"; {len(expected)} tables are computed" if expected else ""
+    )
+
+
+def _picture(config: MplugOwl2Config) -> Image.Image:
+    """Colours that change along both sides."""
+    side = config.vision_config.image_size
+    ramp = Image.linear_gradient("L").resize((side, side))
+    return Image.merge("RGB", (ramp, ramp.rotate(90), ramp.rotate(180)))
+
+
+def _inputs(processor: MplugOwl2Processor | None, config: MplugOwl2Config) -> dict[str, Tensor]:
+    if processor is not None:
+        return dict(processor(text=_PROMPT, images=_picture(config), return_tensors="pt"))
+    vision = config.vision_config
+    shape = (1, vision.num_channels, vision.image_size, vision.image_size)
+    pixels = torch.linspace(-1, 1, steps=torch.Size(shape).numel()).reshape(shape)
+    text = torch.arange(3, min(config.output_vocab_size or 8, 8)).unsqueeze(0)
+    run = torch.full((1, config.num_image_tokens), config.image_token_id)
+    return {"input_ids": torch.cat([text, run, text], dim=1), "pixel_values": pixels}
+
+
+@torch.no_grad()
+def _logits(folder: Path, processor: MplugOwl2Processor | None) -> Tensor:
+    """(L, V) logits, whose finiteness is checked."""
+    try:
+        model = MplugOwl2ForConditionalGeneration.from_pretrained(folder).eval()
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ConversionError(f"{folder} does not load: {error}") from None
+    logits = model(**_inputs(processor, model.config)).logits[0]
+    del model
+    gc.collect()
+    if not logits.isfinite().all():
+        raise ConversionError(f"{folder}: the logits of a prompt with a picture are not finite.")
+    return logits
+
+
+def _compare_logits(
+    logits: Tensor,
+    against: Path,
+    base: str | Path | None,
+    processor: MplugOwl2Processor | None,
+    config: MplugOwl2Config,
+) -> list[str]:
+    if base is not None or not (against / "config.json").is_file():
+        return ["logits were not compared: transformers does not load the source as it is"]
+    expected = _logits(against, processor)
+    if expected.dtype != logits.dtype:
+        return [f"logits were not compared: the source is {expected.dtype}, the folder {logits.dtype}"]
+    if not torch.equal(logits, expected):
+        error = (logits.float() - expected.float()).abs().max().item()
+        raise ConversionError(f"the logits of a prompt with a picture differ from the source's by up to {error:.3g}.")
+    return ["the logits of a prompt with a picture equal the source's, bit for bit"]

@@ -1,0 +1,338 @@
+"""Push a model folder to the Hub: what belongs to a model goes, anything else stops the push."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+_INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_model.safetensors"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_PICTURE = re.compile(r"(pictures/)?\w[\w.+-]*\.(png|jpe?g)", re.IGNORECASE)
+_ALLOWED = re.compile(
+    r"((generation_|processor_|preprocessor_|tokenizer_|adapter_)?config|tokenizer|special_tokens_map|added_tokens"
+    r"|conversion_report|model\.safetensors\.index)\.json|tokenizer\.model|chat_template\.jinja|README\.md"
+    r"|(LICENSE|NOTICE)[\w-]*(\.txt|\.md)?|\.gitattributes|\w+_mplug_owl2\w*\.py"
+    rf"|(adapter_model|non_lora_trainables)\.safetensors|{_WEIGHTS.pattern}"
+)
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+_BINARY = {".safetensors", ".model", ".png", ".jpg", ".jpeg"}
+_ARCHIVE_OR_PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")
+_SECRET_NAME = re.compile(
+    r"\.env.*|.*\.(pem|key)|id_(rsa|dsa|ecdsa|ed25519).*|\.netrc|(stored_)?tokens?(\.txt)?|credentials.*", re.IGNORECASE
+)
+_SECRETS = {
+    "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
+    "an AWS access key": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
+    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    "a GitHub token": re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"),
+    "an API key (sk-)": re.compile(r"(?<![\w-])sk-(?=[\w-]*\d)[\w-]{20,}"),
+}
+_LOCAL_PATH = re.compile(r"(?<![\w.~])(/(home|Users|root|tmp)/|[A-Za-z]:\\)")
+_RELATIVE_IMPORT = re.compile(r"^\s*from \.(\w+) import", re.MULTILINE)
+
+
+@dataclass
+class PushReport:
+    """What a push sent, or would send: names in the repository with their sizes in bytes."""
+
+    repo_id: str
+    files: list[tuple[str, int]]
+    url: str | None = None
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    token: str | None = None,
+    commit_message: str | None = None,
+) -> PushReport:
+    """Check a model folder and upload it; the repository and the branch are made where they do not exist.
+
+    Weight files of the repository that the folder does not have are deleted in the same commit, for a loader would
+    take them for the new ones; all other files there stay. A push that broke off is resumed by the same call: what has
+    arrived is not sent again (with `create_pr`, pass `revision="refs/pr/N"` instead, or a second one is opened).
+    It cannot change who sees a repository that exists, add files outside of the list of what a model folder holds,
+    or open a pull request against another branch than main.
+
+    Args:
+        folder: As `save_pretrained` or `convert` made it, with a model card.
+        repo_id: `namespace/name`, or a name in the namespace of the token's owner.
+        private: For a repository that is made now; True is refused where a public one exists.
+        revision: Branch to push to; main if not given.
+        create_pr: Open a pull request instead of changing main.
+        dry_run: Check everything and report, without any request.
+        token: The one that `hf auth login` saved if not given.
+        commit_message: Also the title of the pull request.
+
+    Raises:
+        ValueError: The folder is no whole model, holds what must not be published, or the Hub refused.
+    """
+    folder = Path(folder)
+    validate_repo_id(repo_id)
+    if create_pr and revision is not None:
+        raise ValueError(f"expected create_pr or revision, got both ({revision!r}): a pull request is always to main.")
+    names = checked_names(folder)
+    report = PushReport(repo_id, [(name, (folder / name).stat().st_size) for name in names])
+    if not dry_run:
+        with _hub_errors(repo_id):
+            api = _api(token)
+            report.repo_id = _prepare(api, folder, repo_id, private, revision)
+            report.url = _upload(api, folder, names, report.repo_id, revision, create_pr, commit_message)
+    return report
+
+
+def checked_names(folder: Path) -> list[str]:
+    """The names of the files that go, after every check that needs no network."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: expected a model folder with a config.json, got none; save or convert one first.")
+    config = _read_json(folder / "config.json")
+    if (found := config.get("model_type")) != "mplug_owl2":
+        raise ValueError(f"{folder}: expected model_type 'mplug_owl2' in config.json, got {found!r}: convert it first.")
+    names = _allowed_names(folder)
+    _check_card(folder / "README.md")
+    for name in names:
+        if Path(name).suffix.lower() not in _BINARY:
+            _check_text(folder / name)
+    _check_code(folder, names)
+    _check_weights(folder, names)
+    return names
+
+
+def _allowed_names(folder: Path) -> list[str]:
+    card = folder / "README.md"
+    shown = _read_text(card) if card.is_file() else ""
+    names: list[str] = []
+    refused: dict[str, list[str]] = {}
+    for path in _entries(folder):
+        name = path.relative_to(folder).as_posix()
+        if reason := _reason_against(path, name, folder, shown):
+            refused.setdefault(reason, []).append(name)
+        else:
+            names.append(name)
+    if refused:
+        reasons = "; ".join(f"{reason}: {', '.join(found)}" for reason, found in refused.items())
+        raise ValueError(f"{folder} holds what must not be published. {reasons}. Remove them from the folder.")
+    return names
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name == "pictures" and path.is_dir() and not path.is_symlink():
+            yield from sorted(path.iterdir())
+        else:
+            yield path
+
+
+def _reason_against(path: Path, name: str, folder: Path, card: str) -> str | None:
+    if path.is_symlink() and not _is_honest_link(path, folder):
+        return "Links that lead out of the folder, or nowhere"
+    if _SECRET_NAME.fullmatch(path.name):
+        return "Files that are secrets by their names"
+    if path.suffix.lower() in _PICKLES:
+        return "Pickles, which can run code on loading (convert writes safetensors)"
+    is_picture = _PICTURE.fullmatch(name)
+    if not path.is_file() or not (is_picture or _ALLOWED.fullmatch(name)):
+        return "Not part of a model of this package"
+    if is_picture and name not in card:
+        return "Pictures that README.md does not show"
+    return _reason_against_content(path)
+
+
+def _reason_against_content(path: Path) -> str | None:
+    """A safetensors header may begin with the bytes of a pickle: only one that cannot be read is looked at."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="np"):
+                return None
+    except (SafetensorError, OSError):
+        damaged: str | None = "Damaged weight files, cut short or no safetensors"
+    else:
+        damaged = None
+    with path.open("rb") as file:
+        if _ARCHIVE_OR_PICKLE.match(file.read(4)):
+            return "Pickles or archives under another name, which can run code on loading"
+    return damaged
+
+
+def _is_honest_link(path: Path, folder: Path) -> bool:
+    """Into the folder itself, or into the blobs of a Hub cache, of one repository or shared by all."""
+    target = Path(os.path.realpath(path))
+    if not target.is_file():
+        return False
+    in_repo = target.parent.name == "blobs" and re.match(r"(models|datasets|spaces)--", target.parents[1].name)
+    store = target.parents[1] if len(target.parents) > 1 else target.parent
+    is_shared = store.name == "blobs" and (store / ".huggingface-shared-blobs").is_file()
+    return target.is_relative_to(folder.resolve()) or bool(in_repo) or is_shared
+
+
+def _check_card(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: expected a model card with metadata, got none; write one.")
+    try:
+        data = ModelCard.load(path).data
+    except Exception as error:  # YAML's errors have no base in common with the card's own
+        raise ValueError(f"{path}: expected metadata in YAML between two lines of ---, got {error!r}.") from None
+    required = ["library_name", "pipeline_tag", "license", "tags"]
+    if data.get("license") == "other":
+        required.append("license_name")
+    if missing := [name for name in required if not data.get(name)]:
+        raise ValueError(f"{path}: its metadata lacks {', '.join(missing)}; add them between the lines of ---.")
+    if data.pipeline_tag != "image-text-to-text":
+        raise ValueError(f"{path}: expected pipeline_tag image-text-to-text, got {data.pipeline_tag}; correct it.")
+
+
+def _check_text(path: Path) -> None:
+    text = _read_text(path)
+    for kind, pattern in _SECRETS.items():
+        if pattern.search(text):
+            raise ValueError(f"{path} seems to hold {kind}: remove it, and revoke it if it was ever shared.")
+    if path.suffix != ".json":
+        return
+    content = _read_json(path)
+    if path.name == "tokenizer.json":
+        return  # a vocabulary may hold any text
+    for key, value in _strings(content):
+        if _LOCAL_PATH.search(value):
+            raise ValueError(f"{path}: {key} is a path of a local machine: expected none, remove or shorten it.")
+
+
+def _check_code(folder: Path, names: list[str]) -> None:
+    """Remote code runs at strangers: it is the package's own, and whole."""
+    package = Path(__file__).parent
+    ours = {file.name: file for part in ("modeling", "processing") for file in (package / part).glob("*.py")}
+    needed: set[str] = set()
+    for name in names:
+        if name.endswith(".py"):
+            content = (folder / name).read_bytes()
+            if name not in ours or content != ours[name].read_bytes():
+                raise ValueError(f"{folder / name} differs from the package's file: save the model again with it.")
+            needed.update(_RELATIVE_IMPORT.findall(content.decode()))
+        elif name.endswith("config.json"):
+            maps = (value for key, value in _strings(_read_json(folder / name)) if "auto_map" in key.split("."))
+            needed.update(value.rsplit(".", 1)[0] for value in maps)
+    if missing := sorted({f"{module}.py" for module in needed} - set(names)):
+        raise ValueError(f"{folder} lacks code that it refers to: {', '.join(missing)}; save the model again.")
+
+
+def _check_weights(folder: Path, names: list[str]) -> None:
+    weights = {name for name in names if _WEIGHTS.fullmatch(name)}
+    expected = {"model.safetensors"}
+    if _INDEX in names:
+        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{folder / _INDEX}: expected a weight_map, got {weight_map!r}; save the model again.")
+        expected = {str(name) for name in weight_map.values()}
+    elif _ADAPTER in names and not weights:
+        return
+    if missing := sorted(expected - weights):
+        raise ValueError(f"{folder}: its weights are not whole, {', '.join(missing)} is missing; save the model again.")
+    if stale := sorted(weights - expected):
+        raise ValueError(f"{folder}: {', '.join(stale)} is not among its weights ({_INDEX} says so); remove it.")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected text in UTF-8, got other bytes; write it again.") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got an error: {error}; save the model again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; save the model again.")
+    return content
+
+
+def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The strings of a JSON value, each with the dotted key that leads to it."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, (dict, list)):
+        for step, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _strings(inner, f"{key}.{step}" if key else str(step))
+
+
+def _api(token: str | None) -> HfApi:
+    if token is None and get_token() is None:
+        raise ValueError("expected a token of the Hub, got none: run `hf auth login`, set HF_TOKEN, or pass one.")
+    return HfApi(token=token)
+
+
+def _prepare(api: HfApi, folder: Path, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """The card passes the Hub's own check, the repository and the branch are there; returns the whole repo id."""
+    try:
+        ModelCard.load(folder / "README.md").validate()
+    except ValueError as error:
+        raise ValueError(f"{folder / 'README.md'}: the Hub refuses its metadata: {error}") from None
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f"{repo_id}: expected a private repository, got a public one: change its settings first.")
+    if revision not in (None, "main") and not str(revision).startswith("refs/"):
+        api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+    return repo_id
+
+
+def _upload(
+    api: HfApi,
+    folder: Path,
+    names: list[str],
+    repo_id: str,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str | None,
+) -> str:
+    has_weights = any(_WEIGHTS.fullmatch(name) for name in names)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=names,  # none of these names holds a wildcard
+        delete_patterns=["model.safetensors", "model-?????-of-?????.safetensors", _INDEX] if has_weights else None,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message or "Upload mPLUG-Owl2 model",
+    )
+    return commit.pr_url or commit.commit_url
+
+
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError) as error:
+        raise ValueError(f"{repo_id} was not pushed: {_explanation(error)}") from error
+
+
+def _explanation(error: BaseException) -> str:
+    """One line; an upload wraps the Hub's answer in an error of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError):
+        cause = cause.__cause__
+    if cause is None:
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    status = cause.response.status_code
+    advice = {
+        401: "the token is missing or wrong, or the repository is not visible to it; run `hf auth login`.",
+        403: "the token may not write there; make one with write permission for it.",
+        404: "no such repository or revision; check the names.",
+    }
+    said = " ".join((cause.server_message or "without a reason").split())
+    what_now = "try again later" if status == 429 or status >= 500 else "correct what it names"
+    return f"the Hub answered {status}, " + advice.get(status, f"{said}; {what_now}.")

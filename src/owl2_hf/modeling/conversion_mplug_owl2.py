@@ -1,0 +1,276 @@
+"""How the original's parameter names and layouts become ours, and back: one table for `from_pretrained` and converter.
+
+`{}` stands for a layer number; `None` marks what is dropped on purpose, because the model computes it. The inverse is
+derived. Importing this file tells transformers how to load a checkpoint in the original's layout.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+_LAYER = "model.layers.{}."
+_OUR_LAYER = "model.language_model.layers.{}."
+_VIT = "model.vision_model."
+_OUR_VIT = "model.vision_tower."
+_ABSTRACTOR = "model.visual_abstractor."
+_CROSS = _ABSTRACTOR + "encoder.layers.{}.crossattention."
+_OUR_CROSS = _ABSTRACTOR + "layers.{}."
+
+
+def _with_bias(source: str, target: str) -> dict[str, str | None]:
+    return {f"{source}.{leaf}": f"{target}.{leaf}" for leaf in ("weight", "bias")}
+
+
+def _adaptive(module: str, parent: str = "") -> dict[str, str | None]:
+    """The original's `multiway.0` is the text branch, `multiway.1` the visual one."""
+    source, target = f"{_LAYER}{parent}{module}.multiway", f"{_OUR_LAYER}{parent}"
+    return {
+        f"{source}.{branch}.{leaf}": f"{target}{prefix}{module}.{leaf}"
+        for branch, prefix in enumerate(("", "visual_"))
+        for leaf in ("weight", "bias")
+    }
+
+
+RENAMED: dict[str, str | None] = {
+    "lm_head.weight": "lm_head.weight",
+    "model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
+    "model.norm.weight": "model.language_model.norm.weight",
+    **_with_bias(_LAYER + "self_attn.q_proj", _OUR_LAYER + "self_attn.q_proj"),
+    **_with_bias(_LAYER + "self_attn.o_proj", _OUR_LAYER + "self_attn.o_proj"),
+    **_adaptive("k_proj", "self_attn."),
+    **_adaptive("v_proj", "self_attn."),
+    **_adaptive("input_layernorm"),
+    **_adaptive("post_attention_layernorm"),
+    **_with_bias(_LAYER + "mlp.gate_proj", _OUR_LAYER + "mlp.gate_proj"),
+    **_with_bias(_LAYER + "mlp.up_proj", _OUR_LAYER + "mlp.up_proj"),
+    **_with_bias(_LAYER + "mlp.down_proj", _OUR_LAYER + "mlp.down_proj"),
+    _LAYER + "self_attn.rotary_emb.inv_freq": None,
+    "model.rotary_emb.inv_freq": None,
+    _VIT + "embeddings.cls_token": _OUR_VIT + "embeddings.cls_token",
+    _VIT + "embeddings.position_embedding": _OUR_VIT + "embeddings.position_embedding",
+    _VIT + "embeddings.patch_embed.weight": _OUR_VIT + "embeddings.patch_embedding.weight",
+    **_with_bias(_VIT + "embeddings.pre_layernorm", _OUR_VIT + "embeddings.pre_layernorm"),
+    **_with_bias(_VIT + "encoder.layers.{}.self_attn.dense", _OUR_VIT + "layers.{}.self_attn.out_proj"),
+    **_with_bias(_VIT + "encoder.layers.{}.input_layernorm", _OUR_VIT + "layers.{}.layer_norm1"),
+    **_with_bias(_VIT + "encoder.layers.{}.post_attention_layernorm", _OUR_VIT + "layers.{}.layer_norm2"),
+    **_with_bias(_VIT + "encoder.layers.{}.mlp.fc1", _OUR_VIT + "layers.{}.mlp.fc1"),
+    **_with_bias(_VIT + "encoder.layers.{}.mlp.fc2", _OUR_VIT + "layers.{}.mlp.fc2"),
+    **_with_bias(_VIT + "post_layernorm", _OUR_VIT + "post_layernorm"),
+    _ABSTRACTOR + "query_embeds": _ABSTRACTOR + "query_embeds",
+    _ABSTRACTOR + "vit_eos": _ABSTRACTOR + "vit_eos",
+    **_with_bias(_ABSTRACTOR + "visual_fc", _ABSTRACTOR + "visual_fc"),
+    _CROSS + "attention.q_pos_embed": _OUR_CROSS + "cross_attn.q_pos_embed",
+    _CROSS + "attention.k_pos_embed": _OUR_CROSS + "cross_attn.k_pos_embed",
+    **_with_bias(_CROSS + "attention.query", _OUR_CROSS + "cross_attn.q_proj"),
+    **_with_bias(_CROSS + "attention.key", _OUR_CROSS + "cross_attn.k_proj"),
+    **_with_bias(_CROSS + "attention.value", _OUR_CROSS + "cross_attn.v_proj"),
+    **_with_bias(_CROSS + "output.out_proj", _OUR_CROSS + "cross_attn.out_proj"),
+    **_with_bias(_CROSS + "norm1", _OUR_CROSS + "query_layernorm"),
+    **_with_bias(_CROSS + "normk", _OUR_CROSS + "image_layernorm"),
+    **_with_bias(_CROSS + "output.norm2", _OUR_CROSS + "mlp_layernorm"),
+    **_with_bias(_CROSS + "output.mlp.w1", _OUR_CROSS + "mlp.gate_proj"),
+    **_with_bias(_CROSS + "output.mlp.w3", _OUR_CROSS + "mlp.up_proj"),
+    **_with_bias(_CROSS + "output.mlp.w2", _OUR_CROSS + "mlp.down_proj"),
+    **_with_bias(_CROSS + "output.mlp.ffn_ln", _OUR_CROSS + "mlp.layer_norm"),
+}
+
+# Upstream: one projection holds the vision encoder's queries, keys and values, interleaved head by head.
+FUSED: dict[str, tuple[str, str, str]] = {
+    f"{_VIT}encoder.layers.{{}}.self_attn.query_key_value.{leaf}": (
+        f"{_OUR_VIT}layers.{{}}.self_attn.q_proj.{leaf}",
+        f"{_OUR_VIT}layers.{{}}.self_attn.k_proj.{leaf}",
+        f"{_OUR_VIT}layers.{{}}.self_attn.v_proj.{leaf}",
+    )
+    for leaf in ("weight", "bias")
+}
+
+# Tables with one row per token id; ours hold the image placeholder and padding behind the original's rows.
+PADDED = ("model.embed_tokens.weight", "lm_head.weight")
+
+_LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
+_ORIGINAL = {target: source for source, target in RENAMED.items() if target is not None}
+_ORIGINAL_FUSED = {target: source for source, targets in FUSED.items() for target in targets}
+
+
+def split_query_key_value(fused: Tensor, num_heads: int) -> list[Tensor]:
+    """(heads * 3 * head_dim, ...) interleaved as [head][q | k | v][head_dim] -> three of (heads * head_dim, ...)."""
+    per_head = fused.reshape(num_heads, 3, -1, *fused.shape[1:])
+    return [per_head[:, i].reshape(-1, *fused.shape[1:]) for i in range(3)]
+
+
+def merge_query_key_value(parts: list[Tensor], num_heads: int) -> Tensor:
+    """Inverse of `split_query_key_value`."""
+    per_head = [part.reshape(num_heads, -1, *part.shape[1:]) for part in parts]
+    return torch.stack(per_head, dim=1).reshape(-1, *parts[0].shape[1:])
+
+
+def resize_rows(table: Tensor, num_rows: int) -> Tensor:
+    """(V, D) -> (num_rows, D): rows behind are cut off, or zeros put there."""
+    missing = num_rows - table.shape[0]
+    if missing <= 0:
+        return table[:num_rows]
+    return torch.cat([table, table.new_zeros(missing, *table.shape[1:])])
+
+
+def to_ours(key: str, tensor: Tensor, config) -> Iterator[tuple[str, Tensor]]:
+    """One tensor of the original under our names, none where it is dropped on purpose.
+
+    Args:
+        config: `MplugOwl2Config` of the model.
+
+    Raises:
+        KeyError: The original has no such parameter.
+        ValueError: The tensor cannot be split or padded as its name asks.
+    """
+    template, number = split_number(key)
+    if template in FUSED:
+        vision = config.vision_config
+        if tensor.ndim == 0 or tensor.shape[0] != 3 * vision.hidden_size:
+            raise ValueError(f"expected {3 * vision.hidden_size} rows (queries, keys, values), got {_rows(tensor)}")
+        parts = split_query_key_value(tensor, vision.num_attention_heads)
+        yield from ((target.format(number), part) for target, part in zip(FUSED[template], parts, strict=True))
+        return
+    target = RENAMED[template]
+    if target is None:
+        return
+    if template in PADDED:
+        if tensor.ndim == 0 or tensor.shape[0] != config.output_vocab_size:
+            raise ValueError(f"expected {config.output_vocab_size} rows (vocab_size), got {_rows(tensor)}")
+        tensor = resize_rows(tensor, config.text_config.vocab_size)
+    yield target.format(number), tensor
+
+
+def original_key(name: str) -> tuple[str, tuple[str, ...]]:
+    """Where the original keeps one of our parameters: its key, and all of our names that go into it.
+
+    Raises:
+        KeyError: The original has no such parameter.
+    """
+    template, number = split_number(name)
+    if template in _ORIGINAL_FUSED:
+        source = _ORIGINAL_FUSED[template]
+        return source.format(number), tuple(target.format(number) for target in FUSED[source])
+    return _ORIGINAL[template].format(number), (name,)
+
+
+def to_original(key: str, parts: Mapping[str, Tensor], config) -> Tensor:
+    """The original's tensor from ours.
+
+    Args:
+        key: The original's, as `original_key` gives it.
+        parts: Our tensors that go into it, by name.
+        config: `MplugOwl2Config` of the model.
+    """
+    template, number = split_number(key)
+    if template in FUSED:
+        ordered = [parts[target.format(number)] for target in FUSED[template]]
+        return merge_query_key_value(ordered, config.vision_config.num_attention_heads)
+    (tensor,) = parts.values()
+    return resize_rows(tensor, config.output_vocab_size) if template in PADDED else tensor
+
+
+def split_number(key: str) -> tuple[str, str]:
+    """A parameter's name with `{}` for its layer number, and the number; empty where it has none."""
+    layer = _LAYER_NUMBER.search(key)
+    return _LAYER_NUMBER.sub("{}", key, count=1), layer.group() if layer else ""
+
+
+def _rows(tensor: Tensor) -> int | str:
+    return tensor.shape[0] if tensor.ndim else "a single number"
+
+
+class SplitQueryKeyValue(ConversionOps):
+    """transformers' step from the vision encoder's fused projection to ours."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs) -> dict[str, Tensor]:
+        (fused,) = map(_single, input_dict.values())
+        vision = getattr(config, "vision_config", config)
+        head_dim = vision.hidden_size // vision.num_attention_heads
+        parts = split_query_key_value(fused, fused.shape[0] // (3 * head_dim))
+        return dict(zip(target_patterns, parts, strict=True))
+
+    @property
+    def reverse_op(self) -> "MergeQueryKeyValue":
+        return MergeQueryKeyValue()
+
+
+class MergeQueryKeyValue(ConversionOps):
+    """Inverse of `SplitQueryKeyValue`."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs) -> dict[str, Tensor]:
+        vision = getattr(config, "vision_config", config)
+        head_dim = vision.hidden_size // vision.num_attention_heads
+        parts = [_single(input_dict[pattern]) for pattern in source_patterns]
+        return {target_patterns[0]: merge_query_key_value(parts, parts[0].shape[0] // head_dim)}
+
+    @property
+    def reverse_op(self) -> SplitQueryKeyValue:
+        return SplitQueryKeyValue()
+
+
+class PadVocabulary(ConversionOps):
+    """transformers' step from a table with a row for each token to ours; a table that is ours already stays."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs) -> dict[str, Tensor]:
+        (table,) = map(_single, input_dict.values())
+        if table.shape[0] == config.output_vocab_size:
+            table = resize_rows(table, config.text_config.vocab_size)
+        return {target_patterns[0]: table}
+
+    @property
+    def reverse_op(self) -> "TrimVocabulary":
+        return TrimVocabulary()
+
+
+class TrimVocabulary(ConversionOps):
+    """Inverse of `PadVocabulary`."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs) -> dict[str, Tensor]:
+        (table,) = map(_single, input_dict.values())
+        return {target_patterns[0]: resize_rows(table, config.output_vocab_size or table.shape[0]).clone()}
+
+    @property
+    def reverse_op(self) -> PadVocabulary:
+        return PadVocabulary()
+
+
+def _single(tensors: Tensor | list[Tensor]) -> Tensor:
+    return tensors[0] if isinstance(tensors, list) else tensors
+
+
+def _renaming(source: str, target: str) -> WeightRenaming:
+    """Whole names on both sides, so that neither direction touches any other name."""
+    left, right = (re.escape(name).replace(r"\{\}", "{}") for name in (source, target))
+    return WeightRenaming("^" + left.replace("{}", r"(\d+)"), "^" + right.replace("{}", r"\1"))
+
+
+def _fused_name(source: str) -> str:
+    """Where a fused projection stands between renaming and splitting: in our layer, under the original's last name."""
+    return f"{_OUR_VIT}layers.{{}}.self_attn." + ".".join(source.split(".")[-2:])
+
+
+_renamings = [_renaming(source, target) for source, target in RENAMED.items() if target and source != target]
+_renamings += [_renaming(source, _fused_name(source)) for source in FUSED]
+_paddings = [
+    WeightConverter(re.escape(target), re.escape(target), operations=[PadVocabulary()])
+    for target in ("language_model.embed_tokens.weight", "lm_head.weight")
+]
+_splits = [
+    WeightConverter(
+        rf"\.self_attn\.query_key_value\.{leaf}",
+        [rf"\.self_attn\.{part}_proj\.{leaf}" for part in "qkv"],
+        operations=[SplitQueryKeyValue()],
+    )
+    for leaf in ("weight", "bias")
+]
+# Remote code may be imported more than once.
+register_checkpoint_conversion_mapping("mplug_owl2", [*_renamings, *_paddings], overwrite=True)
+register_checkpoint_conversion_mapping("mplug_owl2_vision", _splits, overwrite=True)

@@ -1,0 +1,78 @@
+"""A checkpoint in the original's layout that a test may spoil."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from owl2_hf.cli import app
+from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
+
+NORM = "model.norm.weight"
+
+
+def read_shards(folder):
+    state_dict = {}
+    for shard in sorted(folder.glob("*.bin")):
+        state_dict.update(torch.load(shard, weights_only=True))
+    return state_dict
+
+
+@pytest.fixture
+def source(golden_dir, tmp_path):
+    """A writable copy of the original's checkpoint of set A, as one file, without its tokenizer."""
+    original = golden_dir("A") / "hf"
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((original / "config.json").read_bytes())
+    torch.save(read_shards(original), folder / "pytorch_model.bin")
+    return folder
+
+
+def edit(source, change):
+    path = source / "pytorch_model.bin"
+    state_dict = torch.load(path, weights_only=True)
+    change(state_dict)
+    torch.save(state_dict, path)
+
+
+def edit_config(source, **values):
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def put(key, value):
+    return lambda tensors: tensors.update({key: value})
+
+
+def drop(key):
+    return lambda tensors: tensors.pop(key)
+
+
+def load_state(folder, **kwargs):
+    return MplugOwl2ForConditionalGeneration.from_pretrained(folder, **kwargs).state_dict()
+
+
+def assert_same_bits(before, after):
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype, key
+        assert torch.equal(tensor, after[key]), key
+
+
+def command(*arguments):
+    """The command line, as a user types it; fails with its output where it does."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*arguments):
+    """The one line of a command that ends in a user's mistake."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("owl2-hf: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]

@@ -1,0 +1,121 @@
+"""Checkpoints in the original's layout, loaded by transformers without converting them first."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
+
+from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2Model
+
+from .conftest import assert_same_bits, command, drop, edit, load_state, read_shards
+
+
+@pytest.mark.parametrize("name", ["A", "B", "C", "C2", "S"])
+def test_parameters_are_those_of_the_converted_folder(golden_dir, tmp_path, name):
+    source = golden_dir(name) / "hf"
+    command("convert", source, tmp_path / "converted")
+    direct, info = MplugOwl2ForConditionalGeneration.from_pretrained(source, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_same_bits(load_state(tmp_path / "converted"), direct.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_same_in_half_precision_without_tables(source, tmp_path, dtype):
+    def halve(tensors):
+        for key in list(tensors):
+            if key.endswith("_pos_embed"):
+                del tensors[key]
+            else:
+                tensors[key] = tensors[key].to(dtype)
+
+    edit(source, halve)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "torch_dtype": str(dtype).removeprefix("torch.")}))
+    command("convert", source, tmp_path / "converted")
+    assert_same_bits(load_state(tmp_path / "converted"), load_state(source))
+
+
+def test_every_auto_class_and_the_pipeline_take_the_originals_folder(golden_dir):
+    source = golden_dir("A") / "hf"
+    assert type(AutoModel.from_pretrained(source)) is MplugOwl2Model
+    pipe = pipeline("image-text-to-text", model=str(source))
+    cases = json.loads((golden_dir("A") / "e2e" / "e2e.json").read_text())
+    picture = golden_dir("A") / "e2e" / "e0.png"
+    parts = [{"type": "image", "image": str(picture)}, {"type": "text", "text": "What is this?"}]
+    answer = pipe(text=[{"role": "user", "content": parts}], max_new_tokens=4, return_full_text=False)
+    assert isinstance(answer[0]["generated_text"], str) and cases
+
+
+def test_the_processor_of_the_originals_folder_is_the_converted_ones(golden_dir, tmp_path):
+    source = golden_dir("A") / "hf"
+    command("convert", source, tmp_path / "converted")
+    direct, converted = AutoProcessor.from_pretrained(source), AutoProcessor.from_pretrained(tmp_path / "converted")
+    before, after = direct.image_processor.to_dict(), converted.image_processor.to_dict()
+    assert before == {key: value for key, value in after.items() if key != "auto_map"}
+    assert (direct.legacy, direct.num_image_tokens) == (converted.legacy, converted.num_image_tokens)
+    text, picture = "USER: <|image|>What?</s> is ASSISTANT:", str(golden_dir("A") / "e2e" / "e0.png")
+    before, after = (processor(text=text, images=picture, return_tensors="pt") for processor in (direct, converted))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_tokenizer_of_a_converted_folder_needs_no_sentencepiece_file(golden_dir, tmp_path):
+    command("convert", golden_dir("A") / "hf", tmp_path / "converted")
+    with_file = AutoTokenizer.from_pretrained(tmp_path / "converted")("Hello</s> there").input_ids
+    (tmp_path / "converted" / "tokenizer.model").unlink()
+    assert AutoTokenizer.from_pretrained(tmp_path / "converted")("Hello</s> there").input_ids == with_file
+
+
+def test_models_go_back_to_the_originals_layout_through_save_pretrained(golden_dir, tmp_path):
+    source = golden_dir("A") / "hf"
+    command("convert", source, tmp_path / "ours")
+    for folder in (source, tmp_path / "ours"):
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        model.save_pretrained(tmp_path / "original", save_original_format=True)
+        saved = load_file(tmp_path / "original" / "model.safetensors")
+        expected = {key: tensor for key, tensor in read_shards(source).items() if "inv_freq" not in key}
+        assert_same_bits(expected, saved)
+        assert_same_bits(model.state_dict(), load_state(tmp_path / "original"))
+        model.save_pretrained(tmp_path / "native")
+        assert load_file(tmp_path / "native" / "model.safetensors").keys() == model.state_dict().keys()
+
+
+def test_a_checkpoint_with_holes_is_an_error(source, tmp_path):
+    edit(source, drop("model.layers.1.self_attn.k_proj.multiway.1.weight"))
+    with pytest.raises(ValueError, match=r"lacks 1 parameters.*layers\.1\.self_attn\.visual_k_proj\.weight"):
+        AutoModelForImageTextToText.from_pretrained(source)
+    edit(source, drop("model.vision_model.encoder.layers.0.self_attn.query_key_value.weight"))
+    with pytest.raises(ValueError, match="lacks 4 parameters"):
+        AutoModel.from_pretrained(source)
+
+
+def test_a_missing_head_is_made_anew_as_in_transformers(golden_dir, tmp_path):
+    MplugOwl2Model.from_pretrained(golden_dir("A") / "hf").save_pretrained(tmp_path)
+    _, info = MplugOwl2ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.weight"}
+
+
+def test_untied_tables_are_padded_with_zeros(golden_dir):
+    model = AutoModelForImageTextToText.from_pretrained(golden_dir("A") / "hf")
+    for table in (model.lm_head.weight, model.get_input_embeddings().weight):
+        assert table.shape[0] == 1024 and not table[1000:].any()
+    config = MplugOwl2Config.from_pretrained(golden_dir("A") / "hf")
+    assert (config.image_token_id, config.output_vocab_size) == (1000, 1000)
+
+
+def test_weights_may_be_offloaded_to_the_disk(golden_dir, tmp_path):
+    """The steps of the mapping also run where weights are not in memory."""
+    source = golden_dir("A") / "hf"
+    places = {
+        "model.vision_tower": "disk",
+        "model.visual_abstractor": "cpu",
+        "model.language_model": "cpu",
+        "lm_head": "disk",
+    }
+    model = AutoModelForImageTextToText.from_pretrained(source, device_map=places, offload_folder=tmp_path).eval()
+    plain = AutoModelForImageTextToText.from_pretrained(source).eval()
+    processor = AutoProcessor.from_pretrained(source)
+    inputs = processor(text="<|image|>What?", images=str(golden_dir("A") / "e2e" / "e0.png"), return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, plain(**inputs).logits)

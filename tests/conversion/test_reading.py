@@ -1,0 +1,270 @@
+"""Weight files that nobody vouches for: what is read, and what is refused, by name and without running anything."""
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from owl2_hf.conversion import ConversionError, convert
+from owl2_hf.conversion.reading import read_tensors, sha256
+
+from .conftest import NORM, read_shards, refused
+
+
+class Bomb:
+    def __init__(self, path, function=os.mkdir):
+        self.path, self.function = path, function
+
+    def __reduce__(self):
+        return self.function, (str(self.path),)
+
+
+class NestedBomb(Bomb):
+    """Hidden in bytes that another unpickler would read."""
+
+    def __reduce__(self):
+        return torch.storage._load_from_bytes, (pickle.dumps(Bomb(self.path)),)
+
+
+class AttributeBomb(Bomb):
+    def __reduce__(self):
+        return getattr, (dict, "fromkeys")
+
+
+def protocol_4(value, path):
+    torch.save(value, path, pickle_protocol=4)
+
+
+def legacy(value, path):
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+
+
+def bare_pickle(value, path):
+    path.write_bytes(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("save", [torch.save, protocol_4, legacy, bare_pickle])
+@pytest.mark.parametrize("bomb", [Bomb, NestedBomb, AttributeBomb])
+@pytest.mark.parametrize("hidden", [False, True], ids=["alone", "behind tensors"])
+def test_a_malicious_pickle_is_refused_and_runs_nothing(source, tmp_path, save, bomb, hidden):
+    path = source / "pytorch_model.bin"
+    tensors = torch.load(path, weights_only=True) if hidden else {}
+    save({**tensors, NORM: bomb(tmp_path / "ran")}, path)
+    with pytest.raises(ConversionError, match=r"pytorch_model\.bin cannot be read") as caught:
+        convert(source, tmp_path / "target")
+    assert not (tmp_path / "ran").exists()
+    assert "weights_only" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_the_switch_that_turns_safety_off_is_not_obeyed(source, tmp_path):
+    torch.save({NORM: Bomb(tmp_path / "ran")}, source / "pytorch_model.bin")
+    result = subprocess.run(
+        [sys.executable, "-m", "owl2_hf", "convert", source, tmp_path / "target"],
+        env={**os.environ, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and "cannot be read as weights" in result.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_script_of_torch_is_refused(source, tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), source / "pytorch_model.bin")
+    assert "pytorch_model.bin is compressed: it was not" in refused("convert", source, tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+        (os.urandom(500), "damaged, or holds more than tensors"),
+        (b"\x80\x02" + b"(" * 5000, "damaged, or holds more than tensors"),
+    ],
+)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_what_is_no_weight_file_is_called_by_its_name(source, tmp_path, content, message, name):
+    (source / "pytorch_model.bin").unlink()
+    (source / name).write_bytes(content)
+    line = refused("convert", source, tmp_path / "target")
+    assert name in line
+    assert message in line or "damaged or cut off" in line
+
+
+@pytest.mark.parametrize("keep", [10, 1000, 0.5, 0.999])
+def test_a_truncated_file_is_named(source, tmp_path, keep):
+    path = source / "pytorch_model.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
+    assert "pytorch_model.bin cannot be read" in refused("convert", source, tmp_path / "target")
+
+
+@pytest.mark.parametrize("keep", [4, 1000, 0.5])
+def test_truncated_safetensors_are_named(source, tmp_path, keep):
+    tensors = torch.load(source / "pytorch_model.bin", weights_only=True)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, source / "model.safetensors")
+    content = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
+    assert "model.safetensors cannot be read" in refused("convert", source, tmp_path / "target")
+
+
+def test_a_flipped_bit_is_found_by_the_checksum(source, tmp_path):
+    path = source / "pytorch_model.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert "is damaged: the checksum of its record" in refused("convert", source, tmp_path / "target")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_files_without_checksums_are_read(source, tmp_path):
+    path = source / "pytorch_model.bin"
+    tensors = torch.load(path, weights_only=True)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    convert(source, tmp_path / "target")
+    assert len(sha256(path)) == 64
+
+
+def test_a_compressed_archive_is_refused(source, tmp_path):
+    path = source / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "new", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+    (tmp_path / "new").replace(path)
+    assert "is compressed" in refused("convert", source, tmp_path / "target")
+
+
+def test_a_record_that_is_there_twice_is_refused(source, tmp_path):
+    path = source / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        archive.writestr(name, b"other")
+    assert "holds a record twice" in refused("convert", source, tmp_path / "target")
+
+
+def test_a_safetensors_header_that_lies_is_refused(source, tmp_path):
+    (source / "pytorch_model.bin").unlink()
+    for header in (b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,999]}}', b"{" * 100, b'{"a": 1}'):
+        (source / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+        assert "model.safetensors cannot be read" in refused("convert", source, tmp_path / "target")
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    assert "model.safetensors cannot be read" in refused("convert", source, tmp_path / "target")
+
+
+def test_a_file_must_hold_a_dictionary(source, tmp_path):
+    torch.save([torch.ones(2)], source / "pytorch_model.bin")
+    assert "expected a dictionary of tensors, got list" in refused("convert", source, tmp_path / "target")
+
+
+def test_folders_pipes_and_loops_are_no_files(source, tmp_path):
+    path = source / "pytorch_model.bin"
+    path.unlink()
+    path.mkdir()
+    assert "pytorch_model.bin is not a file" in refused("convert", source, tmp_path / "target")
+    path.rmdir()
+    os.mkfifo(path)
+    assert "pytorch_model.bin is not a file" in refused("convert", source, tmp_path / "target")
+    path.unlink()
+    path.symlink_to(path)
+    assert refused("convert", source, tmp_path / "target")
+
+
+def write_index(source, text):
+    (source / "pytorch_model.bin").unlink(missing_ok=True)
+    (source / "pytorch_model.bin.index.json").write_text(text if isinstance(text, str) else json.dumps(text))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.bin",
+        "/etc/passwd",
+        "a/../../outside.bin",
+        "sub/pytorch_model.bin",
+        "..\\x.bin",
+        "x.pkl",
+        ".",
+        "",
+        7,
+        None,
+    ],
+)
+def test_an_index_names_only_weight_files_of_its_folder(source, tmp_path, name):
+    write_index(source, {"weight_map": {NORM: name}})
+    line = refused("convert", source, tmp_path / "target")
+    assert repr(name) in line and "not a weight file of this folder" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"weight_map": {"a": "pytorch_model-1-of-2.bin"}}', "which is missing"),
+        ('{"weight_map": {"a": "model.safetensors", "a": "model.safetensors"}}', "names a tensor twice"),
+        ('{"weight_map": []}', "weight_map is not an object"),
+        ('{"weight_map": {}}', "weight_map is not an object with entries"),
+        ("{}", "weight_map"),
+        ("[]", "not a weight index"),
+        ("{", "not a weight index"),
+        ("[" * 100000, "not a weight index"),
+    ],
+)
+def test_a_broken_index_is_refused(source, tmp_path, text, message):
+    write_index(source, text)
+    assert message in refused("convert", source, tmp_path / "target")
+
+
+def test_a_huge_index_is_not_read(source, tmp_path):
+    write_index(source, "{}")
+    with (source / "pytorch_model.bin.index.json").open("ab") as file:
+        file.truncate(2**33)
+    assert "larger than 64 MiB" in refused("convert", source, tmp_path / "target")
+
+
+def test_an_entry_without_its_tensor_is_refused(source, tmp_path):
+    (source / "pytorch_model.bin").rename(source / "pytorch_model-1-of-1.bin")
+    write_index(source, {"weight_map": {NORM: "pytorch_model-1-of-1.bin", "ghost": "pytorch_model-1-of-1.bin"}})
+    assert "tensor 'ghost': the index places it here, but it is not" in refused("convert", source, tmp_path / "target")
+
+
+def test_pickles_that_the_index_does_not_name_stay_closed(golden_dir, source, tmp_path):
+    shutil.rmtree(source)
+    shutil.copytree(golden_dir("A") / "hf", source)
+    source.chmod(0o755)
+    torch.save({NORM: Bomb(tmp_path / "ran")}, source / "training_args.bin")
+    torch.save({NORM: Bomb(tmp_path / "ran")}, source / "pytorch_model-00009-of-00004.bin")
+    convert(source, tmp_path / "target")
+    assert not (tmp_path / "ran").exists()
+    assert not list((tmp_path / "target").glob("*.bin"))
+
+
+def test_tensors_are_mapped_not_loaded(tmp_path):
+    """Memory follows what is used, not what is in the file."""
+    import psutil
+
+    torch.save({"large": torch.zeros(64 << 20), "small": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    process = psutil.Process()
+    before = process.memory_info().rss
+    tensors = read_tensors(tmp_path / "pytorch_model.bin")
+    assert tensors["small"].sum() == 2
+    assert process.memory_info().rss - before < 64 << 20
+
+
+def test_names_are_quoted(source, tmp_path):
+    tensors = read_shards(source)
+    torch.save({**tensors, "evil\x1b[31m\nname": torch.ones(2)}, source / "pytorch_model.bin")
+    line = refused("convert", source, tmp_path / "target")
+    assert r"'evil\x1b[31m\nname'" in line and "\x1b" not in line
