@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-from owl2_hf.modeling.conversion_mplug_owl2 import to_ours
 from safetensors.torch import load_file
 
 from owl2_hf.conversion import convert
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
+from owl2_hf.modeling.conversion_mplug_owl2 import to_ours
 
 from .original import expand_markers
 

@@ -12,13 +12,51 @@ from .reading import ConversionError
 # Release of transformers that the original's code is written for.
 _TRANSFORMERS_VERSION = "4.31.0"
 # The settings that it knows; what is not here has no effect there.
-_TEXT = """attention_bias attention_dropout bos_token_id eos_token_id hidden_act hidden_size initializer_range
-    intermediate_size max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads pad_token_id
-    pretraining_tp rms_norm_eps use_cache""".split()
-_VISION = """attention_dropout hidden_act hidden_size image_size initializer_range intermediate_size layer_norm_eps
-    num_attention_heads num_channels num_hidden_layers patch_size use_cls_token use_post_layernorm""".split()
-_ABSTRACTOR = """encoder_hidden_size grid_size hidden_size initializer_range intermediate_size layer_norm_eps
-    num_attention_heads num_hidden_layers num_learnable_queries use_cls_token""".split()
+_TEXT = [
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "pretraining_tp",
+    "rms_norm_eps",
+    "use_cache",
+]
+_VISION = [
+    "attention_dropout",
+    "hidden_act",
+    "hidden_size",
+    "image_size",
+    "initializer_range",
+    "intermediate_size",
+    "layer_norm_eps",
+    "num_attention_heads",
+    "num_channels",
+    "num_hidden_layers",
+    "patch_size",
+    "use_cls_token",
+    "use_post_layernorm",
+]
+_ABSTRACTOR = [
+    "encoder_hidden_size",
+    "grid_size",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "layer_norm_eps",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_learnable_queries",
+    "use_cls_token",
+]
 _OURS = {
     "vision_config",
     "abstractor_config",
