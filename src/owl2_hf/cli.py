@@ -214,6 +214,47 @@ def verify(
 
 @app.command()
 @_report_mistakes
+def init(
+    target: Annotated[Path, typer.Argument(help="Folder to make.")],
+    language: Annotated[str, typer.Option(help="Folder or Hub id of a LLaMA with its tokenizer.")],
+    vision: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a CLIP or DINOv2 ViT; a fresh one if not given.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of a picture in pixels; the vision model's own if not given.")
+    ] = None,
+    num_queries: Annotated[int, typer.Option(min=1, help="Learnable queries of the visual abstractor.")] = 64,
+    num_abstractor_layers: Annotated[int, typer.Option(min=1, help="Layers of the visual abstractor.")] = 6,
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights; the language model's if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of what is made anew.")] = 0,
+    overwrite: Overwrite = False,
+    as_json: JSON = False,
+    debug: Debug = False,
+) -> None:
+    """Make a new model from a stock LLaMA and, optionally, a stock vision encoder, ready for training."""
+    from .conversion import initialize
+
+    report = initialize(
+        language,
+        target,
+        vision,
+        image_size,
+        num_queries,
+        num_abstractor_layers,
+        dtype and dtype.value,
+        seed,
+        overwrite,
+    )
+    if as_json:
+        typer.echo(json.dumps(vars(report)))
+        return
+    typer.echo(f"{target}: {report.summary()}")
+    for note in report.notes:
+        typer.echo(f"- {note}")
+
+
+@app.command()
+@_report_mistakes
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a model, as convert or save_pretrained makes it.")],
     repo_id: Annotated[str, typer.Argument(help="namespace/name on the Hub.")],

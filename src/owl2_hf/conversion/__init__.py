@@ -1,6 +1,18 @@
-"""Checkpoints of the original, in and out."""
+"""Checkpoints of the original, in and out; new models from stock ones."""
 
 from .convert import ConversionReport, convert, open_source
+from .initialize import InitReport, initialize
+from .lora import load_non_lora
 from .reading import ConversionError
+from .verify import verify
 
-__all__ = ["ConversionError", "ConversionReport", "convert", "open_source"]
+__all__ = [
+    "ConversionError",
+    "ConversionReport",
+    "InitReport",
+    "convert",
+    "initialize",
+    "load_non_lora",
+    "open_source",
+    "verify",
+]

@@ -1,17 +1,21 @@
-"""The model card of a converted folder: `model_card.md` with the facts of this checkpoint."""
+"""Model cards: `model_card.md` with the facts of a converted checkpoint, and a short one for a new model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard
-
-from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
-
-if TYPE_CHECKING:
-    from .convert import ConversionReport
+from huggingface_hub import ModelCard, ModelCardData
 
 _PACKAGE = Path(__file__).parents[1]
 _FACTS = "<!-- facts -->"
+_NEW = """\
+# A new mPLUG-Owl2
+
+{summary}.
+
+Nothing was trained yet: text gives what the language model gives, pictures mean nothing to it. Both branches of every
+modality-adaptive module are copies of the language model's; the visual abstractor is fresh.
+
+Replace this card before you publish the model: the licences of its sources hold.
+"""
 
 
 def _template() -> Path:
@@ -19,22 +23,37 @@ def _template() -> Path:
     return next(path for path in (_PACKAGE / "model_card.md", _PACKAGE.parents[1] / "model_card.md") if path.is_file())
 
 
-def write_card(folder: Path, config: MplugOwl2Config, report: "ConversionReport") -> None:
-    """README.md of a converted folder."""
+def write_card(folder: Path, facts: dict[str, str], is_published: bool) -> None:
+    """README.md of a converted folder.
+
+    Args:
+        facts: What the table of this checkpoint says, by row.
+        is_published: The model has the published one's sizes: it is the base model, or was tuned from it.
+    """
     card = ModelCard.load(_template())
-    dropped = len(report.dropped)
-    facts = {
-        "Converted from": f"`{report.source}` ({report.layout})",
-        "Parameters": f"{report.num_parameters:,} in {report.num_tensors} tensors, {report.dtype}",
-        "Dropped, because the model computes them": str(dropped) if dropped else "nothing",
-        "Rebuilt sin-cos tables": str(len(report.rebuilt)) if report.rebuilt else "none, the source had them",
-        "Language model": f"{config.text_config.num_hidden_layers} layers of width {config.text_config.hidden_size}",
-        "Context length": f"{config.text_config.max_position_embeddings} positions",
-        "Picture": f"{config.vision_config.image_size} x {config.vision_config.image_size} pixels, "
-        f"{config.num_image_tokens} positions",
-        "Tokenizer": "none in the source" if report.tokenizer is None else f"from `{report.tokenizer}`",
-        "Converted with": ", ".join(f"{name} {number}" for name, number in report.versions.items()),
-    }
+    if not is_published:
+        for name in ("base_model", "datasets"):
+            card.data.pop(name)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     card.text = card.text.replace(_FACTS, f"## This checkpoint\n\n| | |\n| --- | --- |\n{rows}")
     card.save(folder / "README.md")
+
+
+def write_new_card(folder: Path, language: str, vision: str | None, summary: str) -> None:
+    """README.md of a model that was put together from others.
+
+    Args:
+        language: Name of the language model.
+        vision: Name of the vision model, if it was not made anew.
+        summary: What it was made of, in one line.
+    """
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        license="other",
+        license_name="that-of-its-sources",
+        language=["en"],
+        tags=["mplug-owl2", "multimodal", "image-text-to-text", "custom_code"],
+        base_model=[name for name in (language, vision) if name is not None and "/" in name] or None,
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_NEW.format(summary=summary)}").save(folder / "README.md")

@@ -172,8 +172,32 @@ def convert(
         report.versions = {name: version(name) for name in ("owl2_hf", "torch", "transformers", "safetensors")}
         (folder / "conversion_report.json").write_text(json.dumps(vars(report), indent=2) + "\n")
         if to == "ours":
-            write_card(folder, opened.config, report)
+            write_card(folder, _facts(report, opened.config), _has_published_sizes(opened.config))
     return report
+
+
+def _facts(report: ConversionReport, config: MplugOwl2Config) -> dict[str, str]:
+    side = config.vision_config.image_size
+    return {
+        "Converted from": f"`{report.source}`, {report.layout}",
+        "Parameters": f"{report.num_parameters:,} in {report.num_tensors} tensors, {report.dtype}",
+        "Dropped, because the model computes them": f"{len(report.dropped)} tensors",
+        "Rebuilt, because the source lacked them": f"{len(report.rebuilt)} sin-cos tables",
+        "Language model": f"{config.text_config.num_hidden_layers} layers of width {config.text_config.hidden_size}",
+        "Context length": f"{config.text_config.max_position_embeddings} positions",
+        "Picture": f"{side} x {side} pixels, {config.num_image_tokens} positions",
+        "Tokenizer": "none in the source" if report.tokenizer is None else f"from `{report.tokenizer}`",
+        "Converted with": ", ".join(f"{name} {number}" for name, number in report.versions.items()),
+    }
+
+
+def _has_published_sizes(config: MplugOwl2Config) -> bool:
+    published = MplugOwl2Config()
+    return all(
+        getattr(getattr(config, part), size) == getattr(getattr(published, part), size)
+        for part in ("text_config", "vision_config", "abstractor_config")
+        for size in ("hidden_size", "intermediate_size", "num_hidden_layers")
+    )
 
 
 def _check_apart(target: Path, *sources: Path) -> None:

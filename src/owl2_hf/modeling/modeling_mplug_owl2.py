@@ -89,12 +89,14 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
         """As in transformers, also from the original's layout.
 
         Raises:
-            ValueError: The checkpoint lacks parameters; transformers would make them up. A missing head is none.
+            ValueError: The checkpoint lacks parameters, which transformers would make up. A missing head is none, and
+                whoever asks for `output_loading_info` finds them there instead.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         is_base = not hasattr(model, cls.base_model_prefix)
         lost = sorted(key for key in info["missing_keys"] if is_base or key.startswith(f"{cls.base_model_prefix}."))
-        if lost and pretrained_model_name_or_path is not None and kwargs.get("state_dict") is None:
+        is_told = output_loading_info or pretrained_model_name_or_path is None or kwargs.get("state_dict") is not None
+        if lost and not is_told:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(lost)} parameters of this model, the first is {lost[0]}: "
                 "the checkpoint is incomplete, or its configuration is another model's."
