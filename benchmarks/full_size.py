@@ -27,6 +27,7 @@ from owl2_hf.conversion.sources import expected_tensors
 from owl2_hf.modeling import MplugOwl2Config
 from owl2_hf.modeling.conversion_mplug_owl2 import original_key, split_number, to_original
 
+TOKENS = (1, 17)  # new tokens of two answers; their difference is decoding alone
 INV_FREQ = "model.layers.{}.self_attn.rotary_emb.inv_freq"
 
 
@@ -106,8 +107,7 @@ def run(source: Path, work: Path, repeats: int = 3) -> dict:
         if turn < repeats - 1:
             shutil.rmtree(work / "converted")
         print(f"cp {copies[-1]}, convert {conversions[-1]}", flush=True)
-    question = ["describe", "--model", str(work / "converted"), "-q", "What is this?", "--max-new-tokens", "8"]
-    answer = _timed([*cli, *question], work / "describe.log")
+    answers = [_answer(cli, work, count) for count in TOKENS]
     num_bytes = sum(path.stat().st_size for path in source.iterdir())
     largest = max(path.stat().st_size for path in source.iterdir())
     return {
@@ -119,11 +119,19 @@ def run(source: Path, work: Path, repeats: int = 3) -> dict:
         "throughput_of_cp": statistics.median(run["seconds"] for run in copies)
         / statistics.median(run["seconds"] for run in conversions),
         "peak_above_largest_shard_mb": max(run["peak_mb"] for run in conversions) - largest / 2**20,
-        "describe": answer,
-        "describe_log": (work / "describe.log").read_text()[-2000:],
+        "describe": dict(zip(TOKENS, answers, strict=True)),
+        "load_and_prefill_seconds": answers[0]["seconds"],
+        "tokens_per_second": (TOKENS[1] - TOKENS[0]) / (answers[1]["seconds"] - answers[0]["seconds"]),
+        "answer": (work / "describe.log").read_text().splitlines()[-1],
         "threads": os.cpu_count(),
         "memory_mb": os.sysconf("SC_PHYS_PAGES") * resource.getpagesize() / 2**20,
     }
+
+
+def _answer(cli: list[str], work: Path, num_tokens: int) -> dict[str, float]:
+    """A picture described by the converted model in a process of its own, greedily."""
+    question = ["describe", "--model", str(work / "converted"), "-q", "What is this?"]
+    return _timed([*cli, *question, "--max-new-tokens", str(num_tokens)], work / "describe.log")
 
 
 def main() -> None:
