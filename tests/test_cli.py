@@ -57,6 +57,42 @@ def test_convert_without_a_tokenizer_says_so_and_takes_one(golden_dir, tmp_path)
     assert not (tmp_path / "with").exists()
 
 
+def test_init_makes_a_model_that_answers(golden_dir, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=1000,
+            hidden_size=48,
+            intermediate_size=40,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=512,
+        )
+    ).save_pretrained(tmp_path / "llama")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / "llama" / name).write_bytes((golden_dir("A") / "hf" / name).read_bytes())
+    result = run("init", tmp_path / "new", "--language", tmp_path / "llama", "--image-size", "28", "--num-queries", "3")
+    assert result.exit_code == 0, result.output
+    assert "from llama and a fresh vision encoder" in result.stdout
+    assert run("verify", tmp_path / "new").stdout.splitlines()[-1] == "ok"
+    assert run("describe", "--model", tmp_path / "new", "--max-new-tokens", "2").exit_code == 0
+    listed = run("push", tmp_path / "new", "me/new", "--dry-run")
+    assert listed.exit_code == 0, listed.output
+    assert "model.safetensors" in listed.stdout and "would go to me/new" in listed.stdout
+    assert run("init", tmp_path / "other", "--language", golden_dir("A") / "hf").exit_code == 1
+
+
+def test_a_converted_folder_may_be_published(golden_dir, tmp_path):
+    assert run("convert", golden_dir("A") / "hf", tmp_path / "target").exit_code == 0
+    report = json.loads(run("push", tmp_path / "target", "me/owl", "--dry-run", "--json").stdout)
+    names = {name for name, _ in report["files"]}
+    assert names == {path.name for path in (tmp_path / "target").iterdir()}
+    (tmp_path / "target" / "optimizer.pt").write_bytes(b"")
+    result = run("push", tmp_path / "target", "me/owl", "--dry-run")
+    assert result.exit_code == 1 and "optimizer.pt" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -64,6 +100,9 @@ def test_convert_without_a_tokenizer_says_so_and_takes_one(golden_dir, tmp_path)
         (["describe", "--model", "no-such-folder"], "no-such-folder"),
         (["info", "no-such-folder"], "no-such-folder"),
         (["convert", "no-such-folder", "target"], "no-such-folder is not a folder"),
+        (["verify", "no-such-folder"], "no-such-folder is not a folder"),
+        (["push", "no-such-folder", "me/it", "--dry-run"], "no-such-folder"),
+        (["init", "target", "--language", "no-such-folder"], "no-such-folder"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_exit_code_1(arguments, message, monkeypatch, tmp_path):

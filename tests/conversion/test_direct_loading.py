@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 
@@ -119,3 +120,20 @@ def test_weights_may_be_offloaded_to_the_disk(golden_dir, tmp_path):
     inputs = processor(text="<|image|>What?", images=str(golden_dir("A") / "e2e" / "e0.png"), return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "visual_v_proj", "lm_head"]])
+def test_adapters_of_peft_do_not_notice_the_mapping(golden_dir, tmp_path, targets):
+    source = golden_dir("A") / "hf"
+    model = AutoModelForImageTextToText.from_pretrained(source)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path)
+    ids = torch.arange(3, 12).unsqueeze(0)
+    with torch.no_grad():
+        expected = adapted(input_ids=ids).logits
+        again = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(source), tmp_path).eval()
+        assert torch.equal(again(input_ids=ids).logits, expected)
+        plain = AutoModelForImageTextToText.from_pretrained(source).eval()
+        info = plain.load_adapter(str(tmp_path))
+        assert not info.missing_keys and not info.unexpected_keys
+        assert torch.equal(plain(input_ids=ids).logits, expected)

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -151,29 +152,35 @@ def convert(
     if is_ours and to == "ours" and dtype is None:
         return report
     with staged_folder(Path(target), overwrite) as folder:
-        with ThreadPoolExecutor(max_workers=1) as background:
-            hashes: dict[Path, Future[str]] = {}
-
-            def hear(file: Path) -> None:
-                on_file(file.name)
-                hashes[file] = background.submit(sha256, file)
-
-            if to == "adapter":
-                _write_adapter(opened, folder, hear)
-            else:
-                conversion = _Conversion(opened, report, DTYPES.get(dtype or ""), allow_nonfinite)
-                conversion.write(folder, to == "original", max_shard_size, hear)
-                write_around = _write_around_original if to == "original" else _write_around_ours
-                report.tokenizer = write_around(opened, folder, tokenizer)
-            report.files = {
-                str(file.relative_to(_common_folder(opened))): {"sha256": found.result(), "bytes": file.stat().st_size}
-                for file, found in hashes.items()
-            }
+        if to == "adapter":
+            files = _write_adapter(opened, folder)
+            hashes = {file: sha256(file) for file in files}
+        else:
+            conversion = _Conversion(opened, report, DTYPES.get(dtype or ""), allow_nonfinite)
+            with _hashing(opened.files) as waiting:
+                conversion.write(folder, to == "original", max_shard_size, lambda file: on_file(file.name))
+                hashes = {file: found.result() for file, found in waiting.items()}
+            write_around = _write_around_original if to == "original" else _write_around_ours
+            report.tokenizer = write_around(opened, folder, tokenizer)
+        report.files = {
+            str(file.relative_to(_common_folder(opened))): {"sha256": found, "bytes": file.stat().st_size}
+            for file, found in hashes.items()
+        }
         report.versions = {name: version(name) for name in ("owl2_hf", "torch", "transformers", "safetensors")}
         (folder / "conversion_report.json").write_text(json.dumps(vars(report), indent=2) + "\n")
         if to == "ours":
             write_card(folder, _facts(report, opened.config), _has_published_sizes(opened.config))
     return report
+
+
+@contextmanager
+def _hashing(files: list[Path]) -> Iterator[dict[Path, Future[str]]]:
+    """SHA-256 of each file, computed beside the conversion; reading ahead also brings the files into memory for it."""
+    background = ThreadPoolExecutor(max_workers=1)
+    try:
+        yield {file: background.submit(sha256, file) for file in files}
+    finally:
+        background.shutdown(cancel_futures=True)
 
 
 def _facts(report: ConversionReport, config: MplugOwl2Config) -> dict[str, str]:
@@ -357,12 +364,12 @@ def _to_original(tensors: Iterator[tuple[str, Tensor]], config: MplugOwl2Config)
             yield key, to_original(key, waiting.pop(key), config)
 
 
-def _write_adapter(source: Source, folder: Path, on_file: OnFile) -> None:
+def _write_adapter(source: Source, folder: Path) -> list[Path]:
+    """Returns the files that it was read from."""
     if not isinstance(source, LoraSource):
         raise ConversionError(f"{source.folder} is {source.layout}: only a LoRA fine-tune becomes an adapter.")
-    for file in source.files[: -len(source.base.files)]:
-        on_file(file)
     save_adapter(source, folder)
+    return source.own_files
 
 
 def _write_around_ours(source: Source, folder: Path, tokenizer: str | Path | None) -> str | None:

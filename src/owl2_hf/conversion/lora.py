@@ -60,16 +60,16 @@ class LoraSource:
         self.config = read_config(adapter)[0] if (adapter / "config.json").is_file() else self.base.config
         self.settings = _read_settings(adapter)
         self._expected = expected_tensors(self.config)
-        own_files = [adapter / name for names in (_ADAPTER_FILES, _OTHER_FILES) for name in _first(adapter, names)]
-        if not own_files or own_files[0].name not in _ADAPTER_FILES:
+        self.own_files = [adapter / name for names in (_ADAPTER_FILES, _OTHER_FILES) for name in _first(adapter, names)]
+        if not self.own_files or self.own_files[0].name not in _ADAPTER_FILES:
             raise ConversionError(f"{adapter} holds no adapter: expected {' or '.join(_ADAPTER_FILES)}.")
-        self.updates = self._read_updates(own_files[0])
-        self.replaced = self._read_replaced(own_files[1]) if len(own_files) > 1 else {}
-        self.files = [*own_files, *self.base.files]
+        self.updates = self._read_updates(self.own_files[0])
+        self.replaced = self._read_replaced(self.own_files[1]) if len(self.own_files) > 1 else {}
+        self.files = [*self.own_files, *self.base.files]
         self.folder = self.base.folder
 
     def read(self, on_file: OnFile = nobody, meta: bool = False) -> Iterator[Piece]:
-        for file in self.files[: -len(self.base.files)]:
+        for file in self.own_files:
             on_file(file)
         left = {*self.updates, *self.replaced}
         for piece in self.base.read(on_file, meta):

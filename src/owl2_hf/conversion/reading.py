@@ -3,11 +3,13 @@
 import hashlib
 import json
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,7 @@ from torch.serialization import safe_globals
 _WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)")
 _MAX_INDEX_BYTES = 64 * 2**20
 _MAX_NAME_LENGTH = 512
+_BLOCK = 2**23
 
 
 class ConversionError(ValueError):
@@ -180,24 +183,49 @@ def sha256(path: Path) -> str:
         ConversionError: A checksum is wrong.
     """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
-        _check_records(path)
+    records = _Records(path)
+    block = bytearray(_BLOCK)
+    position = 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            view = memoryview(block)[:count]
+            digest.update(view)
+            records.update(position, view)
+            position += count
     return digest.hexdigest()
 
 
-def _check_records(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if not entry.CRC:  # PyTorch was told not to compute any
-                continue
-            try:
-                with archive.open(entry) as record:
-                    while record.read(2**24):
-                        pass
-            except zipfile.BadZipFile:
-                raise ConversionError(
-                    f"{path} is damaged: the checksum of its record {entry.filename!r} is wrong."
-                ) from None
+class _Records:
+    """Checksums of the records of a zip archive, from one walk over its bytes; nothing for other files."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._waiting: list[tuple[int, int, zipfile.ZipInfo]] = []  # start, end, entry; the next one last
+        self._found = 0
+        if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for entry in archive.infolist():
+                if entry.CRC:  # PyTorch may be told not to compute any
+                    start = entry.header_offset + _local_header_size(file, entry)
+                    self._waiting.append((start, start + entry.file_size, entry))
+        self._waiting.sort(key=lambda record: -record[0])
+
+    def update(self, position: int, view: memoryview) -> None:
+        end = position + len(view)
+        while self._waiting and self._waiting[-1][0] < end:
+            first, last, entry = self._waiting[-1]
+            self._found = zlib.crc32(view[max(first - position, 0) : last - position], self._found)
+            if last > end:
+                return
+            if self._found != entry.CRC:
+                name = repr(entry.filename)
+                raise ConversionError(f"{self.path} is damaged: the checksum of its record {name} is wrong.")
+            self._waiting.pop()
+            self._found = 0
+
+
+def _local_header_size(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """A record's own header repeats its name and may be padded, unlike its entry in the archive's directory."""
+    file.seek(entry.header_offset + 26)
+    return 30 + sum(struct.unpack("<HH", file.read(4)))
