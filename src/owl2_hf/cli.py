@@ -144,6 +144,67 @@ class Dtype(str, Enum):
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that stands in the target.")]
 
 
+class Scale(str, Enum):
+    """Scales of `score`."""
+
+    one_to_five = "1-5"
+    zero_to_one = "0-1"
+
+
+@app.command()
+@_report_mistakes
+def score(
+    images: Annotated[
+        list[str], typer.Argument(help="Pictures, or folders of them; for task video folders of frames, or animations.")
+    ],
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a model that scores.")],
+    preset: Annotated[
+        str, typer.Option(help="one-align, deqa, q-instruct or q-instruct-boost: prompt, levels, preprocessing.")
+    ] = "one-align",
+    task: Annotated[str, typer.Option(help="quality; with one-align also aesthetics or video.")] = "quality",
+    scale: Annotated[Scale | None, typer.Option(help="Lowest and highest score; the preset's if not given.")] = None,
+    levels: Annotated[
+        str | None, typer.Option(help="Level words of your own, best first and separated by commas; evenly spaced.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt of your own, with <|image|> at the place of the picture.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = 8,
+    device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
+    as_json: JSON = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Score pictures or videos by the probabilities of level words.
+
+    A picture that cannot be read is named on stderr, the others are scored, and the exit code is 1.
+    """
+    from .scoring import Scorer, custom_preset, expand_paths, score_each
+
+    chosen = custom_preset(preset, task, prompt, levels.split(",") if levels else None)
+    bounds = None if scale is None else tuple(float(bound) for bound in scale.value.split("-"))
+    names, sources = expand_paths(images, is_video=task == "video")
+    loaded, processor = _load(model)
+    scorer = Scorer(loaded.to(device) if device else loaded, processor, chosen, bounds, batch_size)  # type: ignore[arg-type]
+    if as_csv:
+        typer.echo("image,score,std," + ",".join(scorer.levels))
+    failed = 0
+    for name, found in zip(names, score_each(scorer, sources, task), strict=True):
+        if isinstance(found, ValueError):
+            failed += 1
+            typer.echo(f"owl2-hf: {name}: {' '.join(str(found).split())}", err=True)
+        elif as_json:
+            typer.echo(json.dumps({"image": name, **vars(found)}))
+        elif as_csv:
+            quoted = '"' + name.replace('"', '""') + '"'
+            typer.echo(f"{quoted},{found.score:.6f},{found.std:.6f},{','.join(f'{prob:.6f}' for prob in found.probs)}")
+        else:
+            low, high = found.scale
+            typer.echo(f"{found.score:.4f} of {low:g} to {high:g}, std {found.std:.4f}  {name}")
+    if failed:
+        raise typer.Exit(1)
+
+
 @app.command(help=_CONVERT_HELP)
 @_report_mistakes
 def convert(

@@ -1,0 +1,293 @@
+"""Scores of pictures and videos by the probabilities of level words, as Q-Align, Q-Instruct and DeQA-Score read them.
+
+The model is shown a picture and the beginning of an answer; the probabilities of a few words at its next position, and
+the value of each word, make the score. B: pictures of one batch, K: levels, V: embedding rows.
+
+Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (arXiv:2501.11561), and their released
+code.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageSequence
+from torch import Tensor
+
+from .processing.image_processing_mplug_owl2 import FORMATS
+
+IMAGE_TOKEN = "<|image|>"
+_ALIGN_PROMPT = (
+    "USER: How would you rate the {aspect} of this {medium}?\n{image}\nASSISTANT: The {aspect} of the {medium} is"
+)
+_ALIGN_LEVELS = ("excellent", "good", "fair", "poor", "bad")
+_ALIGN_VALUES = (1.0, 0.75, 0.5, 0.25, 0.0)
+# Ids of the level words in LLaMA-2's vocabulary, which is told by its size.
+_LLAMA2_SIZE = 32000
+_LLAMA2_IDS = {
+    "excellent": 15129,
+    "good": 1781,
+    "fair": 6534,
+    "poor": 6460,
+    "bad": 4319,
+    "average": 6588,
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How one model of the family scores.
+
+    Args:
+        prompts: Task -> prompt, with `<|image|>` at the place of the picture, or of a video's frames.
+        levels: Words, best first; or groups of words that mean the same, whose logits are averaged.
+        values: What each level is worth, from 0 to 1.
+        image_aspect_ratio: How a picture becomes square, see `MplugOwl2ImageProcessor`.
+        scale: Lowest and highest score.
+    """
+
+    prompts: dict[str, str]
+    levels: tuple[str | tuple[str, ...], ...] = _ALIGN_LEVELS
+    values: tuple[float, ...] = _ALIGN_VALUES
+    image_aspect_ratio: str = "pad"
+    scale: tuple[float, float] = (1.0, 5.0)
+
+    def __post_init__(self):
+        if len(self.levels) != len(self.values) or len(self.levels) < 2:
+            raise ValueError(f"expected a value for each of two or more levels, got {self.levels} and {self.values}.")
+        for task, prompt in self.prompts.items():
+            if prompt.count(IMAGE_TOKEN) != 1:
+                raise ValueError(f"the prompt of task {task!r} must hold {IMAGE_TOKEN} once, got {prompt!r}.")
+
+
+def _align(aspect: str, medium: str) -> str:
+    return _ALIGN_PROMPT.format(aspect=aspect, medium=medium, image=IMAGE_TOKEN)
+
+
+_Q_INSTRUCT_PROMPT = f"USER: {IMAGE_TOKEN}Rate the quality of the image.\nASSISTANT: "
+PRESETS: dict[str, Preset] = {
+    # Upstream: Q-Align's repository asks for "the image of the quality"; its model on the Hub, like this, does not.
+    "one-align": Preset(
+        {
+            "quality": _align("quality", "image"),
+            "aesthetics": _align("aesthetics", "image"),
+            "video": _align("quality", "video"),
+        }
+    ),
+    "deqa": Preset({"quality": _align("quality", "image")}),
+    "q-instruct": Preset(
+        {"quality": _Q_INSTRUCT_PROMPT}, ("good", "average", "poor"), (1.0, 0.5, 0.0), "crop", scale=(0.0, 1.0)
+    ),
+    "q-instruct-boost": Preset(
+        {"quality": _Q_INSTRUCT_PROMPT},
+        (("good", "high", "fine"), ("average", "medium", "acceptable"), ("poor", "low", "bad")),
+        (1.0, 0.5, 0.0),
+        "crop",
+        scale=(0.0, 1.0),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model thinks of one picture.
+
+    Args:
+        score: Expected value of the level, on `scale`.
+        std: Standard deviation of the level's value, on the same scale (DeQA-Score).
+        probs: Probability of each level, among the levels.
+        levels: The level words; of a group the first.
+        logits: The model's, for each level.
+        scale: Lowest and highest score.
+    """
+
+    score: float
+    std: float
+    probs: tuple[float, ...]
+    levels: tuple[str, ...]
+    logits: tuple[float, ...]
+    scale: tuple[float, float]
+
+
+class Scorer:
+    """Scores pictures with a model and its processor.
+
+    Args:
+        model: `MplugOwl2ForConditionalGeneration`, in evaluation mode.
+        processor: Its processor.
+        preset: A name in `PRESETS`, or one of your own.
+        scale: Lowest and highest score, where not the preset's.
+        batch_size: Pictures in one forward pass; it does not change the scores.
+
+    Raises:
+        ValueError: The preset is unknown, or a level word is not one token of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        preset: str | Preset = "one-align",
+        scale: tuple[float, float] | None = None,
+        batch_size: int = 8,
+    ):
+        if isinstance(preset, str):
+            if preset not in PRESETS:
+                raise ValueError(f"expected a preset of {', '.join(PRESETS)}, got {preset!r}.")
+            preset = PRESETS[preset]
+        if batch_size < 1:
+            raise ValueError(f"expected a batch_size of at least 1, got {batch_size}.")
+        self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.preset = preset if scale is None else replace(preset, scale=scale)
+        groups = [(level,) if isinstance(level, str) else level for level in preset.levels]
+        self._names = tuple(group[0] for group in groups)
+        self._ids = [[_token_id(processor.tokenizer, word) for word in group] for group in groups]
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The level words, best first; of a group the first."""
+        return self._names
+
+    def __call__(self, images: Any, task: str = "quality") -> list[Score]:
+        """Scores of pictures, or of videos.
+
+        Args:
+            images: Pictures as the processor takes them; for task "video" a list of frames each. One alone may stand
+                without a list.
+            task: One of the preset's.
+
+        Raises:
+            ValueError: The preset has no such task, or a picture cannot be read.
+        """
+        if task not in self.preset.prompts:
+            raise ValueError(f"expected a task of {', '.join(self.preset.prompts)}, got {task!r}.")
+        if not isinstance(images, (list, tuple)) or (
+            task == "video" and images and not isinstance(images[0], (list, tuple))
+        ):
+            images = [images]
+        scores: list[Score] = []
+        for start in range(0, len(images), self.batch_size):
+            scores += self._score_batch(images[start : start + self.batch_size], self.preset.prompts[task])
+        return scores
+
+    def _score_batch(self, images: Sequence[Any], prompt: str) -> list[Score]:
+        frames = [list(image) if isinstance(image, (list, tuple)) else [image] for image in images]
+        # Frames of a video stand where one picture would, one behind the other.
+        prompts = [prompt.replace(IMAGE_TOKEN, self.processor.image_token * len(own)) for own in frames]
+        inputs = self.processor(
+            images=frames,
+            text=prompts,
+            padding=True,
+            padding_side="left",
+            image_aspect_ratio=self.preset.image_aspect_ratio,
+            return_tensors="pt",
+        ).to(self.model.device)
+        with torch.no_grad():
+            logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float().cpu()
+        return [self._score(row) for row in logits]
+
+    def _score(self, logits: Tensor) -> Score:
+        """(V,) logits of the next token -> the score."""
+        levels = torch.stack([logits[ids].mean() for ids in self._ids])
+        probs = levels.softmax(-1)
+        low, high = self.preset.scale
+        values = low + (high - low) * torch.tensor(self.preset.values)
+        mean = float(probs @ values)
+        std = math.sqrt(max(0.0, float(probs @ (values - mean) ** 2)))
+        return Score(mean, std, tuple(probs.tolist()), self._names, tuple(levels.tolist()), self.preset.scale)
+
+
+def _token_id(tokenizer: Any, word: str) -> int:
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        raise ValueError(f"the level {word!r} is not one token of this vocabulary but {pieces}: choose another word.")
+    expected = _LLAMA2_IDS.get(word)
+    if expected is not None and len(tokenizer) == _LLAMA2_SIZE + 1 and ids[0] != expected:
+        raise ValueError(f"the level {word!r} has id {ids[0]}, LLaMA-2's vocabulary has {expected}: it is damaged.")
+    return ids[0]
+
+
+def score_each(scorer: Scorer, images: Sequence[Any], task: str = "quality") -> Iterator[Score | ValueError]:
+    """Scores in order, with the error of a picture that cannot be read in its place.
+
+    Args:
+        images: As for `Scorer`; opened one by one, so that a broken one costs nothing else its score.
+    """
+    for start in range(0, len(images), scorer.batch_size):
+        opened = [_try_open(scorer.processor, image) for image in images[start : start + scorer.batch_size]]
+        good = [image for image in opened if not isinstance(image, ValueError)]
+        scores = iter(scorer(good, task) if good else [])
+        for image in opened:
+            yield image if isinstance(image, ValueError) else next(scores)
+
+
+def _try_open(processor: Any, image: Any) -> Any:
+    try:
+        if isinstance(image, (list, tuple)):
+            return [processor.image_processor.fetch_images(frame) for frame in image]
+        return processor.image_processor.fetch_images(image)
+    except (ValueError, OSError) as error:
+        return ValueError(str(error))
+
+
+def custom_preset(name: str, task: str, prompt: str | None = None, levels: Sequence[str] | None = None) -> Preset:
+    """A preset with another prompt or other levels, which are worth evenly spaced values.
+
+    Raises:
+        ValueError: There is no preset of that name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"expected a preset of {', '.join(PRESETS)}, got {name!r}.")
+    preset = PRESETS[name]
+    if levels is not None:
+        words = tuple(word.strip() for word in levels)
+        steps = max(len(words) - 1, 1)
+        preset = replace(preset, levels=words, values=tuple(1 - index / steps for index in range(len(words))))
+    return preset if prompt is None else replace(preset, prompts={task: prompt.replace("\\n", "\n")})
+
+
+def expand_paths(paths: Sequence[str], is_video: bool = False) -> tuple[list[str], list[Any]]:
+    """Pictures and folders as names and what to open.
+
+    Args:
+        is_video: A folder is one video, its pictures are the frames in the order of their names; an animated picture
+            is one, too.
+
+    Raises:
+        ValueError: A folder holds no pictures.
+    """
+    names: list[str] = []
+    sources: list[Any] = []
+    for path in paths:
+        files = _pictures(Path(path)) if Path(path).is_dir() else None
+        if files is None:
+            names.append(path)
+            sources.append(_frames(Path(path)) if is_video else path)
+        elif is_video:
+            names.append(path)
+            sources.append(files)
+        else:
+            names += [str(file) for file in files]
+            sources += files
+    return names, sources
+
+
+def _pictures(folder: Path) -> list[Path]:
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    if not files:
+        raise ValueError(f"{folder} holds no pictures: expected files named {', '.join(sorted(suffixes)[:6])}, ...")
+    return files
+
+
+def _frames(path: Path) -> list[Any]:
+    """The frames of an animated picture; a picture or a broken file as it is."""
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return [path]

@@ -1,0 +1,204 @@
+"""Scores by level words: the sum itself, batches, presets, and the command."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
+
+import owl2_hf
+from owl2_hf.cli import app
+from owl2_hf.scoring import PRESETS, Preset, Scorer, custom_preset, expand_paths, score_each
+
+PROMPT = "USER: <|image|>Is it red? ASSISTANT:"
+YES_NO = Preset({"quality": PROMPT, "video": PROMPT}, ("yes", "no"), (1.0, 0.0), "resize", (0.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def default():
+    model, processor = owl2_hf.load_default(dtype=torch.float32)
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [str(path) for path in list(owl2_hf.default_pictures().values())[:5]]
+
+
+def test_a_score_is_the_expected_value_of_the_levels(default, pictures):
+    model, processor = default
+    preset = Preset({"quality": PROMPT}, ("yes", "no", "red"), (1.0, 0.25, 0.0), "pad", (1.0, 5.0))
+    (found,) = Scorer(model, processor, preset)(pictures[0])
+    inputs = processor(text=PROMPT, images=pictures[0], image_aspect_ratio="pad", return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+    ids = processor.tokenizer.convert_tokens_to_ids(["▁yes", "▁no", "▁red"])
+    probs = logits[ids].softmax(-1)
+    values = torch.tensor([5.0, 2.0, 1.0])
+    assert found.logits == pytest.approx(logits[ids].tolist(), abs=1e-5)
+    assert found.probs == pytest.approx(probs.tolist(), abs=1e-6)
+    assert found.score == pytest.approx(float(probs @ values), abs=1e-5)
+    assert found.std == pytest.approx(math.sqrt(float(probs @ (values - probs @ values) ** 2)), abs=1e-4)
+    assert found.levels == ("yes", "no", "red") and found.scale == (1.0, 5.0)
+
+
+def test_a_batch_scores_as_one_by_one(default, pictures):
+    model, processor = default
+    together = Scorer(model, processor, YES_NO, batch_size=3)(pictures)
+    alone = [Scorer(model, processor, YES_NO)(picture)[0] for picture in pictures]
+    assert len(together) == 5
+    for one, other in zip(together, alone, strict=True):
+        assert one.logits == pytest.approx(other.logits, abs=2e-5)
+        assert one.score == pytest.approx(other.score, abs=1e-5)
+
+
+def test_videos_of_different_lengths_score_as_one_by_one(default, pictures):
+    model, processor = default
+    videos = [pictures[:3], pictures[3:4], pictures[1:]]
+    scorer = Scorer(model, processor, YES_NO)
+    for one, video in zip(scorer(videos, task="video"), videos, strict=True):
+        (other,) = scorer(video, task="video")
+        assert one.logits == pytest.approx(other.logits, abs=2e-5)
+    prompt = PROMPT.replace("<|image|>", "<|image|>" * 3)
+    inputs = processor(text=prompt, images=pictures[:3], return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+    assert scorer(pictures[:3], task="video")[0].logits[0] == pytest.approx(
+        float(logits[processor.tokenizer.convert_tokens_to_ids("▁yes")]), abs=2e-5
+    )
+
+
+def test_the_scale_stretches_scores_and_deviations(default, pictures):
+    model, processor = default
+    (unit,) = Scorer(model, processor, YES_NO)(pictures[0])
+    (stars,) = Scorer(model, processor, YES_NO, scale=(1.0, 5.0))(pictures[0])
+    assert stars.score == pytest.approx(1 + 4 * unit.score) and stars.std == pytest.approx(4 * unit.std)
+
+
+def test_words_of_a_group_are_averaged_before_the_softmax(default, pictures):
+    groups = (("yes", "red"), ("no", "blue"))
+    single = Preset({"quality": PROMPT}, (*groups[0], *groups[1]), (1.0, 1.0, 0.0, 0.0))
+    (words,) = Scorer(*default, single)(pictures[0])
+    (found,) = Scorer(*default, Preset({"quality": PROMPT}, groups, (1.0, 0.0)))(pictures[0])
+    assert found.logits == pytest.approx([sum(words.logits[:2]) / 2, sum(words.logits[2:]) / 2], abs=1e-5)
+    assert found.levels == ("yes", "no")
+
+
+def test_prompts_are_those_of_the_released_models():
+    align = PRESETS["one-align"].prompts
+    assert align["quality"] == (
+        "USER: How would you rate the quality of this image?\n<|image|>\nASSISTANT: The quality of the image is"
+    )
+    assert align["aesthetics"].endswith("The aesthetics of the image is")
+    assert align["video"].startswith("USER: How would you rate the quality of this video?")
+    assert PRESETS["deqa"].prompts["quality"] == align["quality"]
+    assert PRESETS["q-instruct"].prompts["quality"] == "USER: <|image|>Rate the quality of the image.\nASSISTANT: "
+    assert [preset.image_aspect_ratio for preset in PRESETS.values()] == ["pad", "pad", "crop", "crop"]
+    assert PRESETS["q-instruct-boost"].levels[1] == ("average", "medium", "acceptable")
+
+
+def test_the_presets_words_have_llamas_ids(golden_dir):
+    source = golden_dir("A").parents[1] / "assets" / "llama_tokenizer" / "tokenizer.model"
+    if not source.is_file():
+        pytest.skip("LLaMA-2's tokenizer is not ours to ship and not here")
+    from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer
+    from owl2_hf.scoring import _token_id
+
+    tokenizer, _ = load_tokenizer(source)
+    expected = {"excellent": 15129, "good": 1781, "fair": 6534, "poor": 6460, "bad": 4319, "average": 6588}
+    assert {word: _token_id(tokenizer, word) for word in expected} == expected
+    for preset in PRESETS.values():
+        for level in preset.levels:
+            for word in (level,) if isinstance(level, str) else level:
+                _token_id(tokenizer, word)
+
+
+def test_what_cannot_be_scored_is_refused(default, pictures):
+    model, processor = default
+    with pytest.raises(ValueError, match="expected a preset of one-align, deqa"):
+        Scorer(model, processor, "best")
+    with pytest.raises(ValueError, match="the level 'excellent' is not one token of this vocabulary"):
+        Scorer(model, processor)
+    with pytest.raises(ValueError, match="expected a task of quality, video, got 'beauty'"):
+        Scorer(model, processor, YES_NO)(pictures, task="beauty")
+    with pytest.raises(ValueError, match="a value for each of two or more levels"):
+        Preset({"quality": PROMPT}, ("yes", "no"), (1.0,))
+    with pytest.raises(ValueError, match=r"must hold <\|image\|> once"):
+        Preset({"quality": "Is it?"})
+    with pytest.raises(ValueError, match="batch_size of at least 1"):
+        Scorer(model, processor, YES_NO, batch_size=0)
+
+
+def test_a_broken_picture_costs_no_other_its_score(default, pictures, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    scorer = Scorer(*default, YES_NO, batch_size=2)
+    found = list(score_each(scorer, [pictures[0], tmp_path / "broken.png", pictures[1], "missing.png"]))
+    assert [isinstance(one, ValueError) for one in found] == [False, True, False, True]
+    assert "broken.png" in str(found[1])
+    assert found[2].logits == pytest.approx(scorer(pictures[1])[0].logits, abs=2e-5)
+
+
+def test_folders_are_their_pictures_or_one_video(tmp_path):
+    for name in ("b.png", "a.jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert expand_paths([str(tmp_path)])[0] == [str(tmp_path / "a.jpg"), str(tmp_path / "b.png")]
+    names, sources = expand_paths([str(tmp_path)], is_video=True)
+    assert names == [str(tmp_path)] and len(sources[0]) == 2
+    frames = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in (0, 90, 200)]
+    frames[0].save(tmp_path / "c.gif", save_all=True, append_images=frames[1:])
+    assert len(expand_paths([str(tmp_path / "c.gif")], is_video=True)[1][0]) == 3
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        expand_paths([str(tmp_path / "empty")])
+
+
+def test_levels_and_prompts_of_ones_own():
+    preset = custom_preset("one-align", "quality", "USER: <|image|>\\nGood? ASSISTANT:", ["yes", " maybe", "no"])
+    assert preset.levels == ("yes", "maybe", "no") and preset.values == (1.0, 0.5, 0.0)
+    assert preset.prompts == {"quality": "USER: <|image|>\nGood? ASSISTANT:"}
+
+
+@pytest.fixture(scope="module")
+def folder(default, tmp_path_factory):
+    target = tmp_path_factory.mktemp("scoring") / "model"
+    for part in default:
+        part.save_pretrained(target)
+    return target
+
+
+def run(folder, *arguments):
+    own = ["--model", str(folder), "--levels", "yes,no", "--prompt", PROMPT]
+    return CliRunner().invoke(app, ["score", *map(str, arguments), *own])
+
+
+def test_the_command_prints_json_and_csv(folder, default, pictures):
+    result = run(folder, *pictures[:2], "--json", "--scale", "0-1")
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    preset = Preset({"quality": PROMPT}, ("yes", "no"), (1.0, 0.0), "pad", (0.0, 1.0))
+    expected = Scorer(*default, preset)(pictures[:2])
+    assert [line["score"] for line in lines] == pytest.approx([one.score for one in expected], abs=1e-4)
+    assert [line["image"] for line in lines] == pictures[:2] and lines[0]["scale"] == [0.0, 1.0]
+    table = run(folder, *pictures[:2], "--csv").stdout.splitlines()
+    assert table[0] == "image,score,std,yes,no" and len(table) == 3
+    assert "of 1 to 5" in run(folder, pictures[0]).stdout
+
+
+def test_the_command_names_a_broken_picture_and_scores_the_rest(folder, pictures, tmp_path):
+    Image.open(pictures[0]).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"broken")
+    Image.open(pictures[1]).save(tmp_path / "c.png")
+    result = run(folder, tmp_path)
+    assert result.exit_code == 1
+    assert len(result.stdout.splitlines()) == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("owl2-hf: ")]
+    assert len(errors) == 1 and "b.png" in errors[0]
+
+
+def test_the_auto_classes_load_what_scores(folder, pictures):
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert 0 <= Scorer(model.eval(), processor, YES_NO)(pictures[0])[0].score <= 1
