@@ -34,6 +34,11 @@ _LLAMA2_IDS = {
     "poor": 6460,
     "bad": 4319,
     "average": 6588,
+    "inferior": 20773,
+    "worse": 15029,
+    "similar": 2788,
+    "better": 2253,
+    "superior": 11558,
 }
 
 
@@ -47,6 +52,8 @@ class Preset:
         values: What each level is worth, from 0 to 1.
         image_aspect_ratio: How a picture becomes square, see `MplugOwl2ImageProcessor`.
         scale: Lowest and highest score.
+        temperature: The logits are divided by it.
+        images_per_prompt: Pictures that the prompt names; a video's frames stand in the place of one.
     """
 
     prompts: dict[str, str]
@@ -54,13 +61,16 @@ class Preset:
     values: tuple[float, ...] = _ALIGN_VALUES
     image_aspect_ratio: str = "pad"
     scale: tuple[float, float] = (1.0, 5.0)
+    temperature: float = 1.0
+    images_per_prompt: int = 1
 
     def __post_init__(self):
         if len(self.levels) != len(self.values) or len(self.levels) < 2:
             raise ValueError(f"expected a value for each of two or more levels, got {self.levels} and {self.values}.")
         for task, prompt in self.prompts.items():
-            if prompt.count(IMAGE_TOKEN) != 1:
-                raise ValueError(f"the prompt of task {task!r} must hold {IMAGE_TOKEN} once, got {prompt!r}.")
+            if prompt.count(IMAGE_TOKEN) != self.images_per_prompt:
+                times = "once" if self.images_per_prompt == 1 else f"{self.images_per_prompt} times"
+                raise ValueError(f"the prompt of task {task!r} must hold {IMAGE_TOKEN} {times}, got {prompt!r}.")
 
 
 def _align(aspect: str, medium: str) -> str:
@@ -100,7 +110,7 @@ class Score:
         std: Standard deviation of the level's value, on the same scale (DeQA-Score).
         probs: Probability of each level, among the levels.
         levels: The level words; of a group the first.
-        logits: The model's, for each level.
+        logits: The model's, for each level, over the temperature.
         scale: Lowest and highest score.
     """
 
@@ -176,7 +186,9 @@ class Scorer:
     def _score_batch(self, images: Sequence[Any], prompt: str) -> list[Score]:
         frames = [list(image) if isinstance(image, (list, tuple)) else [image] for image in images]
         # Frames of a video stand where one picture would, one behind the other.
-        prompts = [prompt.replace(IMAGE_TOKEN, self.processor.image_token * len(own)) for own in frames]
+        prompts = [prompt] * len(frames)
+        if self.preset.images_per_prompt == 1:
+            prompts = [prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * len(own)) for own in frames]
         inputs = self.processor(
             images=frames,
             text=prompts,
@@ -191,7 +203,7 @@ class Scorer:
 
     def _score(self, logits: Tensor) -> Score:
         """(V,) logits of the next token -> the score."""
-        levels = torch.stack([logits[ids].mean() for ids in self._ids])
+        levels = torch.stack([logits[ids].mean() for ids in self._ids]) / self.preset.temperature
         probs = levels.softmax(-1)
         low, high = self.preset.scale
         values = low + (high - low) * torch.tensor(self.preset.values)
