@@ -1,0 +1,114 @@
+"""What the documentation shows runs as it stands, with a small model at the place of the named one."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import owl2_hf
+from owl2_hf.comparison import COMPARE2SCORE
+from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
+from owl2_hf.processing.tokenization_mplug_owl2 import llama_tokenizer, load_tokenizer
+from owl2_hf.scoring import PRESETS, Scorer
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCKS = re.findall(r"## (.*?)\n.*?```python\n(.*?)```", (DOCS / "coming-from.md").read_text(), re.DOTALL)
+
+
+def with_words(words):
+    """The small tokenizer of the tests, where each of the words is one token."""
+    import json
+
+    tokenizer, _ = load_tokenizer(Path(__file__).parent / "golden" / "T" / "tiny.model")
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocab, merges = dict(model["vocab"]), []
+    vocab.pop("<|image|>", None)
+    for word in words:
+        piece = "▁"
+        for letter in word:
+            merges.append((piece, letter))
+            piece += letter
+            for new in (letter, piece):
+                vocab.setdefault(new, len(vocab))
+    return llama_tokenizer(vocab, [*merges, *map(tuple, model["merges"])])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder where `path/to/...` and the pictures are."""
+    folder = tmp_path_factory.mktemp("docs")
+    words = {word for preset in (*PRESETS.values(), COMPARE2SCORE) for word in preset.levels if isinstance(word, str)}
+    tokenizer = with_words(sorted(words))
+    num_tokens = len(tokenizer) - 1
+    config = owl2_hf.MplugOwl2Config(
+        text_config={
+            "vocab_size": -(-len(tokenizer) // 64) * 64,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 512,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+        },
+        abstractor_config={
+            "num_learnable_queries": 3,
+            "hidden_size": 16,
+            "intermediate_size": 20,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+        image_token_id=num_tokens,
+        output_vocab_size=num_tokens,
+    )
+    torch.manual_seed(0)
+    model = owl2_hf.MplugOwl2ForConditionalGeneration(config)
+    image_processor = MplugOwl2ImageProcessor(size={"height": 28, "width": 28})
+    processor = MplugOwl2Processor(image_processor, tokenizer, num_image_tokens=4)
+    for name in ("one-align", "deqa", "owl2"):
+        model.save_pretrained(folder / "path" / "to" / name)
+        processor.save_pretrained(folder / "path" / "to" / name)
+    for name, colour in (("photo", "red"), ("other", "green"), ("third", "blue")):
+        Image.new("RGB", (40, 30), colour).save(folder / f"{name}.jpg")
+    return folder
+
+
+def test_every_section_has_a_new_call():
+    assert [name for name, _ in BLOCKS] == re.findall(r"^## (.*)", (DOCS / "coming-from.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "code"), BLOCKS, ids=[name for name, _ in BLOCKS])
+def test_the_new_call_runs(place, monkeypatch, capsys, name, code):
+    monkeypatch.chdir(place)
+    exec(compile(code, f"coming-from.md, {name}", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_presets_run_through_the_command(place, monkeypatch):
+    from typer.testing import CliRunner
+
+    from owl2_hf.cli import app
+
+    monkeypatch.chdir(place)
+    result = CliRunner().invoke(app, ["score", "photo.jpg", "other.jpg", "--model", "path/to/one-align", "--csv"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0] == "image,score,std,excellent,good,fair,poor,bad"
+
+
+def test_scores_of_batches_are_those_of_single_pictures_with_every_preset(place):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(place / "path/to/one-align").eval()
+    processor = AutoProcessor.from_pretrained(place / "path/to/one-align")
+    pictures = [str(place / f"{name}.jpg") for name in ("photo", "other", "third")]
+    for name in ("one-align", "deqa", "q-instruct"):
+        together = Scorer(model, processor, name)(pictures)
+        alone = [Scorer(model, processor, name)(picture)[0] for picture in pictures]
+        assert [one.score for one in together] == pytest.approx([one.score for one in alone], abs=1e-5)
