@@ -32,7 +32,8 @@ def with_words(words):
             piece += letter
             for new in (letter, piece):
                 vocab.setdefault(new, len(vocab))
-    return llama_tokenizer(vocab, [*merges, *map(tuple, model["merges"])])
+    merges += [tuple(merge) for merge in model["merges"] if tuple(merge) not in merges]
+    return llama_tokenizer(vocab, merges)
 
 
 @pytest.fixture(scope="module")

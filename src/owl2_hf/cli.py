@@ -36,6 +36,14 @@ def _report_mistakes(command: Callable) -> Callable:
                 raise
             typer.echo(f"owl2-hf: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(1) from None
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if kwargs.get("debug"):
+                raise
+            message = f"unexpected {type(error).__name__}: {error}; --debug shows where"
+            typer.echo(f"owl2-hf: {' '.join(message.split())}", err=True)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("owl2-hf: interrupted", err=True)
             raise typer.Exit(130) from None

@@ -107,7 +107,7 @@ def checked_names(folder: Path) -> list[str]:
     for name in names:
         if Path(name).suffix.lower() not in _BINARY:
             _check_text(folder / name)
-    _check_code(folder, names)
+    check_code(folder, names)
     _check_weights(folder, names)
     return names
 
@@ -210,7 +210,7 @@ def _check_text(path: Path) -> None:
             raise ValueError(f"{path}: {key} is a path of a local machine: expected none, remove or shorten it.")
 
 
-def _check_code(folder: Path, names: list[str]) -> None:
+def check_code(folder: Path, names: list[str]) -> None:
     """Remote code runs at strangers: it is the package's own, and whole."""
     package = Path(__file__).parent
     ours = {file.name: file for part in ("modeling", "processing") for file in (package / part).glob("*.py")}

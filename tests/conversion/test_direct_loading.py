@@ -91,6 +91,16 @@ def test_a_checkpoint_with_holes_is_an_error(source, tmp_path):
         AutoModel.from_pretrained(source)
 
 
+def test_an_index_that_leaves_the_folder_is_refused(source, tmp_path):
+    tensors = torch.load(source / "pytorch_model.bin", weights_only=True)
+    (source / "pytorch_model.bin").rename(tmp_path / "outside.bin")
+    for name in ("../outside.bin", str(tmp_path / "outside.bin")):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="not a weight file of this folder"):
+            AutoModelForImageTextToText.from_pretrained(source)
+
+
 def test_a_missing_head_is_made_anew_as_in_transformers(golden_dir, tmp_path):
     MplugOwl2Model.from_pretrained(golden_dir("A") / "hf").save_pretrained(tmp_path)
     _, info = MplugOwl2ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)

@@ -477,7 +477,7 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path, llama, clip):
 
 
 def test_a_target_in_use_and_an_unknown_dtype_are_refused(tmp_path, llama, clip):
-    with pytest.raises(ValueError, match="is also a source"):
+    with pytest.raises(ValueError, match="are the same or one inside the other"):
         initialize(llama, llama, clip, overwrite=True)
     with pytest.raises(ValueError, match="expected a dtype of float32, float16, bfloat16, got 'int8'"):
         initialize(llama, tmp_path / "new", clip, dtype="int8")

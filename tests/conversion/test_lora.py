@@ -143,7 +143,12 @@ def settings(tune, **values):
         ({"use_dora": True}, "expected use_dora False, got True"),
         ({"fan_in_fan_out": True}, "expected fan_in_fan_out False"),
         ({"r": 8}, "says r 8 for model.layers.0.self_attn.q_proj, its lora_A has 4 rows"),
-        ({"r": 0}, "expected a positive r, got 0"),
+        ({"rank_pattern": {r"(\w+\.?)+#": 4}}, "expected names of modules in rank_pattern"),
+        ({"rank_pattern": [4]}, "expected names of modules in rank_pattern"),
+        ({"alpha_pattern": {"up_proj": None}}, "expected a positive alpha_pattern of up_proj"),
+        ({"lora_alpha": float("nan")}, "expected a positive lora_alpha, got 'nan'"),
+        ({"init_lora_weights": "pissa"}, "expected init_lora_weights True"),
+        ({"r": 0}, "expected a positive r, got '0'"),
         ({"lora_alpha": "many"}, "expected a positive lora_alpha, got 'many'"),
     ],
 )
@@ -152,7 +157,7 @@ def test_settings_that_would_change_the_sum_are_refused(golden, tune, tmp_path, 
     assert message in refused("convert", tune, tmp_path / "target", "--base", golden / "mplug_owl2_base")
 
 
-@pytest.mark.parametrize(("values", "factor"), [({"use_rslora": True}, 4.0), ({"alpha_pattern": {".*": 2}}, 0.5)])
+@pytest.mark.parametrize(("values", "factor"), [({"use_rslora": True}, 4.0), ({"alpha_pattern": {"up_proj": 2}}, 0.5)])
 def test_the_scale_follows_the_settings(golden, tune, tmp_path, values, factor):
     (tune / "non_lora_trainables.bin").unlink()
     settings(tune, **values)
@@ -169,6 +174,47 @@ def test_the_scale_follows_the_settings(golden, tune, tmp_path, values, factor):
         AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
     )
     torch.testing.assert_close(model.merge_and_unload().model.language_model.layers[1].mlp.up_proj.weight.data, merged)
+
+
+def test_relative_and_absolute_folders_go_together(golden, tune, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command("convert", tune.name, "target", "--base", golden / "mplug_owl2_base")
+    names = json.loads((tmp_path / "target" / "conversion_report.json").read_text())["files"]
+    assert "a-name/adapter_model.bin" in names and not any("tmp" in name for name in names)
+
+
+def test_options_that_an_adapter_cannot_have_are_refused(golden, tune, tmp_path):
+    arguments = ["--base", golden / "mplug_owl2_base", "--to", "adapter", "--dtype", "float16"]
+    assert "leave these options out" in refused("convert", tune, tmp_path / "target", *arguments)
+
+
+def test_a_sum_too_large_for_the_base_names_the_fine_tune(golden, tune, tmp_path):
+    command("convert", golden / "mplug_owl2_base", tmp_path / "base", "--dtype", "float16")
+    others = torch.load(tune / "non_lora_trainables.bin", weights_only=True)
+    others["base_model.model.model.norm.weight"] = torch.full((48,), 1e6)
+    torch.save(others, tune / "non_lora_trainables.bin")
+    line = refused("convert", tune, tmp_path / "target", "--base", tmp_path / "base", "--allow-nonfinite")
+    assert "a-name: what the fine-tune makes of model.language_model.norm.weight is too large" in line
+
+
+def test_tables_of_a_fine_tune_need_none_in_the_base(golden, tune, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(golden / "mplug_owl2_base", base)
+    key = "model.visual_abstractor.encoder.layers.0.crossattention.attention.q_pos_embed"
+    for file in base.glob("*.bin"):
+        file.chmod(0o644)
+        tensors = torch.load(file, weights_only=True)
+        torch.save({name: value for name, value in tensors.items() if not name.endswith("_pos_embed")}, file)
+    index = base / "pytorch_model.bin.index.json"
+    index.chmod(0o644)
+    weight_map = json.loads(index.read_text())["weight_map"]
+    kept = {name: file for name, file in weight_map.items() if not name.endswith("_pos_embed")}
+    index.write_text(json.dumps({"weight_map": kept}))
+    others = torch.load(tune / "non_lora_trainables.bin", weights_only=True)
+    torch.save({**others, f"base_model.model.{key}": torch.full((4, 32), 0.25)}, tune / "non_lora_trainables.bin")
+    command("convert", tune, tmp_path / "target", "--base", base)
+    table = load_state(tmp_path / "target")["model.visual_abstractor.layers.0.cross_attn.q_pos_embed"]
+    assert (table == 0.25).all()
 
 
 def test_a_fine_tune_needs_its_base_and_its_adapter(golden, tune, tmp_path):

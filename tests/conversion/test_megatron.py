@@ -76,8 +76,14 @@ def write(loaded, folder, name="model_optim_rng.pt", **changes):
     torch.save({**loaded, **changes}, folder / name)
 
 
-@pytest.mark.parametrize("place", ["release/mp_rank_00", "mp_rank_00", "iter_0000007/mp_rank_00"])
-@pytest.mark.parametrize("name", ["model_optim_rng.pt", "model_rng.pt"])
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("release/mp_rank_00", "model_optim_rng.pt"),
+        ("mp_rank_00", "model_rng.pt"),
+        ("iter_0000007/mp_rank_00", "model_optim_rng.pt"),
+    ],
+)
 def test_every_place_and_name_is_found(golden, loaded, whole, tmp_path, place, name):
     write(loaded, tmp_path / "megatron" / place, name)
     command("convert", tmp_path / "megatron", tmp_path / "target", "--base", golden / "tiny_config")
@@ -88,10 +94,15 @@ def test_the_tracker_chooses_the_iteration(golden, loaded, whole, tmp_path):
     source = tmp_path / "megatron"
     write(loaded, source / "iter_0000100" / "mp_rank_00")
     write({"model": {}}, source / "iter_0000200" / "mp_rank_00")
-    assert "several iterations" in refused("convert", source, tmp_path / "target", "--base", golden / "tiny_config")
+    assert "and no latest_checkpointed_iteration.txt: name one of them" in refused(
+        "convert", source, tmp_path / "target", "--base", golden / "tiny_config"
+    )
     (source / "latest_checkpointed_iteration.txt").write_text("100\n")
     command("convert", source, tmp_path / "target", "--base", golden / "tiny_config")
     assert_same_bits(load_state(whole), load_state(tmp_path / "target"))
+    (source / "iter_0000200").rename(source / "release")  # which the tracker does not name
+    command("convert", source, tmp_path / "beside", "--base", golden / "tiny_config")
+    assert_same_bits(load_state(whole), load_state(tmp_path / "beside"))
 
 
 @pytest.mark.parametrize("content", ["../../elsewhere", "__import__('os').system('touch ran')", "", "9" * 40, "-1"])
@@ -100,9 +111,7 @@ def test_a_tracker_is_a_number_and_nothing_else(golden, loaded, tmp_path, conten
     source = tmp_path / "megatron"
     write(loaded, source / "iter_0000100" / "mp_rank_00")
     (source / "latest_checkpointed_iteration.txt").write_text(content)
-    assert "expected the number of an iteration" in refused(
-        "convert", source, "target", "--base", golden / "tiny_config"
-    )
+    assert "the number of an iteration, got" in refused("convert", source, "target", "--base", golden / "tiny_config")
     assert not (tmp_path / "ran").exists()
 
 
@@ -138,11 +147,15 @@ def cut(loaded, rank, num_ranks, where=lambda name: True, vocabulary_padding=0):
     return part
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize(
-    ("where", "padding"),
-    [(lambda name: True, 0), (lambda name: name.startswith("language_model"), 0), (lambda name: True, 64)],
-    ids=["all", "only the language model", "padded vocabulary"],
+    ("num_ranks", "where", "padding"),
+    [
+        (2, lambda name: True, 0),
+        (4, lambda name: True, 64),
+        (2, lambda name: name.startswith("language_model"), 0),
+        (2, lambda name: True, 64),
+    ],
+    ids=["all", "four ranks", "only the language model", "padded vocabulary"],
 )
 def test_ranks_are_merged(golden, loaded, whole, tmp_path, num_ranks, where, padding):
     for rank in range(num_ranks):
@@ -247,3 +260,4 @@ def test_settings_and_random_states_are_neither_needed_nor_built(golden, loaded,
     shutil.copyfile(golden / "tiny_config" / "config.json", tmp_path / "megatron" / "config.json")
     command("convert", tmp_path / "megatron", tmp_path / "target")
     assert_same_bits(load_state(whole), load_state(tmp_path / "target"))
+    command("verify", tmp_path / "target", "--against", tmp_path / "megatron")

@@ -37,16 +37,21 @@ def test_a_filled_target_is_refused_unless_overwriting(source, tmp_path):
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "mine.txt").write_text("mine")
+    (occupied / "my_weights.pt").write_text("mine")
+    (occupied / "README.md").write_text("mine")
     (occupied / "model.safetensors").write_text("old")
     (occupied / "model.safetensors.index.json").write_text("old")
     assert "is not empty" in refused("convert", source, occupied)
     assert sorted(path.name for path in occupied.iterdir()) == [
+        "README.md",
         "mine.txt",
         "model.safetensors",
         "model.safetensors.index.json",
+        "my_weights.pt",
     ]
     command("convert", source, occupied, "--overwrite", "--max-shard-size", "200KB")
-    assert (occupied / "mine.txt").read_text() == "mine"
+    for name in ("mine.txt", "my_weights.pt", "README.previous.md"):
+        assert (occupied / name).read_text() == "mine"
     assert not (occupied / "model.safetensors").exists()  # transformers would prefer it to the shards
     assert "weight_map" in (occupied / "model.safetensors.index.json").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["occupied", "source"]

@@ -21,7 +21,7 @@ def test_a_good_folder_is_ok(converted, golden_dir):
     assert "133 tensors equal the source's, bit for bit" in result.stdout
     assert "logits of a prompt with a picture equal the source's, bit for bit" in result.stdout
     checks = json.loads(command("verify", converted, "--json").stdout)
-    assert checks["ok"] is True and len(checks["checks"]) == 4
+    assert checks["ok"] is True and len(checks["checks"]) == 5
 
 
 def test_other_layouts_are_compared_too(golden_dir, tmp_path):
@@ -93,6 +93,32 @@ def test_a_configuration_that_does_not_fit_is_named(converted):
     config["text_config"]["num_hidden_layers"] = 4
     edit_config(converted, **config)
     assert "lacks" in refused("verify", converted)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("modeling_mplug_owl2.py", "raise SystemExit(7)", "differs from the package's file"),
+        ("chat_template.jinja", "{% if %}", "chat template cannot be rendered"),
+        ("chat_template.jinja", "{{ 'Hi' }}", "the chat template gives 'Hi'"),
+        ("tokenizer_config.json", "[]", "a processor that does not load"),
+        ("processor_config.json", "[]", "a processor that does not load"),
+        ("generation_config.json", "{", "generation_config.json"),
+    ],
+)
+def test_spoiled_files_beside_the_weights_are_named(converted, name, content, message):
+    (converted / name).write_text(content)
+    assert message in refused("verify", converted)
+
+
+def test_code_that_a_folder_names_does_not_run(converted, tmp_path):
+    (converted / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name in ("tokenizer_config.json", "processor_config.json"):
+        values = json.loads((converted / name).read_text())
+        auto_map = {"AutoTokenizer": ["evil.T", "evil.T"], "AutoProcessor": "evil.P", "AutoImageProcessor": "evil.I"}
+        (converted / name).write_text(json.dumps({**values, "auto_map": auto_map, "tokenizer_class": "T"}))
+    refused("verify", converted)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_only_our_format_is_verified(golden_dir, tmp_path):

@@ -3,10 +3,12 @@
 Tensors stream: each is read, checked, renamed and written before the next one, and the folder appears when it is whole.
 """
 
+import functools
 import json
+import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,14 +27,14 @@ from ..modeling.conversion_mplug_owl2 import original_key, to_original
 from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..modeling.modeling_mplug_owl2_abstractor import image_position_table, query_position_table
 from ..processing import MplugOwl2Processor
-from ..processing.tokenization_mplug_owl2 import has_tokenizer
+from ..processing.tokenization_mplug_owl2 import has_tokenizer, read_json
 from .card import write_card
 from .lora import LoraSource, is_lora, save_adapter
 from .megatron import MegatronSource, is_megatron
 from .original_config import original_config, save_original_processor
 from .reading import ConversionError, has_weights, sha256
 from .sources import HuggingFaceSource, OnFile, Source, expected_tensors, read_config
-from .staging import staged_folder
+from .staging import check_apart, staged_folder
 from .writing import ShardWriter
 
 logger = logging.get_logger(__name__)
@@ -41,6 +43,17 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 TARGETS = ("ours", "original", "adapter")
 _TABLES = {"q_pos_embed": query_position_table, "k_pos_embed": image_position_table}
 _COMPUTED = "the model computes it"
+_SHARD_SIZE = "5GB"
+_GENERATION: dict[str, tuple[type, ...]] = {
+    "bos_token_id": (int,),
+    "eos_token_id": (int,),
+    "pad_token_id": (int,),
+    "max_length": (int,),
+    "max_new_tokens": (int,),
+    "do_sample": (bool,),
+    "repetition_penalty": (int, float),
+}
+_SAMPLING: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,)}
 
 
 @dataclass
@@ -118,7 +131,7 @@ def convert(
     base: str | Path | None = None,
     tokenizer: str | Path | None = None,
     dtype: str | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int = _SHARD_SIZE,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     on_file: Callable[[str], None] = lambda name: None,
@@ -141,15 +154,12 @@ def convert(
         ConversionError: The source is incomplete, unknown or broken.
         ValueError: The target is in use, or an option makes no sense.
     """
-    if to not in TARGETS:
-        raise ValueError(f"expected one of {', '.join(TARGETS)} to convert to, got {to!r}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}.")
-    _check_apart(Path(target), *(Path(folder) for folder in (source, base) if folder is not None))
+    _check_options(to, dtype, tokenizer, max_shard_size)
+    check_apart(Path(target), *(Path(folder) for folder in (source, base) if folder is not None))
     opened = open_source(source, base)
-    report = ConversionReport(Path(source).resolve().name, opened.layout, Path(target).resolve().name, to)
+    report = ConversionReport(_plain_name(source), opened.layout, _plain_name(target), to)
     is_ours = isinstance(opened, HuggingFaceSource) and not opened.is_original
-    if is_ours and to == "ours" and dtype is None:
+    if is_ours and to == "ours" and dtype is None and tokenizer is None and max_shard_size == _SHARD_SIZE:
         return report
     with staged_folder(Path(target), overwrite) as folder:
         if to == "adapter":
@@ -163,14 +173,29 @@ def convert(
             write_around = _write_around_original if to == "original" else _write_around_ours
             report.tokenizer = write_around(opened, folder, tokenizer)
         report.files = {
-            str(file.relative_to(_common_folder(opened))): {"sha256": found, "bytes": file.stat().st_size}
-            for file, found in hashes.items()
+            name: {"sha256": hashes[file], "bytes": file.stat().st_size} for file, name in _file_names(hashes).items()
         }
         report.versions = {name: version(name) for name in ("owl2_hf", "torch", "transformers", "safetensors")}
         (folder / "conversion_report.json").write_text(json.dumps(vars(report), indent=2) + "\n")
         if to == "ours":
             write_card(folder, _facts(report, opened.config), _has_published_sizes(opened.config))
     return report
+
+
+def _check_options(to: str, dtype: str | None, tokenizer: str | Path | None, max_shard_size: str | int) -> None:
+    if to not in TARGETS:
+        raise ValueError(f"expected one of {', '.join(TARGETS)} to convert to, got {to!r}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}.")
+    if not re.fullmatch(r"0*[1-9]\d*([KMGT]B)?", str(max_shard_size), re.IGNORECASE):
+        raise ValueError(f"expected a max_shard_size such as 500MB or 5GB, got {max_shard_size!r}.")
+    if to == "adapter" and (dtype, tokenizer, max_shard_size) != (None, None, _SHARD_SIZE):
+        raise ValueError("an adapter keeps its types and has no tokenizer and no shards: leave these options out.")
+
+
+def _plain_name(folder: str | Path) -> str:
+    """A folder's own name, fit for a report and a card."""
+    return re.sub(r"[^\w.+@ -]", "_", Path(folder).resolve().name)
 
 
 @contextmanager
@@ -207,20 +232,11 @@ def _has_published_sizes(config: MplugOwl2Config) -> bool:
     )
 
 
-def _check_apart(target: Path, *sources: Path) -> None:
-    for source in sources:
-        inner, outer = target.resolve(), source.resolve()
-        if inner == outer or outer in inner.parents or inner in outer.parents:
-            raise ConversionError(f"{target} and {source} are the same or one inside the other; choose another target.")
-
-
-def _common_folder(source: Source) -> Path:
-    """What the names of the files in a report are relative to."""
-    parents = {file.parent for file in source.files}
-    while len(parents) > 1:
-        deepest = max(parents, key=lambda parent: len(parent.parts))
-        parents = (parents - {deepest}) | {deepest.parent}
-    return parents.pop()
+def _file_names(files: Iterable[Path]) -> dict[Path, str]:
+    """Names for a report: with the folder just above where files of several folders were read."""
+    parents = {file: file.parent.resolve() for file in files}  # links of a cache keep their own names
+    is_one = len(set(parents.values())) == 1
+    return {file: file.name if is_one else f"{parent.name}/{file.name}" for file, parent in parents.items()}
 
 
 class _Conversion:
@@ -232,6 +248,8 @@ class _Conversion:
         self.report = report
         self.dtype = dtype
         self.allow_nonfinite = allow_nonfinite
+        if self.config.tie_word_embeddings and not _is_tied(source):
+            self.config.tie_word_embeddings = False  # as transformers decides, too
         self.plan = self._plan()
 
     def _plan(self) -> dict[str, Tensor]:
@@ -254,7 +272,7 @@ class _Conversion:
                     casts[f"{_name_of(tensor.dtype)} -> {_name_of(dtype)}"] += 1
                 plan[name] = tensor.to(dtype)
         self._add_missing(plan, expected)
-        self.config.dtype = _most_common_dtype(plan)
+        self.config.dtype = _common_dtype(plan)
         self.report.casts = dict(casts)
         self.report.dtype = _name_of(self.config.dtype)
         self.report.num_parameters = sum(tensor.numel() for tensor in plan.values())
@@ -330,11 +348,21 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _most_common_dtype(plan: dict[str, Tensor]) -> torch.dtype:
-    counts: Counter[torch.dtype] = Counter()
-    for tensor in plan.values():
-        counts[tensor.dtype] += tensor.numel()
-    return counts.most_common(1)[0][0]
+def _common_dtype(plan: dict[str, Tensor]) -> torch.dtype:
+    """What all parameters fit in without loss; the tables are no parameters."""
+    dtypes = {tensor.dtype for name, tensor in plan.items() if name.rsplit(".", 1)[-1] not in _TABLES}
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def _is_tied(source: Source) -> bool:
+    """Whether the head's weights are the embeddings', or absent."""
+    tables: dict[str, Tensor] = {}
+    names = ("lm_head.weight", "model.language_model.embed_tokens.weight")
+    for piece in source.read():
+        tables.update({name: tensor for name, tensor in piece.tensors if name in names})
+        if len(tables) == len(names):
+            return torch.equal(*tables.values())
+    return True
 
 
 def _check_space(folder: Path, plan: dict[str, Tensor]) -> None:
@@ -387,44 +415,53 @@ def _write_around_ours(source: Source, folder: Path, tokenizer: str | Path | Non
             "again with --tokenizer PATH to give it one."
         )
         return None
-    processor = load_processor(source, origin)
-    processor.save_pretrained(folder)
+    load_processor(source, tokenizer).save_pretrained(folder)
     if (vocabulary := sentencepiece_file(Path(origin))) is not None:
         shutil.copyfile(vocabulary, folder / "tokenizer.model")  # for the way back
     return Path(origin).name
 
 
 def _write_around_original(source: Source, folder: Path, tokenizer: str | Path | None) -> str | None:
-    (folder / CONFIG_NAME).write_text(json.dumps(original_config(source.config), indent=2, sort_keys=True) + "\n")
+    config = original_config(source.config)
     generation_config(source).save_pretrained(folder)
     origin = tokenizer or (source.folder if has_tokenizer(source.folder) else None)
     if origin is None:
-        return None
-    vocabulary = sentencepiece_file(Path(origin))
-    if vocabulary is None:
-        logger.warning(
-            f"{origin} has no tokenizer.model, which the original's code needs: give it with --tokenizer PATH."
-        )
-        return None
-    save_original_processor(load_processor(source, origin), vocabulary, folder)
-    return Path(origin).name
+        logger.warning(f"{source.folder} has no tokenizer: the target has none. Give one with --tokenizer PATH.")
+    else:
+        processor = load_processor(source, tokenizer)
+        if processor.image_processor.image_aspect_ratio == "pad":
+            config["image_aspect_ratio"] = "pad"
+        vocabulary = sentencepiece_file(Path(origin))
+        if vocabulary is None:
+            logger.warning(f"{origin} has no tokenizer.model, as the original's code needs: give one with --tokenizer.")
+            vocabulary = Path(origin) / "tokenizer.json" if Path(origin).is_dir() else Path(origin)
+        save_original_processor(processor, vocabulary, folder)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return None if origin is None else Path(origin).name
 
 
-def load_processor(source: Source, tokenizer: str | Path) -> MplugOwl2Processor:
-    """The processor of a source, checked against its weights."""
+def load_processor(source: Source, tokenizer: str | Path | None) -> MplugOwl2Processor:
+    """The processor of a source, checked against its weights.
+
+    Args:
+        tokenizer: Where to read the tokenizer from, where not from the source.
+    """
+    config = source.config
     try:
-        if (source.folder / PROCESSOR_NAME).is_file():
-            processor = MplugOwl2Processor.from_pretrained(source.folder)
+        if tokenizer is None and (source.folder / PROCESSOR_NAME).is_file():
+            processor = MplugOwl2Processor.from_pretrained(source.folder, trust_remote_code=False)
         else:
-            processor = MplugOwl2Processor.from_original(source.folder, tokenizer)
-    except (ValueError, OSError) as error:
-        raise ConversionError(str(error)) from None
-    if getattr(source.config, "image_aspect_ratio", None) == "pad":
+            processor = MplugOwl2Processor.from_original(
+                source.folder, tokenizer, config.num_image_tokens, config.vision_config.image_size
+            )
+    except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
+        raise ConversionError(f"{source.folder}: its processor cannot be read: {error}") from None
+    if getattr(config, "image_aspect_ratio", None) == "pad":
         processor.image_processor.image_aspect_ratio = "pad"
-    if processor.image_token_id != source.config.image_token_id:
+    if processor.image_token_id != config.image_token_id:
         raise ConversionError(
-            f"the tokenizer of {tokenizer} has {processor.image_token_id} tokens, the weights "
-            f"{source.config.image_token_id}."
+            f"the tokenizer of {tokenizer or source.folder} has {processor.image_token_id} tokens, the weights "
+            f"{config.image_token_id}."
         )
     return processor
 
@@ -436,14 +473,19 @@ def sentencepiece_file(origin: Path) -> Path | None:
 
 
 def generation_config(source: Source) -> GenerationConfig:
-    """The source's, without settings of sampling where nothing is sampled: transformers 5 refuses to save them."""
+    """The source's, as far as it is known and sound: transformers refuses to save settings that have no effect."""
+    text = source.config.text_config
+    values: dict[str, Any] = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id, "pad_token_id": 0}
     try:
-        generation = GenerationConfig.from_pretrained(source.folder)
-    except (OSError, ValueError, TypeError):
-        text = source.config.text_config
-        generation = GenerationConfig(bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id)
-    if not generation.do_sample:
-        generation.temperature = generation.top_p = generation.top_k = generation.typical_p = None
-    if generation.pad_token_id is None:
-        generation.pad_token_id = 0
-    return generation
+        given = read_json(source.folder / "generation_config.json")
+    except ValueError as error:
+        logger.warning(f"{error}; the tokens of config.json are taken instead.")
+        given = {}
+    known = {**_GENERATION, **(_SAMPLING if given.get("do_sample") is True else {})}
+    for name, kinds in known.items():
+        if (value := given.get(name)) is not None and type(value) in kinds:
+            values[name] = value
+    ids = given.get("eos_token_id")
+    if isinstance(ids, list) and ids and all(type(value) is int for value in ids):
+        values["eos_token_id"] = ids
+    return GenerationConfig(**values)

@@ -37,7 +37,7 @@ from ..modeling.modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
 from ..modeling.modeling_mplug_owl2_vision import MplugOwl2VisionModel
 from ..processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 from .card import write_new_card
-from .staging import staged_folder
+from .staging import check_apart, staged_folder
 from .stock_tokenizer import read_tokenizer
 from .stock_vision import StockVision, check_not_quantized, fresh_vision, load_whole, read_vision
 
@@ -126,9 +126,7 @@ def _check_arguments(
         raise ValueError(f"expected a dtype of {', '.join(_DTYPES)}, got {dtype!r}.")
     if image_size is not None and image_size < 1:
         raise ValueError(f"expected an image_size of at least one patch, got {image_size}.")
-    for source in (language,) if vision is None else (language, vision):
-        if Path(source).resolve() == Path(target).resolve():
-            raise ValueError(f"{target} is also a source: choose another target.")
+    check_apart(Path(target), *(Path(source) for source in (language, vision) if source and Path(source).is_dir()))
 
 
 @contextmanager
@@ -146,7 +144,10 @@ def _name(source: str | Path) -> str:
 
 
 def _read_language_config(source: str | Path) -> LlamaConfig:
-    config = AutoConfig.from_pretrained(source)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(f"{source} has no configuration of a model: {error}") from None
     if config.model_type != "llama":
         raise ValueError(f"{source} is a model of type {config.model_type!r}: expected 'llama', a stock LLaMA.")
     check_not_quantized(source, config)

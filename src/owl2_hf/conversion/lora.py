@@ -18,7 +18,16 @@ _CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _OTHER_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 # What would change the sum W + scale * B A, and its harmless value.
-_PLAIN = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False, "lora_bias": False}
+_PLAIN = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "modules_to_save": None,
+}
 
 
 def is_lora(folder: Path) -> bool:
@@ -75,18 +84,28 @@ class LoraSource:
         for piece in self.base.read(on_file, meta):
             left.difference_update(name for name, _ in piece.tensors)
             yield Piece(piece.where, piece.key, [(name, self._merged(name, tensor)) for name, tensor in piece.tensors])
-        # The base may lack the tables that are computed; nothing else that was trained can be without a base.
-        if lost := sorted(left):
-            raise ConversionError(f"the fine-tune changes {lost[0]}, which the base model does not have.")
+        # The base may lack the tables that are computed, and nothing else that the fine-tune has.
+        for name in sorted(left):
+            if not name.endswith("_pos_embed"):
+                raise ConversionError(f"the fine-tune changes {name}, which the base model does not have.")
+            tensor = self.replaced[name].to("meta") if meta else self.replaced[name]
+            yield Piece(f"{self.own_files[-1]}, tensor {name!r}", name, [(name, tensor)])
 
     def _merged(self, name: str, tensor: Tensor) -> Tensor:
         """The base's tensor after the fine-tune, in the base's dtype; the sum is taken in float32."""
-        if name in self.replaced:
-            tensor = self.replaced[name].to(tensor.dtype)
-        update = self.updates.get(name)
-        if update is None or tensor.is_meta:
+        dtype, update = tensor.dtype, self.updates.get(name)
+        if tensor.is_meta or (update is None and name not in self.replaced):
             return tensor
-        return (tensor.float() + update.scale * (update.up.float() @ update.down.float())).to(tensor.dtype)
+        total = self.replaced.get(name, tensor).float()
+        if update is not None:
+            total = total + update.scale * (update.up.float() @ update.down.float())
+        merged = total.to(dtype)
+        if total.isfinite().all() and not merged.isfinite().all():
+            raise ConversionError(
+                f"{self.own_files[-1].parent}: what the fine-tune makes of {name} is too large for the base's {dtype}; "
+                "convert the base with --dtype float32 first."
+            )
+        return merged
 
     def _read_updates(self, file: Path) -> dict[str, LoraUpdate]:
         pairs: dict[str, dict[str, Tensor]] = {}
@@ -127,6 +146,8 @@ class LoraSource:
                 if value.shape != self._expected[name].shape:
                     expected = tuple(self._expected[name].shape)
                     raise ConversionError(f"{where}: expected shape {expected}, got {tuple(value.shape)}.")
+                if not value.isfinite().all():
+                    raise ConversionError(f"{where}: it holds NaN or infinite values.")
                 replaced[name] = value
         return replaced
 
@@ -162,9 +183,21 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         if (found := settings.get(key, plain)) not in (plain, None):
             raise ConversionError(f"{folder / _CONFIG}: expected {key} {plain!r}, got {found!r}.")
     for key in ("r", "lora_alpha"):
-        if not isinstance(settings.get(key), (int, float)) or settings[key] <= 0:
-            raise ConversionError(f"{folder / _CONFIG}: expected a positive {key}, got {settings.get(key)!r}.")
+        _check_number(folder / _CONFIG, key, settings.get(key))
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(key) or {}
+        if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", name) for name in patterns):
+            raise ConversionError(f"{folder / _CONFIG}: expected names of modules in {key}, got {str(patterns)[:80]}.")
+        for name, value in patterns.items():
+            _check_number(folder / _CONFIG, f"{key} of {name}", value)
+    if settings.get("use_rslora") not in (True, False, None):
+        raise ConversionError(f"{folder / _CONFIG}: expected use_rslora true or false, got {settings['use_rslora']!r}.")
     return settings
+
+
+def _check_number(path: Path, name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not 0 < value <= 2**20:
+        raise ConversionError(f"{path}: expected a positive {name}, got {str(value)[:40]!r}.")
 
 
 def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
@@ -172,7 +205,7 @@ def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
 
     def of_module(pattern_key: str, default: Any) -> Any:
         patterns = settings.get(pattern_key) or {}
-        return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), default)
+        return next((value for key, value in patterns.items() if f".{module}".endswith(f".{key}")), default)
 
     if rank != (expected := of_module("rank_pattern", settings["r"])):
         raise ConversionError(f"{_CONFIG} says r {expected} for {module}, its lora_A has {rank} rows.")

@@ -144,7 +144,9 @@ def rank_files(folder: Path) -> list[Path]:
     folder = _iteration(folder)
     ranks = sorted(path for path in folder.iterdir() if path.is_dir() and path.name.startswith("mp_rank_"))
     if pipeline := [path.name for path in ranks if not re.fullmatch(r"mp_rank_\d+", path.name)]:
-        raise ConversionError(f"{folder} has {pipeline[0]}: checkpoints of several pipeline stages are not supported.")
+        raise ConversionError(
+            f"{folder} has {pipeline[0]!r}: checkpoints of several pipeline stages are not supported."
+        )
     expected = [folder / f"mp_rank_{rank:02d}" for rank in range(max(len(ranks), 1))]
     if missing := [path for path in expected if path not in ranks]:
         raise ConversionError(f"{missing[0]} is missing: the ranks here are {[path.name for path in ranks]}.")
@@ -159,24 +161,24 @@ def _rank_file(rank: Path) -> Path:
 
 
 def _iteration(folder: Path) -> Path:
-    """The folder that holds the ranks: the one itself, its release, or the iteration that its tracker names."""
+    """The folder that holds the ranks: the one itself, what its tracker names, or the only one that there is."""
     if any(folder.glob("mp_rank_*")):
         return folder
-    if (folder / "release").is_dir():
-        return folder / "release"
     tracker = folder / _TRACKER
+    iterations = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"release|iter_\d+", path.name)]
     if not tracker.is_file():
-        iterations = sorted(path for path in folder.glob("iter_*") if path.is_dir())
         if len(iterations) == 1:
             return iterations[0]
-        raise ConversionError(f"{folder} has several iterations and no {_TRACKER}: name one of them.")
+        names = ", ".join(sorted(path.name for path in iterations))
+        raise ConversionError(f"{folder} holds {names} and no {_TRACKER}: name one of them.")
     with tracker.open("rb") as file:
         content = file.read(64).decode("ascii", "replace").strip()
-    if not re.fullmatch(r"\d{1,12}", content):
-        raise ConversionError(f"{tracker}: expected the number of an iteration, got {content!r}.")
-    found = [path for path in folder.glob("iter_*") if re.fullmatch(rf"iter_0*{int(content)}", path.name)]
+    if content != "release" and not re.fullmatch(r"\d{1,12}", content):
+        raise ConversionError(f"{tracker}: expected 'release' or the number of an iteration, got {content!r}.")
+    pattern = content if content == "release" else rf"iter_0*{int(content)}"
+    found = [path for path in iterations if re.fullmatch(pattern, path.name)]
     if not found:
-        raise ConversionError(f"{tracker} names iteration {content}, which is missing.")
+        raise ConversionError(f"{tracker} names {content}, which is missing.")
     return found[0]
 
 
@@ -247,10 +249,10 @@ class MegatronSource:
         return dict(_flatten(model))
 
 
-def _flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(values: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and depth < 8:
+            yield from _flatten(value, f"{prefix}{key}.", depth + 1)
         else:
             yield f"{prefix}{key}", value
 

@@ -127,12 +127,12 @@ def _check_nothing_lost(flat: dict[str, Any], config: MplugOwl2Config) -> None:
 
 
 def save_original_processor(processor: MplugOwl2Processor, vocabulary: Path, folder: Path) -> None:
-    """tokenizer.model and the settings of tokenizer and pictures, as the original's folders have them.
+    """The vocabulary and the settings of tokenizer and pictures, as the original's folders have them.
 
     Args:
-        vocabulary: The tokenizer.model.
+        vocabulary: The tokenizer.model; a tokenizer.json where there is none.
     """
-    shutil.copyfile(vocabulary, folder / "tokenizer.model")
+    shutil.copyfile(vocabulary, folder / f"tokenizer{vocabulary.suffix}")
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = {
         **tokens,

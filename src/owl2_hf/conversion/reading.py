@@ -20,6 +20,7 @@ _WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)")
 _MAX_INDEX_BYTES = 64 * 2**20
 _MAX_NAME_LENGTH = 512
 _BLOCK = 2**23
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ConversionError(ValueError):
@@ -162,10 +163,11 @@ def check_tensor(where: str, tensor: Any, meta: bool = False) -> Tensor:
     """
     if not isinstance(tensor, Tensor):
         raise ConversionError(f"{where}: expected a tensor, got {type(tensor).__name__}.")
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise ConversionError(f"{where}: expected a dense tensor, got {str(tensor.layout).removeprefix('torch.')}.")
-    if not tensor.is_floating_point():
-        raise ConversionError(f"{where}: expected floating-point weights, got {tensor.dtype}.")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+        kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        raise ConversionError(f"{where}: expected a dense tensor with values, got a {kind} one on {tensor.device}.")
+    if tensor.dtype not in _DTYPES:
+        raise ConversionError(f"{where}: expected floating-point weights of 16, 32 or 64 bits, got {tensor.dtype}.")
     return tensor.detach().to("meta") if meta else tensor.detach()
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
@@ -132,14 +131,21 @@ def read_config(folder: Path) -> tuple[MplugOwl2Config, bool]:
         raise ConversionError(str(error)) from None
     if (found := values.get("model_type")) != "mplug_owl2":
         raise ConversionError(f"{path}: expected model_type 'mplug_owl2', got {found!r}; nothing was converted.")
-    # Code that the source names is neither run nor carried over.
-    values.pop("auto_map", None)
+    # Code that the source names is neither run nor carried over, nor is what only fits the machine it comes from.
+    for name in ("auto_map", "quantization_config", "_attn_implementation", "attn_implementation", "_name_or_path"):
+        values.pop(name, None)
     is_original = "visual_config" in values
     _check_sizes(path, values)
+    for name in values:
+        if callable(getattr(MplugOwl2Config, name, None)):
+            raise ConversionError(f"{path}: {name!r} is no setting of a model.")
     try:
-        return MplugOwl2Config.from_dict(values), is_original
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ConversionError(f"{path}: {error.__cause__ or error}") from None
+        config = MplugOwl2Config.from_dict(values)
+        expected_tensors(config)
+    except Exception as error:  # whatever a wrong value leads to
+        reason = str(error.__cause__ or error) or "no reason given"
+        raise ConversionError(f"{path}: no model of this configuration: {reason} ({type(error).__name__})") from None
+    return config, is_original
 
 
 def _check_sizes(path: Path, values: dict) -> None:

@@ -11,11 +11,26 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 # What belongs to a model and is stale beside another one; all else in a folder is its owner's.
+_PACKAGE = Path(__file__).parents[1]
+_CODE = {path.name for part in ("modeling", "processing") for path in (_PACKAGE / part).glob("*_mplug_owl2*.py")}
 _MODEL_FILE = re.compile(
-    r".*\.(bin|safetensors|pt|index\.json)|(adapter_|preprocessor_|processor_|generation_|tokenizer_)?config\.json"
-    r"|tokenizer\.(json|model)|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
-    r"|conversion_report\.json|README\.md|\w+_mplug_owl2\w*\.py"
+    r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)|(pytorch_)?model\.(bin|safetensors)\.index\.json"
+    r"|(adapter_model|non_lora_trainables)\.(bin|safetensors)|tokenizer\.(json|model)|special_tokens_map\.json"
+    r"|(adapter_|preprocessor_|processor_|generation_|tokenizer_)?config\.json|added_tokens\.json|chat_template\.jinja"
+    r"|conversion_report\.json"
 )
+
+
+def check_apart(target: Path, *sources: Path) -> None:
+    """Refuse a target that is a source, or lies inside one or around it.
+
+    Raises:
+        ValueError: It does.
+    """
+    for source in sources:
+        inner, outer = target.resolve(), source.resolve()
+        if inner == outer or outer in inner.parents or inner in outer.parents:
+            raise ValueError(f"{target} and {source} are the same or one inside the other; choose another target.")
 
 
 @contextmanager
@@ -52,6 +67,8 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         staging.rename(target)
         _flush_names(target.parent)
     except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "serializing" not in str(error):
+            raise
         raise ValueError(f"{target} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
     finally:
         if previous.exists() and not target.exists():
@@ -68,6 +85,8 @@ def _check_free(target: Path, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise ValueError(f"{target} is a file: expected a folder to make.")
+    if target.stat().st_dev != target.parent.stat().st_dev:
+        raise ValueError(f"{target} is a mount point, which cannot be replaced: name a folder inside it.")
     if not overwrite and any(target.iterdir()):
         raise ValueError(f"{target} is not empty: remove it, choose another, or ask to overwrite it.")
 
@@ -83,11 +102,18 @@ def _recover(target: Path, staging: Path, previous: Path) -> None:
 
 def _carry_over(target: Path, staging: Path) -> None:
     for path in target.iterdir():
-        if not _MODEL_FILE.fullmatch(path.name) and not (staging / path.name).exists():
-            if path.is_dir() and not path.is_symlink():
-                shutil.copytree(path, staging / path.name, symlinks=True)
-            else:
-                shutil.copy2(path, staging / path.name, follow_symlinks=False)
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not is_folder and (_MODEL_FILE.fullmatch(path.name) or path.name in _CODE):
+            continue
+        copy = staging / path.name
+        if copy.exists():
+            if path.name != "README.md" or path.read_bytes() == copy.read_bytes():
+                continue
+            copy = staging / "README.previous.md"  # its owner may have written in it
+        if is_folder:
+            shutil.copytree(path, copy, symlinks=True)
+        else:
+            shutil.copy2(path, copy, follow_symlinks=False)
 
 
 def _flush(folder: Path) -> None:

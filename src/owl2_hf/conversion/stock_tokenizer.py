@@ -73,7 +73,7 @@ def _has_the_ids_of(folder: Path, tokenizer: PreTrainedTokenizerFast) -> bool:
 
 def _load_fast_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare ones
         raise ValueError(f"{source}: its tokenizer cannot be loaded: {error}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

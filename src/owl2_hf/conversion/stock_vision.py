@@ -89,7 +89,7 @@ def fresh_vision(language: LlamaConfig, image_size: int | None) -> StockVision:
 
 
 def read_vision(source: str | Path, image_size: int | None) -> StockVision:
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     readers: dict[str, Callable[[str | Path, Any], StockVision]] = {
         "clip": _read_clip,
         "clip_vision_model": _read_clip,
@@ -136,7 +136,7 @@ def _read_clip(source: str | Path, config: Any) -> StockVision:
     ours = _vision_config(
         source, config, intermediate_size=config.intermediate_size, attention_dropout=config.attention_dropout or 0.0
     )
-    is_whole = AutoConfig.from_pretrained(source).model_type == "clip"
+    is_whole = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type == "clip"
     loaded = load_whole(source, CLIPModel if is_whole else CLIPVisionModel, torch.float32)
     state = _renamed((loaded.vision_model if is_whole else loaded).state_dict(), _CLIP_NAMES)
     state["embeddings.cls_token"] = state["embeddings.cls_token"].reshape(1, 1, -1)

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.utils import PROCESSOR_NAME
 
+from ..hub import check_code
 from ..modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration
 from ..processing import MplugOwl2Processor
 from .convert import open_source
@@ -50,14 +52,18 @@ def verify(target: str | Path, against: str | Path | None = None, base: str | Pa
     processor = _load_processor(target)
     if processor is not None:
         checks += _check_processor(processor, source.config)
+    else:
+        checks.append("there is no processor: the folder answers to ids and pixels alone")
+    checks.append(_check_code(target))
     if against is not None:
         original = open_source(against, base)
+        is_loadable = isinstance(original, HuggingFaceSource)
         checks.append(_compare_tensors(source, original))
         del original
     logits = _logits(target, processor)
     checks.append(f"a forward pass gives finite logits of shape {tuple(logits.shape)}")
     if against is not None:
-        checks += _compare_logits(logits, Path(against), base, processor, source.config)
+        checks += _compare_logits(logits, Path(against) if is_loadable else None, processor)
     return checks
 
 
@@ -82,9 +88,22 @@ def _load_processor(target: Path) -> MplugOwl2Processor | None:
     if not (target / PROCESSOR_NAME).is_file():
         return None
     try:
-        return MplugOwl2Processor.from_pretrained(target)
-    except (ValueError, OSError, TypeError, KeyError) as error:
+        return MplugOwl2Processor.from_pretrained(target, trust_remote_code=False)
+    except Exception as error:  # whatever a spoiled file leads to
         raise ConversionError(f"{target} has a processor that does not load: {error}") from None
+
+
+def _check_code(target: Path) -> str:
+    """The code beside the weights is this package's, and the settings of generation can be read."""
+    names = sorted(path.name for path in target.glob("*.py"))
+    try:
+        check_code(target, names)
+        GenerationConfig.from_pretrained(target)
+    except (ValueError, TypeError) as error:
+        raise ConversionError(str(error)) from None
+    except OSError as error:
+        raise ConversionError(f"{target}: its generation_config.json cannot be read: {error}") from None
+    return f"{len(names)} files of code are this package's own" if names else "there is no code for trust_remote_code"
 
 
 def _check_processor(processor: MplugOwl2Processor, config: MplugOwl2Config) -> list[str]:
@@ -96,6 +115,13 @@ def _check_processor(processor: MplugOwl2Processor, config: MplugOwl2Config) -> 
     for name, (found, expected) in pairs.items():
         if found != expected:
             raise ConversionError(f"the processor's {name} is {found}, the model's {expected}.")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    try:
+        rendered = processor.apply_chat_template(chat, add_generation_prompt=True)
+    except Exception as error:  # jinja raises many
+        raise ConversionError(f"the chat template cannot be rendered: {error}") from None
+    if rendered != _PROMPT:
+        raise ConversionError(f"the chat template gives {rendered!r}, expected {_PROMPT!r}.")
     num_tokens = len(processor.tokenizer)
     if num_tokens > config.text_config.vocab_size:
         raise ConversionError(f"the tokenizer has {num_tokens} tokens, the table {config.text_config.vocab_size} rows.")
@@ -173,14 +199,8 @@ def _logits(folder: Path, processor: MplugOwl2Processor | None) -> Tensor:
     return logits
 
 
-def _compare_logits(
-    logits: Tensor,
-    against: Path,
-    base: str | Path | None,
-    processor: MplugOwl2Processor | None,
-    config: MplugOwl2Config,
-) -> list[str]:
-    if base is not None or not (against / "config.json").is_file():
+def _compare_logits(logits: Tensor, against: Path | None, processor: MplugOwl2Processor | None) -> list[str]:
+    if against is None:
         return ["logits were not compared: transformers does not load the source as it is"]
     expected = _logits(against, processor)
     if expected.dtype != logits.dtype:

@@ -3,7 +3,10 @@
 B: batch, L: positions, N: pictures of the whole batch, D: width of the language model, V: embedding rows.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 
 from .configuration_mplug_owl2 import MplugOwl2Config
@@ -92,6 +95,7 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
             ValueError: The checkpoint lacks parameters, which transformers would make up. A missing head is none, and
                 whoever asks for `output_loading_info` finds them there instead.
         """
+        _check_index(pretrained_model_name_or_path)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         is_base = not hasattr(model, cls.base_model_prefix)
         lost = sorted(key for key in info["missing_keys"] if is_base or key.startswith(f"{cls.base_model_prefix}."))
@@ -115,6 +119,22 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
         if save_original_format:
             self._weight_conversions = None  # transformers takes the whole mapping, not what loading needed of it
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+def _check_index(folder: Any) -> None:
+    """Entries of a local index stay in its folder; transformers would follow them anywhere.
+
+    Raises:
+        ValueError: One does not.
+    """
+    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        path = Path(str(folder)) / name
+        if not path.is_file():
+            continue
+        weight_map = json.loads(path.read_text(encoding="utf-8")).get("weight_map", {})
+        for entry in {str(value) for value in weight_map.values()}:
+            if entry != Path(entry).name or "\\" in entry:
+                raise ValueError(f"{path} names {entry!r}, which is not a weight file of this folder.")
 
 
 class MplugOwl2Model(MplugOwl2PreTrainedModel):

@@ -3,6 +3,7 @@
 One `<|image|>` of a prompt becomes the positions of one picture: the learnable queries and the end-of-image vector.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,12 +108,19 @@ class MplugOwl2Processor(ProcessorMixin):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def from_original(cls, source: str | Path, tokenizer: str | Path | None = None) -> "MplugOwl2Processor":
+    def from_original(
+        cls,
+        source: str | Path,
+        tokenizer: str | Path | None = None,
+        num_image_tokens: int | None = None,
+        image_size: int | None = None,
+    ) -> "MplugOwl2Processor":
         """The processor of a checkpoint in the original's layout.
 
         Args:
             source: Its folder, with config.json, and preprocessor_config.json where it has one.
             tokenizer: File or folder to read the tokenizer from, where not from `source`.
+            num_image_tokens, image_size: Positions and side of a picture, where not read off config.json.
 
         Raises:
             ValueError: There is no tokenizer, or it is not LLaMA's kind.
@@ -121,13 +129,15 @@ class MplugOwl2Processor(ProcessorMixin):
         values, settings = read_json(source / CONFIG_NAME), read_json(source / "preprocessor_config.json")
         loaded, legacy = load_tokenizer(tokenizer or source, read_json(source / "tokenizer_config.json").get("legacy"))
         visual_config = values.get("visual_config", {})
-        side = visual_config.get("visual_model", {}).get("image_size", 448)
+        side = image_size or visual_config.get("visual_model", {}).get("image_size", 448)
         num_queries = visual_config.get("visual_abstractor", {}).get("num_learnable_queries", 64)
         # Training writes how pictures became square into the model's configuration.
         mode = "pad" if values.get("image_aspect_ratio") == "pad" else "resize"
-        kept = {key: settings[key] for key in ("image_mean", "image_std", "resample") if key in settings}
+        names = ("image_mean", "image_std", "resample")
+        kept: dict[str, Any] = {name: settings[name] for name in names if name in settings}
+        _check_preprocessing(source / "preprocessor_config.json", kept)
         image_processor = MplugOwl2ImageProcessor(size={"height": side, "width": side}, image_aspect_ratio=mode, **kept)
-        return cls(image_processor, loaded, num_image_tokens=num_queries + 1, legacy=legacy)
+        return cls(image_processor, loaded, num_image_tokens=num_image_tokens or num_queries + 1, legacy=legacy)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -308,6 +318,16 @@ class MplugOwl2Processor(ProcessorMixin):
             return MultiModalData()
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+
+def _check_preprocessing(path: Path, settings: dict[str, Any]) -> None:
+    for key in ("image_mean", "image_std"):
+        value = settings.get(key, [0.5, 0.5, 0.5])
+        is_sound = isinstance(value, list) and len(value) == 3 and all(type(x) in (int, float) for x in value)
+        if not is_sound or not all(math.isfinite(x) and (x > 0 or key == "image_mean") for x in value):
+            raise ValueError(f"{path}: expected three numbers in {key}, got {str(value)[:60]}.")
+    if settings.get("resample", 3) not in range(6):
+        raise ValueError(f"{path}: expected a resample from 0 to 5, got {str(settings['resample'])[:60]}.")
 
 
 def _original_folder(name: str | Path, kwargs: dict[str, Any]) -> Path | None:
