@@ -271,7 +271,7 @@ class _Conversion:
         """The released weights lack the abstractor's sin-cos tables; anything else that is missing is an error."""
         missing = [name for name in expected if name not in plan]
         if lost := [name for name in missing if name.rsplit(".", 1)[-1] not in _TABLES]:
-            keys = ", ".join(repr(original_key(name)[0]) for name in lost[:3])
+            keys = ", ".join(repr(original_key(name, self.config)[0]) for name in lost[:3])
             raise ConversionError(
                 f"{self.source.files[0].parent} lacks {len(lost)} parameters of the model that its configuration "
                 f"describes: {keys}{', ...' if len(lost) > 3 else ''}."
@@ -340,7 +340,7 @@ def _check_space(folder: Path, plan: dict[str, Tensor]) -> None:
 def _original_plan(plan: dict[str, Tensor], config: MplugOwl2Config) -> dict[str, Tensor]:
     converted: dict[str, Tensor] = {}
     for name in plan:
-        key, parts = original_key(name)
+        key, parts = original_key(name, config)
         if key not in converted:
             converted[key] = to_original(key, {part: plan[part] for part in parts}, config)
     return converted
@@ -350,7 +350,7 @@ def _to_original(tensors: Iterator[tuple[str, Tensor]], config: MplugOwl2Config)
     """What the original keeps in one tensor waits until all of it is there."""
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors:
-        key, parts = original_key(name)
+        key, parts = original_key(name, config)
         found = waiting.setdefault(key, {})
         found[name] = tensor if len(parts) == 1 else tensor.clone()
         if len(found) == len(parts):
