@@ -24,7 +24,12 @@ from ..modeling.conversion_mplug_owl2 import original_key, to_original
 from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..modeling.modeling_mplug_owl2_abstractor import image_position_table, query_position_table
 from ..processing import MplugOwl2Processor
-from ..processing.tokenization_mplug_owl2 import has_tokenizer
+from ..processing.tokenization_mplug_owl2 import (
+    QWEN_VOCABULARY,
+    SENTENCEPIECE_VOCABULARY,
+    TOKENIZER_FILES,
+    has_tokenizer,
+)
 from .card import write_card
 from .lora import LoraSource, is_lora, save_adapter
 from .megatron import MegatronSource, is_megatron
@@ -340,7 +345,10 @@ def _check_space(folder: Path, plan: dict[str, Tensor]) -> None:
 def _original_plan(plan: dict[str, Tensor], config: MplugOwl2Config) -> dict[str, Tensor]:
     converted: dict[str, Tensor] = {}
     for name in plan:
-        key, parts = original_key(name, config)
+        try:
+            key, parts = original_key(name, config)
+        except KeyError:
+            raise ConversionError(f"the original's code has no parameter {name}.") from None
         if key not in converted:
             converted[key] = to_original(key, {part: plan[part] for part in parts}, config)
     return converted
@@ -372,18 +380,24 @@ def _write_around_ours(source: Source, folder: Path, tokenizer: str | Path | Non
     model.config.architectures = [type(model).__name__]
     custom_object_save(model, folder)  # the code that lets others load the folder without this package
     model.config.save_pretrained(folder)
-    generation_config(source).save_pretrained(folder)
+    generation = generation_config(source)
+    generation.save_pretrained(folder)
     origin = tokenizer or (source.folder if has_tokenizer(source.folder) else None)
     if origin is None:
+        expected = f"{', '.join(TOKENIZER_FILES[:-1])} or {TOKENIZER_FILES[-1]}"
         logger.warning(
-            f"{source.folder} has no tokenizer.model or tokenizer.json: the converted folder has no processor. Convert "
-            "again with --tokenizer PATH to give it one."
+            f"{source.folder} has no {expected}: the converted folder has no processor. Convert again with --tokenizer "
+            "PATH to give it one."
         )
         return None
     processor = load_processor(source, origin)
     processor.save_pretrained(folder)
-    if (vocabulary := sentencepiece_file(Path(origin))) is not None:
-        shutil.copyfile(vocabulary, folder / "tokenizer.model")  # for the way back
+    if source.config.is_owl21 and generation.eos_token_id is None:
+        # Upstream: no configuration names the token that ends a text; the tokenizer knows it.
+        generation.eos_token_id = generation.pad_token_id = processor.tokenizer.eos_token_id
+        generation.save_pretrained(folder)
+    if (vocabulary := vocabulary_file(Path(origin))) is not None:
+        shutil.copyfile(vocabulary, folder / _vocabulary_name(vocabulary))  # for the way back
     return Path(origin).name
 
 
@@ -393,11 +407,10 @@ def _write_around_original(source: Source, folder: Path, tokenizer: str | Path |
     origin = tokenizer or (source.folder if has_tokenizer(source.folder) else None)
     if origin is None:
         return None
-    vocabulary = sentencepiece_file(Path(origin))
-    if vocabulary is None:
-        logger.warning(
-            f"{origin} has no tokenizer.model, which the original's code needs: give it with --tokenizer PATH."
-        )
+    vocabulary = vocabulary_file(Path(origin))
+    name = QWEN_VOCABULARY if source.config.is_owl21 else SENTENCEPIECE_VOCABULARY
+    if vocabulary is None or _vocabulary_name(vocabulary) != name:
+        logger.warning(f"{origin} has no {name}, which the original's code needs: give it with --tokenizer PATH.")
         return None
     save_original_processor(load_processor(source, origin), vocabulary, folder)
     return Path(origin).name
@@ -409,7 +422,8 @@ def load_processor(source: Source, tokenizer: str | Path) -> MplugOwl2Processor:
         if (source.folder / PROCESSOR_NAME).is_file():
             processor = MplugOwl2Processor.from_pretrained(source.folder)
         else:
-            processor = MplugOwl2Processor.from_original(source.folder, tokenizer)
+            num_tokens = source.config.output_vocab_size
+            processor = MplugOwl2Processor.from_original(source.folder, tokenizer, num_text_tokens=num_tokens)
     except (ValueError, OSError) as error:
         raise ConversionError(str(error)) from None
     if getattr(source.config, "image_aspect_ratio", None) == "pad":
@@ -422,10 +436,15 @@ def load_processor(source: Source, tokenizer: str | Path) -> MplugOwl2Processor:
     return processor
 
 
-def sentencepiece_file(origin: Path) -> Path | None:
-    """tokenizer.model of a folder, or the file itself."""
-    path = origin / "tokenizer.model" if origin.is_dir() else origin
-    return path if path.suffix == ".model" and path.is_file() else None
+def vocabulary_file(origin: Path) -> Path | None:
+    """tokenizer.model or qwen.tiktoken of a folder, or the file itself."""
+    names = (SENTENCEPIECE_VOCABULARY, QWEN_VOCABULARY)
+    paths = [origin / name for name in names] if origin.is_dir() else [origin]
+    return next((path for path in paths if path.suffix in (".model", ".tiktoken") and path.is_file()), None)
+
+
+def _vocabulary_name(vocabulary: Path) -> str:
+    return QWEN_VOCABULARY if vocabulary.suffix == ".tiktoken" else SENTENCEPIECE_VOCABULARY
 
 
 def generation_config(source: Source) -> GenerationConfig:
@@ -438,5 +457,6 @@ def generation_config(source: Source) -> GenerationConfig:
     if not generation.do_sample:
         generation.temperature = generation.top_p = generation.top_k = generation.typical_p = None
     if generation.pad_token_id is None:
-        generation.pad_token_id = 0
+        # Qwen has no token for padding, and its 0 is a text.
+        generation.pad_token_id = source.config.text_config.eos_token_id if source.config.is_owl21 else 0
     return generation
