@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -138,10 +139,11 @@ def test_decoding_beyond_the_trained_length_keeps_the_base_of_the_prompt(golden)
     # Both prompts need the base of a length between 512 and 1024.
     assert_close(text_logits(golden, step)[:, -1:], text_logits(golden, whole))
 
-    short = golden.model(input_ids=ids[:, :512], use_cache=True)
-    step = golden.model(input_ids=ids[:, 512:513], past_key_values=short.past_key_values, use_cache=True)
-    assert_close(step.past_key_values.layers[0].keys[:, :, :512], short.past_key_values.layers[0].keys)
-    assert step.past_key_values.prompt_lengths.tolist() == [[512]]
+    cache = golden.model(input_ids=ids[:, :512], use_cache=True).past_key_values
+    golden.model(input_ids=ids[:, 512:513], past_key_values=cache, use_cache=True)
+    plain = golden.model.train()(input_ids=ids[:, :513], use_cache=True).past_key_values
+    golden.model.eval()
+    assert_close(cache.layers[0].keys, plain.layers[0].keys)
 
 
 @torch.no_grad()
@@ -247,9 +249,9 @@ def test_settings_of_another_decoder_are_errors(source, tmp_path, name, value):
 def test_fields_beyond_llamas_are_saved_only_where_they_say_something():
     assert "modality_specific_norms" not in MplugOwl2Config().to_dict()["text_config"]
     assert "modality_specific_projections" not in MplugOwl2Config().to_diff_dict()["text_config"]
-    with pytest.raises(ValueError, match="modality_specific_projections must be"):
+    with pytest.raises(StrictDataclassError, match="modality_specific_projections must be"):
         MplugOwl2Config(text_config={"modality_specific_projections": ["v"]})
-    with pytest.raises(ValueError, match="rope_type 'default'"):
+    with pytest.raises(StrictDataclassError, match="rope_type 'default'"):
         MplugOwl2Config(
             text_config={"rope_dynamic_ntk_length": 16, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
         )
@@ -323,23 +325,8 @@ def test_names_of_the_other_original_are_unknown(golden_dir):
             dict(to_ours(key, torch.zeros(4096), config))
 
 
-WORDS = [
-    "the",
-    "picture",
-    "shows",
-    "a",
-    "café",
-    "with",
-    "tables",
-    "and",
-    "chairs,",
-    "12",
-    "people;",
-    "USER:",
-    "ASSISTANT:",
-    "羊駝",
-    "\n",
-]
+TEXT = "the picture shows a caf\u00e9 with tables and chairs, 12 people; USER: ASSISTANT: \u7f8a\u99dd"
+WORDS = [*TEXT.split(), "\n"]
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +335,7 @@ def ranks():
     ranks = {bytes([byte]): byte for byte in reversed(range(256))}
     text = [word.encode() for word in WORDS] + [b" " + word.encode() for word in WORDS]
     words = [[bytes([byte]) for byte in word] for word in text]
-    while len(ranks) < 340:
+    while len(ranks) < 320:
         pairs = [pair for word in words for pair in pairwise(word)]
         left, right = max(sorted(set(pairs)), key=pairs.count)
         ranks[left + right] = len(ranks)
@@ -398,12 +385,12 @@ def test_ids_are_those_of_the_ranks(ranks, tmp_path):
 
 def test_control_tokens_stand_behind_the_ranks(ranks, tmp_path):
     tokenizer, _ = load_tokenizer(write_vocabulary(ranks, tmp_path))
-    assert tokenizer.convert_tokens_to_ids(list(QWEN_CONTROL_TOKENS)) == list(range(340, 548))
-    assert tokenizer("a<|im_end|>\n<|extra_204|>").input_ids == [97, 342, *tokenizer("\n").input_ids, 547]
+    assert tokenizer.convert_tokens_to_ids(list(QWEN_CONTROL_TOKENS)) == list(range(320, 528))
+    assert tokenizer("a<|im_end|>\n<|extra_204|>").input_ids == [ranks[b"a"], 322, ranks[b"\n"], 527]
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|image|>")) == (
-        340,
-        340,
-        548,
+        320,
+        320,
+        528,
     )
     assert tokenizer("</s>").input_ids == simple_ids("</s>", ranks)
     assert tokenizer("<\ufdd0|im_end|>\ufdd1").input_ids == simple_ids("<|im_end|>", ranks)
@@ -453,7 +440,7 @@ def test_a_folder_with_a_tokenizer_converts_verifies_and_comes_back(talking, tmp
     before, after = (one(text=text, images=picture, return_tensors="pt") for one in (direct, processor))
     assert all(torch.equal(before[key], after[key]) for key in before)
     model = AutoModelForImageTextToText.from_pretrained(target)
-    assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == 340
+    assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == 320
     convert(target, tmp_path / "back", to="original")
     assert (tmp_path / "back" / "qwen.tiktoken").read_bytes() == (talking / "qwen.tiktoken").read_bytes()
     assert_same_bits(load_state(target), load_state(tmp_path / "back"))
@@ -472,9 +459,40 @@ def test_turns_are_joined_by_plain_text(talking):
     plain = prompt.replace("\ufdd0", "")
     assert plain == "USER: <|image|>What<|im_end|>? ASSISTANT: A picture.</s>USER: More ASSISTANT:"
     ids = processor.tokenizer(prompt).input_ids
-    assert 342 not in ids and ids[-len(processor.tokenizer(" ASSISTANT:").input_ids) :]
+    assert 322 not in ids and ids[-len(processor.tokenizer(" ASSISTANT:").input_ids) :]
 
 
 def test_a_vocabulary_that_does_not_fit_the_weights_is_an_error(source, ranks, tmp_path):
-    with pytest.raises(ConversionError, match="has 548 tokens, the weights 409"):
+    with pytest.raises(ConversionError, match="has 528 tokens, the weights 409"):
         convert(source / "hf", tmp_path / "target", tokenizer=write_vocabulary(ranks, tmp_path))
+
+
+@pytest.fixture(scope="module")
+def decoder(golden_dir):
+    """The decoder's weights alone, in the original's names, and the tensors of a few cases."""
+    folder = golden_dir("Q")
+    config = MplugOwl2Config.from_dict(json.loads((folder / "config.json").read_text()))
+    model = MplugOwl2ForConditionalGeneration(config).eval()
+    weights = {}
+    for key, tensor in load_file(folder / "decoder.safetensors").items():
+        weights.update(to_ours(key, tensor, config))
+    lost, unknown = model.load_state_dict(weights, strict=False)
+    assert not unknown and not any(name.startswith(("lm_head", "model.language_model")) for name in lost)
+    return model, load_file(folder / "cases.safetensors")
+
+
+@torch.no_grad()
+def test_the_decoder_alone_gives_the_originals_numbers(decoder):
+    model, cases = decoder
+    picture = {key.removeprefix("c1_one_image/"): tensor for key, tensor in cases.items()}
+    inputs = {
+        "inputs_embeds": picture["prep_inputs_embeds"],
+        "mm_token_type_ids": picture["modality_indicators"],
+    }
+    output = model(**inputs, output_hidden_states=True)
+    assert_close(output.logits[..., :409], picture["logits"])
+    assert_close(torch.stack(output.hidden_states), picture["hidden_states"])
+    text = model(input_ids=cases["c3_text_only/input_ids"]).logits[..., :409]
+    assert_close(text, cases["c3_text_only/logits"])
+    beyond = model(input_ids=cases["x12_beyond_seq_length/input_ids"], logits_to_keep=16).logits[..., :409]
+    assert_close(beyond, cases["x12_beyond_seq_length/last_logits"])

@@ -353,10 +353,11 @@ _splits = [
     )
     for leaf in ("weight", "bias")
 ]
+# transformers tells the steps of saving apart by these patterns: none may be written like one of the vision encoder's.
 _stacks = [
     WeightConverter(
-        rf"\.self_attn\.c_attn\.multiway\.{branch}\.{leaf}",
-        [rf"\.self_attn\.{prefix}{part}_proj\.{leaf}" for part in "qkv"],
+        rf"self_attn\.c_attn\.multiway\.{branch}\.{leaf}",
+        [rf"self_attn\.{prefix}{part}_proj\.{leaf}" for part in "qkv"],
         operations=[Chunk(dim=0)],
     )
     for branch, prefix in enumerate(("", "visual_"))
