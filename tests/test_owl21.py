@@ -22,7 +22,8 @@ from owl2_hf.modeling.conversion_mplug_owl2 import original_key, to_original, to
 from owl2_hf.processing import MplugOwl2Processor
 from owl2_hf.processing.tokenization_mplug_owl2 import QWEN_CONTROL_TOKENS, load_tokenizer
 
-from .conversion.conftest import assert_same_bits, edit_config, load_state, read_shards
+from .conversion.conftest import assert_same_bits, command, edit_config, load_state, read_shards
+from .original import expand_markers, pad
 from .test_golden import GoldenSet, assert_close, text_logits
 
 
@@ -120,6 +121,14 @@ def test_greedy_generation_gives_the_originals_ids_and_scores(golden, name):
     assert_close(scores, case["scores"])
 
 
+def test_a_batch_generates_what_each_prompt_does_alone(golden):
+    """Upstream: cached batches fail with pictures."""
+    cases = [golden.case(name) for name in ("c6_generate_one_image", "c6c_generate_text")]
+    rows = [expand_markers(case["input_ids"], golden.config)["input_ids"][0].tolist() for case in cases]
+    output = golden.model.generate(**pad(rows), pixel_values=cases[0]["images"], max_new_tokens=10, do_sample=False)
+    assert output[:, -10:].tolist() == torch.cat([case["new_ids"] for case in cases]).tolist()
+
+
 @pytest.mark.parametrize("name", ["c11_near_seq_length", "x12_beyond_seq_length"])
 @torch.no_grad()
 def test_long_prompts_give_the_originals_numbers(golden, name):
@@ -182,6 +191,11 @@ def test_direct_loading_gives_the_bits_of_the_converted_folder(source, converted
     saved = AutoConfig.from_pretrained(converted).to_dict()
     assert saved["model_type"] == "mplug_owl2"
     assert config["text_config"] == {**saved["text_config"], "dtype": config["text_config"].get("dtype")}
+
+
+def test_info_knows_the_model(source, converted):
+    for folder in (source / "hf", converted):
+        assert '"tokens per picture": 9' in command("info", folder, "--json").output
 
 
 def test_there_and_back_gives_the_originals_bits_and_settings(source, converted, tmp_path):
