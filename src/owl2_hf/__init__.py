@@ -26,12 +26,14 @@ from .modeling import (
     MplugOwl2VisionConfig,
     MplugOwl2VisionModel,
     MplugOwl2VisualAbstractor,
+    MplugOwl21Config,
 )
 from .processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 
 __version__ = "0.1.0"
 
 AutoConfig.register("mplug_owl2", MplugOwl2Config, exist_ok=True)
+AutoConfig.register("mplug_owl2_1", MplugOwl21Config, exist_ok=True)
 AutoModel.register(MplugOwl2Config, MplugOwl2Model, exist_ok=True)
 for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(MplugOwl2Config, MplugOwl2ForConditionalGeneration, exist_ok=True)
@@ -51,6 +53,7 @@ __all__ = [
     "MplugOwl2VisionConfig",
     "MplugOwl2VisionModel",
     "MplugOwl2VisualAbstractor",
+    "MplugOwl21Config",
     "default_pictures",
     "load_default",
 ]

@@ -367,7 +367,7 @@ def _facts(folder: str) -> dict[str, Any]:
 
     with _naming(folder):
         config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "mplug_owl2":
+    if config.model_type not in ("mplug_owl2", "mplug_owl2_1"):
         raise ValueError(f"{folder}: expected a model of type 'mplug_owl2', got '{config.model_type}'.")
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)

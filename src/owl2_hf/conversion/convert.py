@@ -27,7 +27,13 @@ from ..modeling.conversion_mplug_owl2 import original_key, to_original
 from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..modeling.modeling_mplug_owl2_abstractor import image_position_table, query_position_table
 from ..processing import MplugOwl2Processor
-from ..processing.tokenization_mplug_owl2 import has_tokenizer, read_json
+from ..processing.tokenization_mplug_owl2 import (
+    QWEN_VOCABULARY,
+    SENTENCEPIECE_VOCABULARY,
+    TOKENIZER_FILES,
+    has_tokenizer,
+    read_json,
+)
 from .card import write_card
 from .lora import LoraSource, is_lora, save_adapter
 from .megatron import MegatronSource, is_megatron
@@ -296,7 +302,7 @@ class _Conversion:
         """The released weights lack the abstractor's sin-cos tables; anything else that is missing is an error."""
         missing = [name for name in expected if name not in plan]
         if lost := [name for name in missing if name.rsplit(".", 1)[-1] not in _TABLES]:
-            keys = ", ".join(repr(original_key(name)[0]) for name in lost[:3])
+            keys = ", ".join(repr(original_key(name, self.config)[0]) for name in lost[:3])
             raise ConversionError(
                 f"{self.source.files[0].parent} lacks {len(lost)} parameters of the model that its configuration "
                 f"describes: {keys}{', ...' if len(lost) > 3 else ''}."
@@ -375,7 +381,10 @@ def _check_space(folder: Path, plan: dict[str, Tensor]) -> None:
 def _original_plan(plan: dict[str, Tensor], config: MplugOwl2Config) -> dict[str, Tensor]:
     converted: dict[str, Tensor] = {}
     for name in plan:
-        key, parts = original_key(name)
+        try:
+            key, parts = original_key(name, config)
+        except KeyError:
+            raise ConversionError(f"the original's code has no parameter {name}.") from None
         if key not in converted:
             converted[key] = to_original(key, {part: plan[part] for part in parts}, config)
     return converted
@@ -385,7 +394,7 @@ def _to_original(tensors: Iterator[tuple[str, Tensor]], config: MplugOwl2Config)
     """What the original keeps in one tensor waits until all of it is there."""
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors:
-        key, parts = original_key(name)
+        key, parts = original_key(name, config)
         found = waiting.setdefault(key, {})
         found[name] = tensor if len(parts) == 1 else tensor.clone()
         if len(found) == len(parts):
@@ -407,17 +416,24 @@ def _write_around_ours(source: Source, folder: Path, tokenizer: str | Path | Non
     model.config.architectures = [type(model).__name__]
     custom_object_save(model, folder)  # the code that lets others load the folder without this package
     model.config.save_pretrained(folder)
-    generation_config(source).save_pretrained(folder)
+    generation = generation_config(source)
+    generation.save_pretrained(folder)
     origin = tokenizer or (source.folder if has_tokenizer(source.folder) else None)
     if origin is None:
+        expected = f"{', '.join(TOKENIZER_FILES[:-1])} or {TOKENIZER_FILES[-1]}"
         logger.warning(
-            f"{source.folder} has no tokenizer.model or tokenizer.json: the converted folder has no processor. Convert "
-            "again with --tokenizer PATH to give it one."
+            f"{source.folder} has no {expected}: the converted folder has no processor. Convert again with --tokenizer "
+            "PATH to give it one."
         )
         return None
-    load_processor(source, tokenizer).save_pretrained(folder)
-    if (vocabulary := sentencepiece_file(Path(origin))) is not None:
-        shutil.copyfile(vocabulary, folder / "tokenizer.model")  # for the way back
+    processor = load_processor(source, tokenizer)
+    processor.save_pretrained(folder)
+    if source.config.is_owl21 and generation.eos_token_id is None:
+        # Upstream: no configuration names the token that ends a text; the tokenizer knows it.
+        generation.eos_token_id = generation.pad_token_id = processor.tokenizer.eos_token_id
+        generation.save_pretrained(folder)
+    if (vocabulary := vocabulary_file(Path(origin))) is not None:
+        shutil.copyfile(vocabulary, folder / _vocabulary_name(vocabulary))  # for the way back
     return Path(origin).name
 
 
@@ -431,9 +447,10 @@ def _write_around_original(source: Source, folder: Path, tokenizer: str | Path |
         processor = load_processor(source, tokenizer)
         if processor.image_processor.image_aspect_ratio == "pad":
             config["image_aspect_ratio"] = "pad"
-        vocabulary = sentencepiece_file(Path(origin))
-        if vocabulary is None:
-            logger.warning(f"{origin} has no tokenizer.model, as the original's code needs: give one with --tokenizer.")
+        vocabulary = vocabulary_file(Path(origin))
+        name = QWEN_VOCABULARY if source.config.is_owl21 else SENTENCEPIECE_VOCABULARY
+        if vocabulary is None or _vocabulary_name(vocabulary) != name:
+            logger.warning(f"{origin} has no {name}, as the original's code needs: give one with --tokenizer PATH.")
             vocabulary = Path(origin) / "tokenizer.json" if Path(origin).is_dir() else Path(origin)
         save_original_processor(processor, vocabulary, folder)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -452,7 +469,11 @@ def load_processor(source: Source, tokenizer: str | Path | None) -> MplugOwl2Pro
             processor = MplugOwl2Processor.from_pretrained(source.folder, trust_remote_code=False)
         else:
             processor = MplugOwl2Processor.from_original(
-                source.folder, tokenizer, config.num_image_tokens, config.vision_config.image_size
+                source.folder,
+                tokenizer,
+                config.num_image_tokens,
+                config.vision_config.image_size,
+                num_text_tokens=config.output_vocab_size,
             )
     except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
         raise ConversionError(f"{source.folder}: its processor cannot be read: {error}") from None
@@ -466,16 +487,26 @@ def load_processor(source: Source, tokenizer: str | Path | None) -> MplugOwl2Pro
     return processor
 
 
-def sentencepiece_file(origin: Path) -> Path | None:
-    """tokenizer.model of a folder, or the file itself."""
-    path = origin / "tokenizer.model" if origin.is_dir() else origin
-    return path if path.suffix == ".model" and path.is_file() else None
+def vocabulary_file(origin: Path) -> Path | None:
+    """tokenizer.model or qwen.tiktoken of a folder, or the file itself."""
+    names = (SENTENCEPIECE_VOCABULARY, QWEN_VOCABULARY)
+    paths = [origin / name for name in names] if origin.is_dir() else [origin]
+    return next((path for path in paths if path.suffix in (".model", ".tiktoken") and path.is_file()), None)
+
+
+def _vocabulary_name(vocabulary: Path) -> str:
+    return QWEN_VOCABULARY if vocabulary.suffix == ".tiktoken" else SENTENCEPIECE_VOCABULARY
 
 
 def generation_config(source: Source) -> GenerationConfig:
     """The source's, as far as it is known and sound: transformers refuses to save settings that have no effect."""
     text = source.config.text_config
-    values: dict[str, Any] = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id, "pad_token_id": 0}
+    values: dict[str, Any] = {
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": text.eos_token_id,
+        # Qwen has no token for padding, and its 0 is a text.
+        "pad_token_id": text.eos_token_id if source.config.is_owl21 else 0,
+    }
     try:
         given = read_json(source.folder / "generation_config.json")
     except ValueError as error:

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
+from ..modeling.configuration_mplug_owl2 import QWEN_FIXED, MplugOwl2Config
 from ..processing import MplugOwl2Processor
+from ..processing.tokenization_mplug_owl2 import QWEN_VOCABULARY
 from .reading import ConversionError
 
 # Release of transformers that the original's code is written for.
@@ -28,6 +29,17 @@ _TEXT = [
     "pad_token_id",
     "pretraining_tp",
     "rms_norm_eps",
+    "use_cache",
+]
+_QWEN_TEXT = [
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_size",
+    "initializer_range",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "pad_token_id",
     "use_cache",
 ]
 _VISION = [
@@ -69,23 +81,17 @@ _OURS = {
 
 
 def original_config(config: MplugOwl2Config) -> dict[str, Any]:
-    """The flat form of the original: LLaMA's fields at the top, the vision side in `visual_config`.
+    """The flat form of the original: the decoder's fields at the top, the vision side in `visual_config`.
 
     Raises:
         ConversionError: The original's code has no word for something in it.
     """
     text, vision, abstractor = (part.to_dict() for part in _parts(config))
-    rope = text.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type", "default")
     release = {"transformers_version": _TRANSFORMERS_VERSION}
     flat = {
         **{key: value for key, value in config.to_diff_dict().items() if key not in _OURS},
-        **{key: text[key] for key in _TEXT if key in text},
+        **(_qwen_fields(text) if config.is_owl21 else _llama_fields(text)),
         **release,
-        "architectures": ["MPLUGOwl2LlamaForCausalLM"],
-        "model_type": "mplug_owl2",
-        "rope_scaling": None if rope_type == "default" else {"type": rope_type, "factor": rope.get("factor")},
-        "rope_theta": rope.get("rope_theta", 10000.0),
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": str(config.dtype).removeprefix("torch."),
         "vocab_size": config.output_vocab_size,
@@ -106,6 +112,37 @@ def original_config(config: MplugOwl2Config) -> dict[str, Any]:
     }
     _check_nothing_lost(flat, config)
     return flat
+
+
+def _llama_fields(text: dict[str, Any]) -> dict[str, Any]:
+    rope = text.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", "default")
+    return {
+        **{key: text[key] for key in _TEXT if key in text},
+        "architectures": ["MPLUGOwl2LlamaForCausalLM"],
+        "model_type": "mplug_owl2",
+        "rope_scaling": None if rope_type == "default" else {"type": rope_type, "factor": rope.get("factor")},
+        "rope_theta": rope.get("rope_theta", 10000.0),
+    }
+
+
+def _qwen_fields(text: dict[str, Any]) -> dict[str, Any]:
+    ntk_length, log_n_length = text.get("rope_dynamic_ntk_length"), text.get("log_n_length")
+    return {
+        **{key: text[key] for key in _QWEN_TEXT if key in text},
+        **QWEN_FIXED,
+        "architectures": ["MPLUGOwl2QWenForCausalLM"],
+        "attn_dropout_prob": text["attention_dropout"],
+        "intermediate_size": 2 * text["intermediate_size"],
+        "kv_channels": text["head_dim"],
+        "layer_norm_epsilon": text["rms_norm_eps"],
+        "model_type": "mplug_owl2_1",
+        "no_bias": not text["mlp_bias"],
+        "rotary_emb_base": (text.get("rope_parameters") or {}).get("rope_theta", 10000.0),
+        "seq_length": ntk_length or log_n_length or text["max_position_embeddings"],
+        "use_dynamic_ntk": ntk_length is not None,
+        "use_logn_attn": log_n_length is not None,
+    }
 
 
 def _parts(config: MplugOwl2Config):
@@ -130,9 +167,30 @@ def save_original_processor(processor: MplugOwl2Processor, vocabulary: Path, fol
     """The vocabulary and the settings of tokenizer and pictures, as the original's folders have them.
 
     Args:
-        vocabulary: The tokenizer.model; a tokenizer.json where there is none.
+        vocabulary: The tokenizer.model or qwen.tiktoken; a tokenizer.json where there is none.
     """
-    shutil.copyfile(vocabulary, folder / f"tokenizer{vocabulary.suffix}")
+    if vocabulary.suffix == ".tiktoken":
+        shutil.copyfile(vocabulary, folder / QWEN_VOCABULARY)
+        settings = {"tokenizer_config.json": _qwen_tokenizer_config(processor)}
+    else:
+        shutil.copyfile(vocabulary, folder / f"tokenizer{vocabulary.suffix}")
+        settings = _llama_tokenizer_configs(processor)
+    settings["preprocessor_config.json"] = _preprocessor_config(processor)
+    for name, values in settings.items():
+        (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _qwen_tokenizer_config(processor: MplugOwl2Processor) -> dict[str, Any]:
+    # Upstream: the class comes from a tokenization_qwen.py beside, which Qwen's folders carry.
+    return {
+        "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": processor.tokenizer.model_max_length,
+        "tokenizer_class": "QWenTokenizer",
+    }
+
+
+def _llama_tokenizer_configs(processor: MplugOwl2Processor) -> dict[str, dict[str, Any]]:
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = {
         **tokens,
@@ -146,9 +204,16 @@ def save_original_processor(processor: MplugOwl2Processor, vocabulary: Path, fol
         "sp_model_kwargs": {},
         "tokenizer_class": "LlamaTokenizer",
     }
+    return {
+        "tokenizer_config.json": tokenizer,
+        "special_tokens_map.json": {**tokens, "pad_token": "<unk>"},
+    }
+
+
+def _preprocessor_config(processor: MplugOwl2Processor) -> dict[str, Any]:
     images = processor.image_processor
     side = images.size["height"]
-    preprocessor = {
+    return {
         "crop_size": side,
         "do_center_crop": True,
         "do_normalize": True,
@@ -159,9 +224,3 @@ def save_original_processor(processor: MplugOwl2Processor, vocabulary: Path, fol
         "resample": int(images.resample),
         "size": side,
     }
-    for name, values in (
-        ("tokenizer_config.json", tokenizer),
-        ("special_tokens_map.json", {**tokens, "pad_token": "<unk>"}),
-        ("preprocessor_config.json", preprocessor),
-    ):
-        (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -13,10 +13,11 @@ from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
 from ..modeling.conversion_mplug_owl2 import to_ours
 from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..processing.tokenization_mplug_owl2 import read_json
-from .reading import ConversionError, check_tensor, describe, read_tensors, weight_files
+from .reading import ConversionError, check_tensor, describe, has_weights, read_tensors, weight_files
 
 _MAX_LAYERS = 1000
 _MAX_SIZE = 2**20
+_MODEL_TYPES = ("mplug_owl2", "mplug_owl2_1")
 _SIZES = ("num_", "_size", "head_dim", "projection_dim", "max_position_embeddings")
 
 
@@ -129,12 +130,15 @@ def read_config(folder: Path) -> tuple[MplugOwl2Config, bool]:
         values = read_json(path)
     except ValueError as error:
         raise ConversionError(str(error)) from None
-    if (found := values.get("model_type")) != "mplug_owl2":
-        raise ConversionError(f"{path}: expected model_type 'mplug_owl2', got {found!r}; nothing was converted.")
+    if (found := values.get("model_type")) not in _MODEL_TYPES:
+        expected = " or ".join(map(repr, _MODEL_TYPES))
+        raise ConversionError(f"{path}: expected model_type {expected}, got {found!r}; nothing was converted.")
     # Code that the source names is neither run nor carried over, nor is what only fits the machine it comes from.
     for name in ("auto_map", "quantization_config", "_attn_implementation", "attn_implementation", "_name_or_path"):
         values.pop(name, None)
     is_original = "visual_config" in values
+    if is_original and found == "mplug_owl2_1" and (num_tokens := _rows_of(folder, "transformer.wte.weight")):
+        values["vocab_size"] = num_tokens
     _check_sizes(path, values)
     for name in values:
         if callable(getattr(MplugOwl2Config, name, None)):
@@ -146,6 +150,17 @@ def read_config(folder: Path) -> tuple[MplugOwl2Config, bool]:
         reason = str(error.__cause__ or error) or "no reason given"
         raise ConversionError(f"{path}: no model of this configuration: {reason} ({type(error).__name__})") from None
     return config, is_original
+
+
+def _rows_of(folder: Path, key: str) -> int | None:
+    """Rows of one tensor of the weights; `None` where it is not there."""
+    if not has_weights(folder):
+        return None
+    for file, placed in weight_files(folder).items():
+        if (placed is None or key in placed) and key in (tensors := read_tensors(file)):
+            table = check_tensor(describe(file, key), tensors[key], meta=True)
+            return table.shape[0] if table.ndim else None
+    return None
 
 
 def _check_sizes(path: Path, values: dict) -> None:

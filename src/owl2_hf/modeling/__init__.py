@@ -5,6 +5,7 @@ from .configuration_mplug_owl2 import (
     MplugOwl2Config,
     MplugOwl2TextConfig,
     MplugOwl2VisionConfig,
+    MplugOwl21Config,
 )
 from .modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration, MplugOwl2Model, MplugOwl2PreTrainedModel
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
@@ -22,4 +23,5 @@ __all__ = [
     "MplugOwl2VisionConfig",
     "MplugOwl2VisionModel",
     "MplugOwl2VisualAbstractor",
+    "MplugOwl21Config",
 ]

@@ -3,6 +3,7 @@
 Source: mPLUG-Owl2 (CVPR 2024, arXiv:2311.04257) and its released code (X-PLUG/mPLUG-Owl).
 """
 
+from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -121,7 +122,19 @@ class MplugOwl2AbstractorConfig(PreTrainedConfig):
 
 @strict
 class MplugOwl2TextConfig(LlamaConfig):
-    """Modality-adaptive LLaMA. `vocab_size` counts all rows of the embedding table, placeholder and padding too."""
+    """Modality-adaptive LLaMA. `vocab_size` counts all rows of the embedding table, placeholder and padding too.
+
+    The fields beyond LLaMA's describe other decoders of the family; at their defaults they are not saved.
+
+    Args:
+        modality_specific_projections: Which projections visual tokens have of their own, of "q", "k" and "v".
+        modality_specific_norms: Visual tokens have layer norms of their own.
+        attention_out_bias: Bias of the output projection, where it is not that of queries, keys and values
+            (`attention_bias`).
+        rope_dynamic_ntk_length: Prompts longer than this are read with a larger rotary base, in evaluation mode.
+        log_n_length: Queries at positions beyond this are scaled up with the logarithm of the position, in evaluation
+            mode.
+    """
 
     model_type = "mplug_owl2_text"
     base_config_key = "text_config"
@@ -132,9 +145,43 @@ class MplugOwl2TextConfig(LlamaConfig):
     }
 
     vocab_size: int = 32064
+    modality_specific_projections: list[str] = field(default_factory=lambda: ["k", "v"])
+    modality_specific_norms: bool = True
+    attention_out_bias: bool | None = None
+    rope_dynamic_ntk_length: int | None = None
+    log_n_length: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if "q" in self.modality_specific_projections:
+            # Of this configuration alone: a rule that fits no layer of a model makes transformers warn.
+            plan = {**type(self).base_model_tp_plan, "layers.*.self_attn.visual_q_proj": "colwise"}
+            self.base_model_tp_plan = plan
+        super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without what only other decoders of the family have."""
+        values = super().to_dict()
+        for name in _BEYOND_LLAMA:
+            if values.get(name) == _default_of(MplugOwl2TextConfig, name):
+                values.pop(name, None)
+        return values
 
     def validate_architecture(self):
         super().validate_architecture()
+        if self.modality_specific_projections not in (["k", "v"], ["q", "k", "v"]):
+            raise ValueError(
+                "modality_specific_projections must be ['k', 'v'] or ['q', 'k', 'v'], got "
+                f"{self.modality_specific_projections}."
+            )
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if self.rope_dynamic_ntk_length is not None and rope_type != "default":
+            raise ValueError(
+                f"rope_dynamic_ntk_length ({self.rope_dynamic_ntk_length}) changes the rotary base by itself: it needs "
+                f"rope_type 'default', got {rope_type!r}."
+            )
+        for name in ("rope_dynamic_ntk_length", "log_n_length"):
+            if (length := getattr(self, name)) is not None and length < 2:
+                raise ValueError(f"{name} must be at least 2 positions, got {length}.")
         _check_divisible(
             "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads or 1
         )
@@ -181,7 +228,11 @@ class MplugOwl2Config(PreTrainedConfig):
         self._complete_abstractor_config()
         if getattr(self, "auto_map", None) is None:
             kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
+        if self.is_owl21:
+            # What transformers finds the names of the original by; the class's own is saved.
+            self.model_type = MplugOwl21Config.model_type
 
     def _read_original_form(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Split the original's flat fields into the three sub-configurations; returns what is left."""
@@ -192,6 +243,8 @@ class MplugOwl2Config(PreTrainedConfig):
                 "visual_config must hold 'visual_model' and 'visual_abstractor', the components of mPLUG-Owl2; "
                 f"got {found}. Another model of the family is not read by this configuration."
             )
+        if kwargs.get("model_type") == MplugOwl21Config.model_type:
+            kwargs = _from_qwen(kwargs)
         text_fields = (_own_fields(MplugOwl2TextConfig) | {"rope_theta", "rope_scaling"}) - {"tie_word_embeddings"}
         text = {key: kwargs.pop(key) for key in list(kwargs) if key in text_fields}
         num_text_tokens = text.get("vocab_size", 32000)
@@ -245,9 +298,85 @@ class MplugOwl2Config(PreTrainedConfig):
             )
 
     @property
+    def is_owl21(self) -> bool:
+        """The decoder is mPLUG-Owl2.1's."""
+        return "q" in self.text_config.modality_specific_projections
+
+    @property
     def num_image_tokens(self) -> int:
         """Positions that one picture takes in the language model."""
         return self.abstractor_config.num_image_tokens
+
+
+@strict
+class MplugOwl21Config(MplugOwl2Config):
+    """The name that mPLUG-Owl2.1 has in the original's config.json; what is read is an `MplugOwl2Config`.
+
+    The decoders differ by fields of `text_config` alone, and a saved configuration is mPLUG-Owl2's.
+    """
+
+    model_type = "mplug_owl2_1"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        return MplugOwl2Config.from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "model_type": MplugOwl2Config.model_type}
+
+
+# Fields of a text configuration that LLaMA's has not.
+_BEYOND_LLAMA = (
+    "modality_specific_projections",
+    "modality_specific_norms",
+    "attention_out_bias",
+    "rope_dynamic_ntk_length",
+    "log_n_length",
+)
+# Qwen's settings that mPLUG-Owl2.1 leaves no choice in.
+QWEN_FIXED = {"multiway": True, "rotary_pct": 1.0, "scale_attn_weights": True, "emb_dropout_prob": 0.0}
+# Upstream: the published config.json leaves the vocabulary out. It is Qwen's: ranks, then three control tokens, the
+# first of which ends a text, then 205 extra ones.
+QWEN_VOCAB_SIZE = 151851
+QWEN_END_OF_TEXT = 151643
+
+
+def _from_qwen(values: dict[str, Any]) -> dict[str, Any]:
+    """The flat fields of mPLUG-Owl2.1, whose decoder is Qwen's, under this package's names.
+
+    Raises:
+        ValueError: A setting that all its decoders share is another one.
+    """
+    values = dict(values)
+    for name, expected in QWEN_FIXED.items():
+        if (got := values.pop(name, expected)) != expected:
+            raise ValueError(f"{name} must be {expected}, as in every mPLUG-Owl2.1, got {got!r}.")
+    vocab_size = values.get("vocab_size") or QWEN_VOCAB_SIZE
+    end_of_text = QWEN_END_OF_TEXT if vocab_size > QWEN_END_OF_TEXT else None
+    # Upstream: `intermediate_size` counts the gate and what it gates.
+    width = values.pop("intermediate_size", 22016)
+    _check_divisible("intermediate_size", width, "the two halves of mPLUG-Owl2.1's MLP", 2)
+    has_bias = not values.pop("no_bias", True)
+    length = values.pop("seq_length", 2048)
+    ours = {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": values.pop("max_position_embeddings", 8192),
+        "bos_token_id": values.pop("bos_token_id", None),
+        "eos_token_id": end_of_text if (end := values.pop("eos_token_id", None)) is None else end,
+        "intermediate_size": width // 2,
+        "head_dim": values.pop("kv_channels", 128),
+        "rms_norm_eps": values.pop("layer_norm_epsilon", 1e-6),
+        "rope_theta": float(values.pop("rotary_emb_base", 10000.0)),
+        "attention_dropout": values.pop("attn_dropout_prob", 0.0),
+        "attention_bias": True,
+        "attention_out_bias": has_bias,
+        "mlp_bias": has_bias,
+        "modality_specific_projections": ["q", "k", "v"],
+        "modality_specific_norms": False,
+        "rope_dynamic_ntk_length": length if values.pop("use_dynamic_ntk", True) else None,
+        "log_n_length": length if values.pop("use_logn_attn", True) else None,
+    }
+    return {**values, **ours}
 
 
 def padded_vocab_size(num_text_tokens: int, multiple: int = 64) -> int:
@@ -257,6 +386,11 @@ def padded_vocab_size(num_text_tokens: int, multiple: int = 64) -> int:
 
 def _own_fields(config_class: type[PreTrainedConfig]) -> set[str]:
     return set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+
+
+def _default_of(config_class: type[PreTrainedConfig], name: str) -> Any:
+    declared = config_class.__dataclass_fields__[name]
+    return declared.default_factory() if callable(declared.default_factory) else declared.default
 
 
 def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> dict[str, Any]:
@@ -290,4 +424,5 @@ __all__ = [
     "MplugOwl2Config",
     "MplugOwl2TextConfig",
     "MplugOwl2VisionConfig",
+    "MplugOwl21Config",
 ]

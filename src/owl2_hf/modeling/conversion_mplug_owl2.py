@@ -6,11 +6,12 @@ derived. Importing this file tells transformers how to load a checkpoint in the 
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
 
 _LAYER = "model.layers.{}."
 _OUR_LAYER = "model.language_model.layers.{}."
@@ -91,9 +92,70 @@ FUSED: dict[str, tuple[str, str, str]] = {
 # Tables with one row per token id; ours hold the image placeholder and padding behind the original's rows.
 PADDED = ("model.embed_tokens.weight", "lm_head.weight")
 
-_LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
-_ORIGINAL = {target: source for source, target in RENAMED.items() if target is not None}
-_ORIGINAL_FUSED = {target: source for source, targets in FUSED.items() for target in targets}
+_QWEN = "transformer."
+_QWEN_LAYER = _QWEN + "h.{}."
+
+
+def _under_qwen(key: str) -> str:
+    return _QWEN + key.removeprefix("model.")
+
+
+# mPLUG-Owl2.1: Qwen's names in the decoder, the same ones of the vision side under another prefix.
+QWEN_RENAMED: dict[str, str | None] = {
+    "lm_head.weight": "lm_head.weight",
+    _QWEN + "wte.weight": "model.language_model.embed_tokens.weight",
+    _QWEN + "ln_f.weight": "model.language_model.norm.weight",
+    _QWEN_LAYER + "ln_1.weight": _OUR_LAYER + "input_layernorm.weight",
+    _QWEN_LAYER + "ln_2.weight": _OUR_LAYER + "post_attention_layernorm.weight",
+    **_with_bias(_QWEN_LAYER + "attn.c_proj", _OUR_LAYER + "self_attn.o_proj"),
+    # Upstream: the second of the two goes through the activation.
+    **_with_bias(_QWEN_LAYER + "mlp.w1", _OUR_LAYER + "mlp.up_proj"),
+    **_with_bias(_QWEN_LAYER + "mlp.w2", _OUR_LAYER + "mlp.gate_proj"),
+    **_with_bias(_QWEN_LAYER + "mlp.c_proj", _OUR_LAYER + "mlp.down_proj"),
+    _QWEN + "rotary_emb.inv_freq": None,
+    **{_under_qwen(key): target for key, target in RENAMED.items() if key.startswith((_VIT, _ABSTRACTOR))},
+}
+QWEN_FUSED = {_under_qwen(key): targets for key, targets in FUSED.items()}
+# Upstream: one projection of each modality holds all queries, then all keys, then all values.
+QWEN_STACKED: dict[str, tuple[str, str, str]] = {
+    f"{_QWEN_LAYER}attn.c_attn.multiway.{branch}.{leaf}": (
+        f"{_OUR_LAYER}self_attn.{prefix}q_proj.{leaf}",
+        f"{_OUR_LAYER}self_attn.{prefix}k_proj.{leaf}",
+        f"{_OUR_LAYER}self_attn.{prefix}v_proj.{leaf}",
+    )
+    for branch, prefix in enumerate(("", "visual_"))
+    for leaf in ("weight", "bias")
+}
+QWEN_PADDED = (_QWEN + "wte.weight", "lm_head.weight")
+
+
+class _Names(NamedTuple):
+    """The names of one original."""
+
+    renamed: Mapping[str, str | None]
+    fused: Mapping[str, tuple[str, str, str]]
+    stacked: Mapping[str, tuple[str, str, str]]
+    padded: tuple[str, ...]
+
+
+_OWL2 = _Names(RENAMED, FUSED, {}, PADDED)
+_OWL21 = _Names(QWEN_RENAMED, QWEN_FUSED, QWEN_STACKED, QWEN_PADDED)
+
+
+def _names_of(config) -> _Names:
+    return _OWL21 if config is not None and config.is_owl21 else _OWL2
+
+
+def _inverse(names: _Names) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Our template -> the original's, and all of ours that go into it."""
+    whole = {target: (source, (target,)) for source, target in names.renamed.items() if target is not None}
+    parts = {**names.fused, **names.stacked}
+    return {**whole, **{target: (source, targets) for source, targets in parts.items() for target in targets}}
+
+
+_LAYER_NUMBER = re.compile(r"(?:(?<=\.layers\.)|(?<=^transformer\.h\.))\d+(?=\.)")
+_ORIGINAL = _inverse(_OWL2)
+_ORIGINAL_OWL21 = _inverse(_OWL21)
 
 
 def split_query_key_value(fused: Tensor, num_heads: int) -> list[Tensor]:
@@ -127,34 +189,43 @@ def to_ours(key: str, tensor: Tensor, config) -> Iterator[tuple[str, Tensor]]:
         ValueError: The tensor cannot be split or padded as its name asks.
     """
     template, number = split_number(key)
-    if template in FUSED:
+    names = _names_of(config)
+    if template in names.stacked:
+        width = config.text_config.num_attention_heads * config.text_config.head_dim
+        if tensor.ndim == 0 or tensor.shape[0] != 3 * width:
+            raise ValueError(f"expected {3 * width} rows (queries, keys, values), got {_rows(tensor)}")
+        targets = names.stacked[template]
+        yield from ((target.format(number), part) for target, part in zip(targets, tensor.chunk(3), strict=True))
+        return
+    if template in names.fused:
         vision = config.vision_config
         if tensor.ndim == 0 or tensor.shape[0] != 3 * vision.hidden_size:
             raise ValueError(f"expected {3 * vision.hidden_size} rows (queries, keys, values), got {_rows(tensor)}")
         parts = split_query_key_value(tensor, vision.num_attention_heads)
-        yield from ((target.format(number), part) for target, part in zip(FUSED[template], parts, strict=True))
+        yield from ((target.format(number), part) for target, part in zip(names.fused[template], parts, strict=True))
         return
-    target = RENAMED[template]
+    target = names.renamed[template]
     if target is None:
         return
-    if template in PADDED:
+    if template in names.padded:
         if tensor.ndim == 0 or tensor.shape[0] != config.output_vocab_size:
             raise ValueError(f"expected {config.output_vocab_size} rows (vocab_size), got {_rows(tensor)}")
         tensor = resize_rows(tensor, config.text_config.vocab_size)
     yield target.format(number), tensor
 
 
-def original_key(name: str) -> tuple[str, tuple[str, ...]]:
+def original_key(name: str, config=None) -> tuple[str, tuple[str, ...]]:
     """Where the original keeps one of our parameters: its key, and all of our names that go into it.
+
+    Args:
+        config: `MplugOwl2Config` of the model, where it may be another original than mPLUG-Owl2.
 
     Raises:
         KeyError: The original has no such parameter.
     """
     template, number = split_number(name)
-    if template in _ORIGINAL_FUSED:
-        source = _ORIGINAL_FUSED[template]
-        return source.format(number), tuple(target.format(number) for target in FUSED[source])
-    return _ORIGINAL[template].format(number), (name,)
+    source, targets = (_ORIGINAL_OWL21 if _names_of(config) is _OWL21 else _ORIGINAL)[template]
+    return source.format(number), tuple(target.format(number) for target in targets)
 
 
 def to_original(key: str, parts: Mapping[str, Tensor], config) -> Tensor:
@@ -166,11 +237,14 @@ def to_original(key: str, parts: Mapping[str, Tensor], config) -> Tensor:
         config: `MplugOwl2Config` of the model.
     """
     template, number = split_number(key)
-    if template in FUSED:
-        ordered = [parts[target.format(number)] for target in FUSED[template]]
+    names = _names_of(config)
+    if template in names.stacked:
+        return torch.cat([parts[target.format(number)] for target in names.stacked[template]])
+    if template in names.fused:
+        ordered = [parts[target.format(number)] for target in names.fused[template]]
         return merge_query_key_value(ordered, config.vision_config.num_attention_heads)
     (tensor,) = parts.values()
-    return resize_rows(tensor, config.output_vocab_size) if template in PADDED else tensor
+    return resize_rows(tensor, config.output_vocab_size) if template in names.padded else tensor
 
 
 def split_number(key: str) -> tuple[str, str]:
@@ -257,8 +331,16 @@ def _fused_name(source: str) -> str:
     return f"{_OUR_VIT}layers.{{}}.self_attn." + ".".join(source.split(".")[-2:])
 
 
-_renamings = [_renaming(source, target) for source, target in RENAMED.items() if target and source != target]
-_renamings += [_renaming(source, _fused_name(source)) for source in FUSED]
+def _stacked_name(source: str) -> str:
+    return f"{_OUR_LAYER}self_attn." + ".".join(source.split(".")[-4:])
+
+
+def _renamings(names: _Names) -> list[WeightRenaming]:
+    renamings = [_renaming(source, target) for source, target in names.renamed.items() if target and source != target]
+    renamings += [_renaming(source, _fused_name(source)) for source in names.fused]
+    return renamings + [_renaming(source, _stacked_name(source)) for source in names.stacked]
+
+
 _paddings = [
     WeightConverter(re.escape(target), re.escape(target), operations=[PadVocabulary()])
     for target in ("language_model.embed_tokens.weight", "lm_head.weight")
@@ -271,6 +353,17 @@ _splits = [
     )
     for leaf in ("weight", "bias")
 ]
+# transformers tells the steps of saving apart by these patterns: none may be written like one of the vision encoder's.
+_stacks = [
+    WeightConverter(
+        rf"self_attn\.c_attn\.multiway\.{branch}\.{leaf}",
+        [rf"self_attn\.{prefix}{part}_proj\.{leaf}" for part in "qkv"],
+        operations=[Chunk(dim=0)],
+    )
+    for branch, prefix in enumerate(("", "visual_"))
+    for leaf in ("weight", "bias")
+]
 # Remote code may be imported more than once.
-register_checkpoint_conversion_mapping("mplug_owl2", [*_renamings, *_paddings], overwrite=True)
+register_checkpoint_conversion_mapping("mplug_owl2", [*_renamings(_OWL2), *_paddings], overwrite=True)
+register_checkpoint_conversion_mapping("mplug_owl2_1", [*_renamings(_OWL21), *_paddings, *_stacks], overwrite=True)
 register_checkpoint_conversion_mapping("mplug_owl2_vision", _splits, overwrite=True)

@@ -5,6 +5,7 @@ The text branch carries LLaMA's parameter names; the visual branch stands beside
 B: batch, L: positions, D: width, T and V: text and visual tokens of the whole batch (T + V = B * L).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,9 +70,11 @@ class ModalityRouting(NamedTuple):
         return merged.view(*self.visual_mask.shape[:2], -1)
 
 
-def route(text_branch: nn.Module, visual_branch: nn.Module, x: Tensor, routing: ModalityRouting | None) -> Tensor:
-    """(B, L, D) -> (B, L, D'), each token through the branch of its modality."""
-    if routing is None:
+def route(
+    text_branch: nn.Module, visual_branch: nn.Module | None, x: Tensor, routing: ModalityRouting | None
+) -> Tensor:
+    """(B, L, D) -> (B, L, D'), each token through the branch of its modality; all through one where it stands alone."""
+    if routing is None or visual_branch is None:
         return text_branch(x)
     text, visual = routing.split(x)
     return routing.merge(text_branch(text), visual_branch(visual))
@@ -92,6 +95,47 @@ def match_indicators(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> Tensor
     return mm_token_type_ids.to(inputs_embeds.device).expand(shape)
 
 
+class MplugOwl2NtkRotaryEmbedding(LlamaRotaryEmbedding):
+    """Rotary embedding whose base grows with the length of a prompt beyond `rope_dynamic_ntk_length`."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor, prompt_lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, L, head_dim) at the positions (B, L) of prompts of the lengths (B, 1).
+
+        Without lengths the base stays, as upstream in training.
+        """
+        if prompt_lengths is None:
+            return super().forward(x, position_ids)
+        dim, theta = self.config.head_dim, self.config.rope_parameters["rope_theta"]
+        doublings = torch.ceil(torch.log2(prompt_lengths / self.config.rope_dynamic_ntk_length) + 1)
+        base = theta * (torch.exp2(doublings) - 1).clamp_min(1) ** (dim / (dim - 2))
+        inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, device=x.device, dtype=torch.float) / dim)
+        angles = position_ids[..., None].float() * inv_freq[:, None]
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def prompt_lengths(position_ids: Tensor, past_key_values: Cache | None) -> Tensor:
+    """(B, L) positions -> (B, 1) lengths of the prompts that they are in, or that the cache began with.
+
+    Upstream: what follows a prompt is read with the prompt's base, since the keys in the cache were.
+    """
+    lengths = position_ids.amax(-1, keepdim=True) + 1
+    if past_key_values is None:
+        return lengths
+    known = getattr(past_key_values, "prompt_lengths", None)
+    if known is not None:
+        lengths = torch.where(position_ids.amin(-1, keepdim=True) > 0, known.to(lengths.device), lengths)
+    past_key_values.prompt_lengths = lengths
+    return lengths
+
+
+def log_n_scale(position_ids: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """(B, L) positions -> (B, 1, L, 1) factors of the queries: log_length(n) at the n-th position beyond `length`."""
+    scale = torch.log(position_ids.float() + 1) / math.log(length)
+    return scale.clamp_min(1).to(dtype)[:, None, :, None]
+
+
 class MplugOwl2Attention(nn.Module):
     """Self-attention with keys and values of each token's own modality (equations 2 to 4 of the paper)."""
 
@@ -109,9 +153,15 @@ class MplugOwl2Attention(nn.Module):
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, key_value_width, bias=bias)
         self.v_proj = nn.Linear(width, key_value_width, bias=bias)
+        self.visual_q_proj = (
+            nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+            if "q" in config.modality_specific_projections
+            else None
+        )
         self.visual_k_proj = nn.Linear(width, key_value_width, bias=bias)
         self.visual_v_proj = nn.Linear(width, key_value_width, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
+        out_bias = bias if config.attention_out_bias is None else config.attention_out_bias
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=out_bias)
 
     def forward(
         self,
@@ -120,20 +170,28 @@ class MplugOwl2Attention(nn.Module):
         attention_mask: Tensor | None,
         routing: ModalityRouting | None,
         past_key_values: Cache | None = None,
+        query_scale: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) -> (B, L, D) and, with eager attention, the (B, heads, L, past + L) weights."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
         if routing is None:
+            query = self.q_proj(hidden_states)
             key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
         else:
             text, visual = routing.split(hidden_states)
+            if self.visual_q_proj is None:
+                query = self.q_proj(hidden_states)
+            else:
+                query = routing.merge(self.q_proj(text), self.visual_q_proj(visual))
             key = routing.merge(self.k_proj(text), self.visual_k_proj(visual))
             value = routing.merge(self.v_proj(text), self.visual_v_proj(visual))
+        query = query.view(shape).transpose(1, 2)
         key, value = key.view(shape).transpose(1, 2), value.view(shape).transpose(1, 2)
 
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if query_scale is not None:
+            query = query * query_scale
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -159,9 +217,13 @@ class MplugOwl2DecoderLayer(GradientCheckpointingLayer):
         self.self_attn = MplugOwl2Attention(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.visual_input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.visual_input_layernorm = self._visual_norm(config)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.visual_post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.visual_post_attention_layernorm = self._visual_norm(config)
+
+    @staticmethod
+    def _visual_norm(config: MplugOwl2TextConfig) -> LlamaRMSNorm | None:
+        return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.modality_specific_norms else None
 
     def forward(self, hidden_states: Tensor, routing: ModalityRouting | None = None, **kwargs) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
@@ -191,7 +253,8 @@ class MplugOwl2TextModel(PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(MplugOwl2DecoderLayer(config, idx) for idx in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        has_ntk = config.rope_dynamic_ntk_length is not None
+        self.rotary_emb = (MplugOwl2NtkRotaryEmbedding if has_ntk else LlamaRotaryEmbedding)(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -246,7 +309,9 @@ class MplugOwl2TextModel(PreTrainedModel):
             routing = ModalityRouting.from_indicators(mm_token_type_ids, self.training)
 
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        position_embeddings = self._position_embeddings(hidden_states, position_ids, past_key_values)
+        if self.config.log_n_length is not None and not self.training:
+            kwargs["query_scale"] = log_n_scale(position_ids, self.config.log_n_length, hidden_states.dtype)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -259,6 +324,14 @@ class MplugOwl2TextModel(PreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _position_embeddings(
+        self, hidden_states: Tensor, position_ids: Tensor, past_key_values: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.training or not isinstance(self.rotary_emb, MplugOwl2NtkRotaryEmbedding):
+            return self.rotary_emb(hidden_states, position_ids=position_ids)
+        lengths = prompt_lengths(position_ids, past_key_values)
+        return self.rotary_emb(hidden_states, position_ids=position_ids, prompt_lengths=lengths)
 
 
 __all__ = ["MplugOwl2TextModel"]

@@ -15,7 +15,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file
 
 from .image_processing_mplug_owl2 import MplugOwl2ImageProcessor, flatten_images, is_many
-from .tokenization_mplug_owl2 import ESCAPE, NO_PREFIX, load_tokenizer, read_json
+from .tokenization_mplug_owl2 import ESCAPE, NO_PREFIX, TOKENIZER_FILES, load_tokenizer, read_json
 
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
@@ -52,6 +52,8 @@ CHAT_TEMPLATE = """\
     {{- 'ASSISTANT:' -}}
 {%- endif -%}
 """
+# Upstream: mPLUG-Owl2.1 joins turns by the same characters, which are text to its tokenizer.
+QWEN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("eos_token", "'</s>'")
 
 
 class MplugOwl2Processor(ProcessorMixin):
@@ -114,6 +116,7 @@ class MplugOwl2Processor(ProcessorMixin):
         tokenizer: str | Path | None = None,
         num_image_tokens: int | None = None,
         image_size: int | None = None,
+        num_text_tokens: int | None = None,
     ) -> "MplugOwl2Processor":
         """The processor of a checkpoint in the original's layout.
 
@@ -121,13 +124,15 @@ class MplugOwl2Processor(ProcessorMixin):
             source: Its folder, with config.json, and preprocessor_config.json where it has one.
             tokenizer: File or folder to read the tokenizer from, where not from `source`.
             num_image_tokens, image_size: Positions and side of a picture, where not read off config.json.
+            num_text_tokens: Rows of the weights, where config.json may not tell them (mPLUG-Owl2.1).
 
         Raises:
-            ValueError: There is no tokenizer, or it is not LLaMA's kind.
+            ValueError: There is no tokenizer, or it is neither LLaMA's kind nor Qwen's.
         """
         source = Path(source)
         values, settings = read_json(source / CONFIG_NAME), read_json(source / "preprocessor_config.json")
-        loaded, legacy = load_tokenizer(tokenizer or source, read_json(source / "tokenizer_config.json").get("legacy"))
+        legacy = read_json(source / "tokenizer_config.json").get("legacy")
+        loaded, legacy = load_tokenizer(tokenizer or source, legacy, num_text_tokens or values.get("vocab_size"))
         visual_config = values.get("visual_config", {})
         side = image_size or visual_config.get("visual_model", {}).get("image_size", 448)
         num_queries = visual_config.get("visual_abstractor", {}).get("num_learnable_queries", 64)
@@ -137,7 +142,9 @@ class MplugOwl2Processor(ProcessorMixin):
         kept: dict[str, Any] = {name: settings[name] for name in names if name in settings}
         _check_preprocessing(source / "preprocessor_config.json", kept)
         image_processor = MplugOwl2ImageProcessor(size={"height": side, "width": side}, image_aspect_ratio=mode, **kept)
-        return cls(image_processor, loaded, num_image_tokens=num_image_tokens or num_queries + 1, legacy=legacy)
+        template = CHAT_TEMPLATE if loaded.eos_token == "</s>" else QWEN_CHAT_TEMPLATE
+        num_image_tokens = num_image_tokens or num_queries + 1
+        return cls(image_processor, loaded, template, num_image_tokens=num_image_tokens, legacy=legacy)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -340,7 +347,7 @@ def _original_folder(name: str | Path, kwargs: dict[str, Any]) -> Path | None:
     config = cached_file(name, CONFIG_NAME, **hub)
     if config is None or "visual_config" not in read_json(Path(config)):
         return None
-    for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+    for file in (*TOKENIZER_FILES, "tokenizer_config.json", "preprocessor_config.json"):
         cached_file(name, file, **hub)
     return Path(config).parent
 

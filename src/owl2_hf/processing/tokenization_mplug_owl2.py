@@ -1,13 +1,17 @@
 """Tokenizers of the original as `tokenizers` byte-pair encodings that reproduce its ids."""
 
+import base64
+import binascii
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
 # Noncharacters of Unicode, which no text holds. The tokenizer's normaliser acts on them after control tokens are found:
@@ -19,6 +23,11 @@ NO_PREFIX = "\ufdd1"
 
 CONTROL_TOKENS = ("<unk>", "<s>", "</s>")
 IMAGE_TOKEN = "<|image|>"
+QWEN_END_OF_TEXT = "<|endoftext|>"
+QWEN_CONTROL_TOKENS = (QWEN_END_OF_TEXT, "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+
+SENTENCEPIECE_VOCABULARY, QWEN_VOCABULARY = "tokenizer.model", "qwen.tiktoken"
+TOKENIZER_FILES = (SENTENCEPIECE_VOCABULARY, QWEN_VOCABULARY, "tokenizer.json")
 
 
 def llama_tokenizer(
@@ -65,27 +74,91 @@ def llama_tokenizer(
     )
 
 
+def qwen_tokenizer(
+    ranks: dict[bytes, int], num_text_tokens: int | None = None, model_max_length: int = 8192
+) -> PreTrainedTokenizerFast:
+    """Qwen's tokenizer from the ranks of its pieces, with the image placeholder behind all other ids.
+
+    No token stands in front of a text, `<|endoftext|>` ends it and pads, and `</s>` is text. `ESCAPE` and `NO_PREFIX`
+    are deleted.
+
+    Args:
+        ranks: Bytes of a piece -> id, which is also its turn to be merged; the control tokens follow.
+        num_text_tokens: Rows of the model's weights, where they are more: the placeholder stands behind them.
+    """
+    names = bytes_to_unicode()
+
+    def name(piece: bytes) -> str:
+        return "".join(names[byte] for byte in piece)
+
+    vocab = {name(piece): rank for piece, rank in ranks.items()}
+    vocab.update({token: len(ranks) + index for index, token in enumerate(QWEN_CONTROL_TOKENS)})
+    # Ids that no text has are names that no text can be split into.
+    vocab.update({f"<|reserved_{index}|>": index for index in range(len(vocab), num_text_tokens or 0)})
+    vocab[IMAGE_TOKEN] = len(vocab)
+    tokenizer = Tokenizer(BPE(vocab, [(name(a), name(b)) for a, b in _merges(ranks)], ignore_merges=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(ESCAPE, ""), normalizers.Replace(NO_PREFIX, ""), normalizers.NFC()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (*QWEN_CONTROL_TOKENS, IMAGE_TOKEN)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=QWEN_END_OF_TEXT,
+        pad_token=QWEN_END_OF_TEXT,
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        model_max_length=model_max_length,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """All pairs of pieces that make a piece, in the order of its rank."""
+    pairs = []
+    for piece in sorted(ranks, key=ranks.__getitem__):
+        splits = [(piece[:end], piece[end:]) for end in range(1, len(piece))]
+        known = [(left, right) for left, right in splits if left in ranks and right in ranks]
+        pairs += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    return pairs
+
+
 def has_tokenizer(source: Path) -> bool:
     """Whether a folder holds a tokenizer that `load_tokenizer` reads."""
-    return any((source / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+    return any((source / name).is_file() for name in TOKENIZER_FILES)
 
 
-def load_tokenizer(source: str | Path, legacy: bool | None = None) -> tuple[PreTrainedTokenizerFast, bool]:
+def load_tokenizer(
+    source: str | Path, legacy: bool | None = None, num_text_tokens: int | None = None
+) -> tuple[PreTrainedTokenizerFast, bool]:
     """The tokenizer of an original checkpoint, and its `legacy` flag.
 
     Args:
-        source: A folder with tokenizer.model or tokenizer.json, or one of these files.
+        source: A folder with tokenizer.model, qwen.tiktoken or tokenizer.json, or one of these files.
         legacy: The flag, where something else than the tokenizer_config.json beside the tokenizer tells it.
+        num_text_tokens: Rows of the model's weights, which may be more than Qwen's tokenizer has tokens.
 
     Raises:
-        ValueError: There is none, or it is not LLaMA's kind.
+        ValueError: There is none, or it is neither LLaMA's kind nor Qwen's.
     """
     source = Path(source)
     folder = source if source.is_dir() else source.parent
     if source.is_dir():
-        source = source / ("tokenizer.model" if (source / "tokenizer.model").is_file() else "tokenizer.json")
+        paths = [source / name for name in TOKENIZER_FILES]
+        source = next((path for path in paths if path.is_file()), paths[-1])
     if not source.is_file():
-        raise ValueError(f"{source} is missing: expected a tokenizer.model or a tokenizer.json.")
+        raise ValueError(f"{source} is missing: expected a {', a '.join(TOKENIZER_FILES[:-1])} or a tokenizer.json.")
+    if source.suffix == ".tiktoken":
+        return _load_qwen(source, folder, num_text_tokens), True
     vocab, merges = _read_json(source) if source.suffix == ".json" else _read_sentencepiece(source)
     if [vocab.get(token) for token in CONTROL_TOKENS] != [0, 1, 2] or IMAGE_TOKEN in vocab:
         raise ValueError(f"{source} is not LLaMA's kind: expected {', '.join(CONTROL_TOKENS)} as ids 0, 1, 2.")
@@ -107,6 +180,33 @@ def load_tokenizer(source: str | Path, legacy: bool | None = None) -> tuple[PreT
     if legacy not in (None, True, False):
         raise ValueError(f"{folder / 'tokenizer_config.json'}: legacy must be true or false, got {legacy!r}.")
     return tokenizer, legacy is not False
+
+
+def _load_qwen(source: Path, folder: Path, num_text_tokens: int | None) -> PreTrainedTokenizerFast:
+    max_length = read_json(folder / "tokenizer_config.json").get("model_max_length")
+    if not isinstance(max_length, int) or max_length >= 10**6:
+        max_length = 8192
+    return qwen_tokenizer(_read_tiktoken(source), num_text_tokens, max_length)
+
+
+def _read_tiktoken(path: Path) -> dict[bytes, int]:
+    """Lines of a piece in base64 and its rank -> piece and rank."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line:
+            continue
+        try:
+            piece, rank = line.split()
+            ranks[base64.b64decode(piece, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(
+                f"{path}, line {number}: expected a piece in base64 and its rank, got {line[:40]!r}."
+            ) from None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path}: expected each rank from 0 to {len(ranks) - 1} for one of {len(ranks)} pieces.")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"{path}: expected every byte as a piece, {missing[0]:#04x} is missing.")
+    return ranks
 
 
 def read_json(path: Path) -> dict[str, Any]:
