@@ -192,10 +192,10 @@ def _facts(report: ConversionReport, config: MplugOwl2Config) -> dict[str, str]:
 
 
 def _has_published_sizes(config: MplugOwl2Config) -> bool:
-    published = MplugOwl2Config()
+    published = MplugOwl2Config(connector_type=config.connector_type)
     return all(
-        getattr(getattr(config, part), size) == getattr(getattr(published, part), size)
-        for part in ("text_config", "vision_config", "abstractor_config")
+        getattr(getattr(config, part), size, None) == getattr(getattr(published, part), size, None)
+        for part in ("text_config", "vision_config", "connector_config")
         for size in ("hidden_size", "intermediate_size", "num_hidden_layers")
     )
 

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
-from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
+from ..modeling.configuration_mplug_owl2 import DOCOWL_MODEL_TYPE, MplugOwl2Config
 from ..modeling.conversion_mplug_owl2 import to_ours
 from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..processing.tokenization_mplug_owl2 import read_json
@@ -130,8 +130,11 @@ def read_config(folder: Path) -> tuple[MplugOwl2Config, bool]:
         values = read_json(path)
     except ValueError as error:
         raise ConversionError(str(error)) from None
-    if (found := values.get("model_type")) != "mplug_owl2":
-        raise ConversionError(f"{path}: expected model_type 'mplug_owl2', got {found!r}; nothing was converted.")
+    # Upstream: DocOwl2 has DocOwl 1.5's model_type; the configuration tells them apart.
+    if (found := values.get("model_type")) not in (MplugOwl2Config.model_type, DOCOWL_MODEL_TYPE):
+        raise ConversionError(
+            f"{path}: expected model_type 'mplug_owl2' or 'mplug_docowl', got {found!r}; nothing was converted."
+        )
     # Code that the source names is neither run nor carried over.
     values.pop("auto_map", None)
     is_original = "visual_config" in values
