@@ -1,12 +1,10 @@
 """DocOwl 1.5: the H-Reducer in place of the abstractor, and documents cut into crops of their shape."""
 
 import copy
-import json
 
 import pytest
 import torch
 
-from owl2_hf.conversion import convert
 from owl2_hf.modeling.conversion_mplug_owl2 import to_ours
 
 from .conversion.conftest import command

@@ -183,9 +183,8 @@ def save_original_processor(processor: MplugOwl2Processor, vocabulary: Path, fol
         "resample": int(images.resample),
         "size": side,
     }
-    for name, values in (
-        ("tokenizer_config.json", tokenizer),
-        ("special_tokens_map.json", {**tokens, "pad_token": "<unk>"}),
-        ("preprocessor_config.json", preprocessor),
-    ):
+    files = {"tokenizer_config.json": tokenizer, "special_tokens_map.json": {**tokens, "pad_token": "<unk>"}}
+    if images.image_aspect_ratio != "anchors":  # Upstream: DocOwl's settings are arguments of its code.
+        files["preprocessor_config.json"] = preprocessor
+    for name, values in files.items():
         (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -67,7 +67,7 @@ class MplugOwl2HReducer(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=torch.cat([visual_tokens, vit_eos], dim=1))
 
     def _spread(self, mixed: Tensor) -> Tensor:
-        """(N, K * C, G, G / K) -> (N, C, G, G): K channel blocks become K columns, the fast part of the column index."""
+        """(N, K * C, G, G / K) -> (N, C, G, G): K blocks of channels become K neighbouring columns."""
         blocks = mixed.unflatten(1, (self.config.kernel_width, -1))
         return blocks.permute(0, 2, 3, 4, 1).flatten(3)
 
