@@ -127,15 +127,23 @@ class MplugOwl2ImageProcessor(PilBackend):
             values = {key: value for key, value in values.items() if key not in _ANCHOR_SETTINGS}
         return values
 
-    def num_crops(self, height: int, width: int, **kwargs) -> int:
-        """Squares that become of one picture, with the settings of this processor unless `kwargs` holds others."""
-        settings = {name: kwargs.get(name) for name in ("image_aspect_ratio", "size", *_ANCHOR_SETTINGS)}
-        settings = {name: getattr(self, name) if value is None else value for name, value in settings.items()}
-        if settings["image_aspect_ratio"] != "anchors":
+    def num_crops(
+        self,
+        height: int,
+        width: int,
+        size: dict[str, int] | None = None,
+        image_aspect_ratio: str | None = None,
+        crop_anchors: str | None = None,
+        add_global_image: bool | None = None,
+        **kwargs,
+    ) -> int:
+        """Squares that become of one picture, with the settings of this processor where none are given."""
+        if (image_aspect_ratio or self.image_aspect_ratio) != "anchors":
             return 1
-        side = self._standardize_kwargs(**settings)["size"].height
-        rows, columns = best_anchor(height, width, side, CROP_ANCHORS[settings["crop_anchors"]])
-        return rows * columns + int(settings["add_global_image"])
+        side = dict(size or self.size)
+        anchors = CROP_ANCHORS[crop_anchors or self.crop_anchors]
+        rows, columns = best_anchor(height, width, side.get("height") or side["shortest_edge"], anchors)
+        return rows * columns + int(self.add_global_image if add_global_image is None else add_global_image)
 
     def fetch_images(self, images: Any) -> Any:
         """The same nesting, with every path, URL, base64 string or bytes opened."""
@@ -197,7 +205,7 @@ class MplugOwl2ImageProcessor(PilBackend):
             if not do_resize:
                 raise ValueError("'anchors' cuts pictures after resizing them; leave do_resize on.")
             anchors = CROP_ANCHORS[crop_anchors]
-            data["crop_grid"] = [best_anchor(*image.shape[1:], size.height, anchors) for image in images]
+            data["crop_grid"] = [best_anchor(image.shape[1], image.shape[2], size.height, anchors) for image in images]
         for index, image in enumerate(images):
             squares = [image]
             if do_resize:
