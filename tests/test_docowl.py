@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
-from owl2_hf.modeling import MplugDocOwlConfig, MplugOwl2Config, MplugOwl2ForConditionalGeneration
+from owl2_hf.modeling import MplugDocOwlConfig, MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2HReducer
 from owl2_hf.modeling.conversion_mplug_owl2 import to_ours
 from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 from owl2_hf.processing.image_processing_mplug_owl2 import CROP_ANCHORS, best_anchor
@@ -27,15 +27,46 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
-def converted(golden_dir, tmp_path_factory):
+def original(golden_dir, tmp_path_factory):
+    """The original's folder, or where the wider sets are absent one of the same configuration with weights of its own."""
+    folder = golden_dir("H1") / "hf"
+    if not folder.is_dir():
+        folder = tmp_path_factory.mktemp("docowl") / "hf"
+        config = MplugOwl2Config.from_pretrained(GOLDEN / "H1")
+        torch.manual_seed(0)
+        MplugOwl2ForConditionalGeneration(config).save_pretrained(folder, save_original_format=True)
+        shutil.copy(GOLDEN / "H1" / "config.json", folder)
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(original, tmp_path_factory):
     target = tmp_path_factory.mktemp("docowl") / "converted"
-    command("convert", golden_dir("H1") / "hf", target)
+    command("convert", original, target)
     return target
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
 def golden(request, golden_dir, converted):
+    if not (golden_dir("H1") / "hf").is_dir():
+        pytest.skip("the whole model of golden set H1 is not here; OWL2_HF_GOLDEN names the folder that holds it")
     return GoldenSet(golden_dir("H1"), converted, request.param)
+
+
+@pytest.mark.parametrize("name", ["c1_one_image", "c2_three_crops"])
+@torch.no_grad()
+def test_the_h_reducer_alone_gives_the_originals_numbers(name):
+    tensors = load_file(GOLDEN / "H1" / "connector.safetensors")
+    config = MplugOwl2Config.from_pretrained(GOLDEN / "H1")
+    weights = {key.removeprefix("weights/"): tensor for key, tensor in tensors.items() if key.startswith("weights/")}
+    ours = dict(pair for key, tensor in weights.items() for pair in to_ours(key, tensor, config))
+    reducer = MplugOwl2HReducer(config.h_reducer_config).eval()
+    reducer.load_state_dict({key.removeprefix("model.h_reducer."): tensor for key, tensor in ours.items()})
+    output = reducer(tensors[f"{name}/vision_last_hidden_state"]).last_hidden_state
+    assert_close(output, tensors[f"{name}/connector_output"])
+    assert reducer.train()(tensors[f"{name}/vision_last_hidden_state"]).last_hidden_state.equal(output)
 
 
 @pytest.mark.parametrize("name", ["c1_one_image", "c2_three_crops"])
@@ -170,27 +201,27 @@ def test_padded_rows_give_what_each_gives_alone(golden):
 
 
 @pytest.fixture
-def source(golden_dir, tmp_path):
+def source(original, tmp_path):
     """A writable copy of the original's folder; it has no tokenizer."""
     folder = tmp_path / "source"
-    shutil.copytree(golden_dir("H1") / "hf", folder)
+    shutil.copytree(original, folder)
     for path in folder.iterdir():
         path.chmod(0o644)
     return folder
 
 
 @pytest.fixture(scope="module")
-def with_tokenizer(golden_dir, tmp_path_factory):
+def with_tokenizer(original, tmp_path_factory):
     """The original's folder with the small vocabulary of the other sets; the tables grow rows for it."""
     folder = tmp_path_factory.mktemp("docowl") / "original"
     folder.mkdir()
-    shards = read_shards(golden_dir("H1") / "hf")
+    shards = read_shards(original)
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         shards[key] = shards[key].repeat(4, 1)[:1000].clone()
     torch.save(shards, folder / "pytorch_model.bin")
-    config = json.loads((golden_dir("H1") / "hf" / "config.json").read_text())
+    config = json.loads((original / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 1000}))
-    shutil.copy(golden_dir("T") / "tiny.model", folder / "tokenizer.model")
+    shutil.copy(GOLDEN / "T" / "tiny.model", folder / "tokenizer.model")
     return folder
 
 
@@ -203,20 +234,18 @@ def test_a_converted_folder_says_what_it_is(converted):
     assert "DocOwl 1.5" in (converted / "README.md").read_text()
 
 
-def test_the_originals_folder_loads_as_it_is(golden_dir, converted, caplog):
-    folder = golden_dir("H1") / "hf"
+def test_the_originals_folder_loads_as_it_is(original, converted, caplog):
     for auto_class in (AutoModelForImageTextToText, MplugOwl2ForConditionalGeneration):
-        model, info = auto_class.from_pretrained(folder, output_loading_info=True)
+        model, info = auto_class.from_pretrained(original, output_loading_info=True)
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert_same_bits(load_state(converted), model.state_dict())
-    assert type(AutoModel.from_pretrained(folder)).__name__ == "MplugOwl2Model"
-    for read in (AutoConfig.from_pretrained(folder), MplugDocOwlConfig.from_pretrained(folder)):
+    assert type(AutoModel.from_pretrained(original)).__name__ == "MplugOwl2Model"
+    for read in (AutoConfig.from_pretrained(original), MplugDocOwlConfig.from_pretrained(original)):
         assert (type(read), read.model_type, read.connector_type) == (MplugOwl2Config, "mplug_owl2", "h_reducer")
     assert "instantiate a model of type" not in caplog.text
 
 
-def test_the_way_there_and_back_keeps_every_bit(golden_dir, converted, tmp_path):
-    original = golden_dir("H1") / "hf"
+def test_the_way_there_and_back_keeps_every_bit(original, converted, tmp_path):
     command("convert", converted, tmp_path / "back", "--to", "original")
     before = {key: tensor for key, tensor in read_shards(original).items() if "inv_freq" not in key}
     assert_same_bits(before, load_file(tmp_path / "back" / "model.safetensors"))
@@ -230,18 +259,18 @@ def test_the_way_there_and_back_keeps_every_bit(golden_dir, converted, tmp_path)
     assert_same_bits(load_state(converted), load_state(tmp_path / "again"))
 
 
-def test_save_pretrained_writes_both_layouts(golden_dir, tmp_path):
-    model = AutoModelForImageTextToText.from_pretrained(golden_dir("H1") / "hf")
+def test_save_pretrained_writes_both_layouts(original, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(original)
     model.save_pretrained(tmp_path / "ours")
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "mplug_owl2"
     assert_same_bits(model.state_dict(), load_state(tmp_path / "ours"))
     model.save_pretrained(tmp_path / "original", save_original_format=True)
-    before = {key: tensor for key, tensor in read_shards(golden_dir("H1") / "hf").items() if "inv_freq" not in key}
+    before = {key: tensor for key, tensor in read_shards(original).items() if "inv_freq" not in key}
     assert_same_bits(before, load_file(tmp_path / "original" / "model.safetensors"))
 
 
-def test_verify_says_ok(golden_dir, converted, with_tokenizer, tmp_path):
-    lines = command("verify", converted, "--against", golden_dir("H1") / "hf").stdout
+def test_verify_says_ok(original, converted, with_tokenizer, tmp_path):
+    lines = command("verify", converted, "--against", original).stdout
     assert lines.splitlines()[-1] == "ok" and "logits of a prompt with a picture equal the source's" in lines
     command("convert", with_tokenizer, tmp_path / "converted")
     lines = command("verify", tmp_path / "converted", "--against", with_tokenizer).stdout

@@ -228,10 +228,10 @@ class MplugOwl2Config(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
-        """As in transformers, for which DocOwl 1.5's type is one of this class."""
+        """As in transformers, which would warn of the other of the two names of this class's models."""
         values, kwargs = super().get_config_dict(*args, **kwargs)
-        if values.get("model_type") == DOCOWL_MODEL_TYPE:
-            values = {**values, "model_type": MplugOwl2Config.model_type}
+        if values.get("model_type") in (MplugOwl2Config.model_type, DOCOWL_MODEL_TYPE):
+            values = {**values, "model_type": cls.model_type}
         return values, kwargs
 
     def to_diff_dict(self) -> dict[str, Any]:
