@@ -22,13 +22,14 @@ from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer
 from .conversion.conftest import assert_same_bits, command, edit_config, load_state, read_shards, refused
 from .original import pad
 from .test_golden import GoldenSet, assert_close, text_logits
+from .test_remote_code import ask_a_stranger
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
 def original(golden_dir, tmp_path_factory):
-    """The original's folder, or where the wider sets are absent one of the same configuration with weights of its own."""
+    """The original's folder, or where the wider sets are absent one of its configuration with other weights."""
     folder = golden_dir("H1") / "hf"
     if not folder.is_dir():
         folder = tmp_path_factory.mktemp("docowl") / "hf"
@@ -471,3 +472,14 @@ def test_the_pipeline_answers_about_a_document(with_tokenizer, documents, tmp_pa
         together = pipe(text=[chat, chat], batch_size=2, max_new_tokens=4, return_full_text=False)
         answers += [answer[0]["generated_text"] for answer in together]
     assert len(set(answers)) == 1
+
+
+def test_a_stranger_gets_the_same_logits(with_tokenizer, golden_dir, tmp_path):
+    command("convert", with_tokenizer, tmp_path / "a.model")
+    picture, prompt = str(golden_dir("HP") / "images" / "wide.png"), "USER: <|image|>What is the total? ASSISTANT:"
+    found = ask_a_stranger(tmp_path / "a.model", picture, prompt, tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "a.model").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "a.model")
+    with torch.no_grad():
+        expected = model(**processor(text=prompt, images=picture, return_tensors="pt")).logits[0, -1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
