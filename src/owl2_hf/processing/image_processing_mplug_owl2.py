@@ -22,7 +22,7 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-ASPECT_RATIOS = ("resize", "pad", "crop", "anchors")
+ASPECT_RATIOS = ("resize", "pad", "crop")  # one square of each picture; "anchors" makes several
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_FILE_BYTES = 64 * 2**20
 MAX_IMAGE_PIXELS = 89_478_485  # PIL's own threshold for a decompression bomb
@@ -102,9 +102,9 @@ class MplugOwl2ImageProcessor(PilBackend):
     do_convert_rgb = True
 
     def _standardize_kwargs(self, size=None, **kwargs) -> dict:
-        if kwargs.get("image_aspect_ratio") not in ASPECT_RATIOS:
+        if kwargs.get("image_aspect_ratio") not in (*ASPECT_RATIOS, "anchors"):
             raise ValueError(
-                f"image_aspect_ratio must be one of {', '.join(map(repr, ASPECT_RATIOS))}, "
+                f"image_aspect_ratio must be 'anchors' or one of {', '.join(map(repr, ASPECT_RATIOS))}, "
                 f"got {kwargs.get('image_aspect_ratio')!r}."
             )
         if kwargs.get("crop_anchors") not in CROP_ANCHORS:
