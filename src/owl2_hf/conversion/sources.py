@@ -133,8 +133,8 @@ def read_config(folder: Path) -> tuple[MplugOwl2Config, bool]:
     # Upstream: DocOwl2 has DocOwl 1.5's model_type; the configuration tells them apart.
     if (found := values.get("model_type")) not in (MplugOwl2Config.model_type, DOCOWL_MODEL_TYPE):
         raise ConversionError(
-            f"{path}: expected model_type 'mplug_owl2', got {found!r}; DocOwl 1.5's 'mplug_docowl' is read too. Nothing "
-            "was converted."
+            f"{path}: expected model_type 'mplug_owl2', got {found!r}; nothing was converted. DocOwl 1.5's "
+            "'mplug_docowl' is read too."
         )
     # Code that the source names is neither run nor carried over.
     values.pop("auto_map", None)

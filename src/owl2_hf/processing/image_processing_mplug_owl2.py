@@ -104,8 +104,8 @@ class MplugOwl2ImageProcessor(PilBackend):
     def _standardize_kwargs(self, size=None, **kwargs) -> dict:
         if kwargs.get("image_aspect_ratio") not in (*ASPECT_RATIOS, "anchors"):
             raise ValueError(
-                f"image_aspect_ratio must be 'anchors' or one of {', '.join(map(repr, ASPECT_RATIOS))}, "
-                f"got {kwargs.get('image_aspect_ratio')!r}."
+                f"image_aspect_ratio must be one of {', '.join(map(repr, ASPECT_RATIOS))}, "
+                f"got {kwargs.get('image_aspect_ratio')!r}; DocOwl's crops are 'anchors'."
             )
         if kwargs.get("crop_anchors") not in CROP_ANCHORS:
             names = ", ".join(map(repr, CROP_ANCHORS))
