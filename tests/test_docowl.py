@@ -179,6 +179,15 @@ def test_greedy_generation_gives_the_originals_ids_and_scores(golden, name):
     assert_close(torch.stack(output.logits, dim=1)[..., : golden.config.output_vocab_size], case["scores"])
 
 
+@torch.no_grad()
+def test_a_compiled_graph_without_breaks_gives_the_same(converted):
+    model = MplugOwl2ForConditionalGeneration.from_pretrained(converted).eval()
+    inputs = {"input_ids": torch.tensor([[1, *[331] * 17, 5, 6]]), "pixel_values": torch.randn(1, 3, 32, 32)}
+    expected = model(**inputs).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=0, atol=1e-4)
+
+
 # Pictures of one prompt, and prompts of one batch
 
 

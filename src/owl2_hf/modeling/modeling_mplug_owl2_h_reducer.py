@@ -57,7 +57,8 @@ class MplugOwl2HReducer(PreTrainedModel):
             `last_hidden_state` (N, Q + 1, D).
         """
         grid = self.config.grid_size
-        patches = image_features[:, -(grid**2) :].transpose(1, 2).unflatten(2, (grid, grid))
+        # Contiguous: for the layout of other inputs, compiled graphs and convolutions disagree about the output's.
+        patches = image_features[:, -(grid**2) :].transpose(1, 2).contiguous().unflatten(2, (grid, grid))
         mixed = nn.functional.gelu(self.reducer_before(patches))
         merged = self.reducer(self._spread(mixed)).flatten(2).transpose(1, 2)
         visual_tokens = self.visual_fc(merged)
