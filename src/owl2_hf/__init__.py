@@ -16,9 +16,12 @@ from transformers import (
 
 from .default import default_pictures, load_default
 from .modeling import (
+    MplugDocOwlConfig,
     MplugOwl2AbstractorConfig,
     MplugOwl2Config,
     MplugOwl2ForConditionalGeneration,
+    MplugOwl2HReducer,
+    MplugOwl2HReducerConfig,
     MplugOwl2Model,
     MplugOwl2PreTrainedModel,
     MplugOwl2TextConfig,
@@ -33,7 +36,9 @@ from .processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 __version__ = "0.1.0"
 
 AutoConfig.register("mplug_owl2", MplugOwl2Config, exist_ok=True)
+# The originals' names of other members; what they read is an MplugOwl2Config, which finds the classes below.
 AutoConfig.register("mplug_owl2_1", MplugOwl21Config, exist_ok=True)
+AutoConfig.register("mplug_docowl", MplugDocOwlConfig, exist_ok=True)
 AutoModel.register(MplugOwl2Config, MplugOwl2Model, exist_ok=True)
 for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(MplugOwl2Config, MplugOwl2ForConditionalGeneration, exist_ok=True)
@@ -41,9 +46,12 @@ AutoImageProcessor.register(MplugOwl2Config, image_processor_classes={"pil": Mpl
 AutoProcessor.register(MplugOwl2Config, MplugOwl2Processor, exist_ok=True)
 
 __all__ = [
+    "MplugDocOwlConfig",
     "MplugOwl2AbstractorConfig",
     "MplugOwl2Config",
     "MplugOwl2ForConditionalGeneration",
+    "MplugOwl2HReducer",
+    "MplugOwl2HReducerConfig",
     "MplugOwl2ImageProcessor",
     "MplugOwl2Model",
     "MplugOwl2PreTrainedModel",

@@ -235,7 +235,7 @@ def test_the_source_must_be_a_checkpoint_of_the_original(source, tmp_path):
     edit_config(source, hidden_size=65)
     assert "hidden size (65)" in refused("convert", source, tmp_path / "target")
     edit_config(source, model_type="llama")
-    assert "expected model_type 'mplug_owl2' or 'mplug_owl2_1', got 'llama'" in refused(
+    assert "expected model_type 'mplug_owl2' or 'mplug_owl2_1' or 'mplug_docowl', got 'llama'" in refused(
         "convert", source, tmp_path / "target"
     )
     (source / "config.json").write_text("{")

@@ -216,14 +216,16 @@ def _hashing(files: list[Path]) -> Iterator[dict[Path, Future[str]]]:
 
 def _facts(report: ConversionReport, config: MplugOwl2Config) -> dict[str, str]:
     side = config.vision_config.image_size
+    is_docowl = config.connector_type == "h_reducer"
     return {
+        **({"Model": "DocOwl 1.5, with an H-Reducer where mPLUG-Owl2 has its visual abstractor"} if is_docowl else {}),
         "Converted from": f"`{report.source}`, {report.layout}",
         "Parameters": f"{report.num_parameters:,} in {report.num_tensors} tensors, {report.dtype}",
         "Dropped, because the model computes them": f"{len(report.dropped)} tensors",
         "Rebuilt, because the source lacked them": f"{len(report.rebuilt)} sin-cos tables",
         "Language model": f"{config.text_config.num_hidden_layers} layers of width {config.text_config.hidden_size}",
         "Context length": f"{config.text_config.max_position_embeddings} positions",
-        "Picture": f"{side} x {side} pixels, {config.num_image_tokens} positions",
+        "Crop of a picture" if is_docowl else "Picture": f"{side} x {side} pixels, {config.num_image_tokens} positions",
         "Tokenizer": "none in the source" if report.tokenizer is None else f"from `{report.tokenizer}`",
         "Converted with": ", ".join(f"{name} {number}" for name, number in report.versions.items()),
     }
@@ -231,7 +233,7 @@ def _facts(report: ConversionReport, config: MplugOwl2Config) -> dict[str, str]:
 
 def _has_published_sizes(config: MplugOwl2Config) -> bool:
     published = MplugOwl2Config()
-    return all(
+    return config.connector_type == published.connector_type and all(
         getattr(getattr(config, part), size) == getattr(getattr(published, part), size)
         for part in ("text_config", "vision_config", "abstractor_config")
         for size in ("hidden_size", "intermediate_size", "num_hidden_layers")
@@ -477,7 +479,7 @@ def load_processor(source: Source, tokenizer: str | Path | None) -> MplugOwl2Pro
             )
     except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
         raise ConversionError(f"{source.folder}: its processor cannot be read: {error}") from None
-    if getattr(config, "image_aspect_ratio", None) == "pad":
+    if getattr(config, "image_aspect_ratio", None) == "pad" and config.connector_type == "abstractor":
         processor.image_processor.image_aspect_ratio = "pad"
     if processor.image_token_id != config.image_token_id:
         raise ConversionError(

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..modeling.configuration_mplug_owl2 import QWEN_FIXED, MplugOwl2Config
+from ..modeling.configuration_mplug_owl2 import DOCOWL_MODEL_TYPE, QWEN_FIXED, MplugOwl2Config
 from ..processing import MplugOwl2Processor
 from ..processing.tokenization_mplug_owl2 import QWEN_VOCABULARY
 from .reading import ConversionError
@@ -69,9 +69,14 @@ _ABSTRACTOR = [
     "num_learnable_queries",
     "use_cls_token",
 ]
+_H_REDUCER = ["hidden_size", "initializer_range", "layer_norm_eps"]
+# What DocOwl's vision encoder always does; its configuration has no word for it.
+_FIXED_IN_DOCOWL = ("use_cls_token", "use_post_layernorm")
 _OURS = {
     "vision_config",
     "abstractor_config",
+    "h_reducer_config",
+    "connector_type",
     "text_config",
     "image_token_id",
     "output_vocab_size",
@@ -86,32 +91,23 @@ def original_config(config: MplugOwl2Config) -> dict[str, Any]:
     Raises:
         ConversionError: The original's code has no word for something in it.
     """
-    text, vision, abstractor = (part.to_dict() for part in _parts(config))
+    text, has_abstractor = config.text_config.to_dict(), config.connector_type == "abstractor"
     release = {"transformers_version": _TRANSFORMERS_VERSION}
     flat = {
         **{key: value for key, value in config.to_diff_dict().items() if key not in _OURS},
         **(_qwen_fields(text) if config.is_owl21 else _llama_fields(text)),
         **release,
+        **({} if has_abstractor else _DOCOWL),
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": str(config.dtype).removeprefix("torch."),
         "vocab_size": config.output_vocab_size,
-        "visual_config": {
-            "visual_model": {
-                **{key: vision[key] for key in _VISION},
-                **release,
-                "model_type": "mplug_owl_vision_model",
-            },
-            "visual_abstractor": {
-                **{key: abstractor[key] for key in _ABSTRACTOR},
-                **release,
-                "add_v2t_pos_emb": False,
-                "attention_probs_dropout_prob": abstractor["attention_dropout"],
-                "model_type": "mplug_owl_visual_abstract",
-            },
-        },
+        "visual_config": _visual_config(config) if has_abstractor else _docowl_visual_config(config),
     }
     _check_nothing_lost(flat, config)
     return flat
+
+
+_DOCOWL = {"architectures": ["MPLUGDocOwlLlamaForCausalLM"], "model_type": DOCOWL_MODEL_TYPE}
 
 
 def _llama_fields(text: dict[str, Any]) -> dict[str, Any]:
@@ -145,8 +141,40 @@ def _qwen_fields(text: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _visual_config(config: MplugOwl2Config) -> dict[str, Any]:
+    vision, abstractor = config.vision_config.to_dict(), config.abstractor_config.to_dict()
+    return {
+        "visual_model": _component("mplug_owl_vision_model", {key: vision[key] for key in _VISION}),
+        "visual_abstractor": _component(
+            "mplug_owl_visual_abstract",
+            {
+                **{key: abstractor[key] for key in _ABSTRACTOR},
+                "add_v2t_pos_emb": False,
+                "attention_probs_dropout_prob": abstractor["attention_dropout"],
+            },
+        ),
+    }
+
+
+def _docowl_visual_config(config: MplugOwl2Config) -> dict[str, Any]:
+    vision, reducer = config.vision_config.to_dict(), config.h_reducer_config.to_dict()
+    return {
+        "visual_model": _component(
+            "mplug_owl_vision_model", {key: vision[key] for key in _VISION if key not in _FIXED_IN_DOCOWL}
+        ),
+        "visual_hreducer": _component(
+            "mplug_docowl_hreducer",
+            {**{key: reducer[key] for key in _H_REDUCER}, "conv_shape": f"1x{reducer['kernel_width']}"},
+        ),
+    }
+
+
+def _component(model_type: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {**values, "model_type": model_type, "transformers_version": _TRANSFORMERS_VERSION}
+
+
 def _parts(config: MplugOwl2Config):
-    return config.text_config, config.vision_config, config.abstractor_config
+    return config.text_config, config.vision_config, config.connector_config
 
 
 def _check_nothing_lost(flat: dict[str, Any], config: MplugOwl2Config) -> None:
@@ -175,7 +203,8 @@ def save_original_processor(processor: MplugOwl2Processor, vocabulary: Path, fol
     else:
         shutil.copyfile(vocabulary, folder / f"tokenizer{vocabulary.suffix}")
         settings = _llama_tokenizer_configs(processor)
-    settings["preprocessor_config.json"] = _preprocessor_config(processor)
+    if processor.image_processor.image_aspect_ratio != "anchors":  # Upstream: DocOwl's are arguments of its code.
+        settings["preprocessor_config.json"] = _preprocessor_config(processor)
     for name, values in settings.items():
         (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 

@@ -17,7 +17,7 @@ from .reading import ConversionError, check_tensor, describe, has_weights, read_
 
 _MAX_LAYERS = 1000
 _MAX_SIZE = 2**20
-_MODEL_TYPES = ("mplug_owl2", "mplug_owl2_1")
+_MODEL_TYPES = ("mplug_owl2", "mplug_owl2_1", "mplug_docowl")
 _SIZES = ("num_", "_size", "head_dim", "projection_dim", "max_position_embeddings")
 
 
@@ -130,6 +130,7 @@ def read_config(folder: Path) -> tuple[MplugOwl2Config, bool]:
         values = read_json(path)
     except ValueError as error:
         raise ConversionError(str(error)) from None
+    # Upstream: DocOwl2 has DocOwl 1.5's model_type; the configuration tells them apart.
     if (found := values.get("model_type")) not in _MODEL_TYPES:
         expected = " or ".join(map(repr, _MODEL_TYPES))
         raise ConversionError(f"{path}: expected model_type {expected}, got {found!r}; nothing was converted.")

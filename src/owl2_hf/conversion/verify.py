@@ -125,9 +125,10 @@ def _check_processor(processor: MplugOwl2Processor, config: MplugOwl2Config) -> 
     num_tokens = len(processor.tokenizer)
     if num_tokens > config.text_config.vocab_size:
         raise ConversionError(f"the tokenizer has {num_tokens} tokens, the table {config.text_config.vocab_size} rows.")
-    ids = processor(text=_PROMPT, images=_picture(config))["input_ids"][0]
-    if (found := ids.count(config.image_token_id)) != config.num_image_tokens:
-        raise ConversionError(f"a picture takes {found} positions of a prompt, the model {config.num_image_tokens}.")
+    inputs = processor(text=_PROMPT, images=_picture(config))
+    num_positions = len(inputs["pixel_values"]) * config.num_image_tokens
+    if (found := inputs["input_ids"][0].count(config.image_token_id)) != num_positions:
+        raise ConversionError(f"a picture takes {found} positions of a prompt, the model {num_positions}.")
     return [_check_ids(processor), f"the processor fits the model: {found} positions for a picture"]
 
 

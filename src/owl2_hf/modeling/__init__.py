@@ -1,21 +1,27 @@
 """Configuration and model; the same files travel to the Hub as remote code."""
 
 from .configuration_mplug_owl2 import (
+    MplugDocOwlConfig,
     MplugOwl2AbstractorConfig,
     MplugOwl2Config,
+    MplugOwl2HReducerConfig,
     MplugOwl2TextConfig,
     MplugOwl2VisionConfig,
     MplugOwl21Config,
 )
 from .modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration, MplugOwl2Model, MplugOwl2PreTrainedModel
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
+from .modeling_mplug_owl2_h_reducer import MplugOwl2HReducer
 from .modeling_mplug_owl2_text import MplugOwl2TextModel
 from .modeling_mplug_owl2_vision import MplugOwl2VisionModel
 
 __all__ = [
+    "MplugDocOwlConfig",
     "MplugOwl2AbstractorConfig",
     "MplugOwl2Config",
     "MplugOwl2ForConditionalGeneration",
+    "MplugOwl2HReducer",
+    "MplugOwl2HReducerConfig",
     "MplugOwl2Model",
     "MplugOwl2PreTrainedModel",
     "MplugOwl2TextConfig",

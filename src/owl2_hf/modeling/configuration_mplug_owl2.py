@@ -1,6 +1,7 @@
 """Configuration of mPLUG-Owl2: every number of the architecture, the published 7B model as defaults.
 
-Source: mPLUG-Owl2 (CVPR 2024, arXiv:2311.04257) and its released code (X-PLUG/mPLUG-Owl).
+Sources: mPLUG-Owl2 (CVPR 2024, arXiv:2311.04257), mPLUG-DocOwl 1.5 (arXiv:2403.12895) and their released code
+(X-PLUG/mPLUG-Owl, X-PLUG/mPLUG-DocOwl).
 """
 
 from dataclasses import field
@@ -20,6 +21,9 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_mplug_owl2.MplugOwl2ImageProcessor",
     "AutoProcessor": "processing_mplug_owl2.MplugOwl2Processor",
 }
+CONNECTOR_TYPES = ("abstractor", "h_reducer")
+# Model types of the original whose configurations are read besides our own.
+DOCOWL_MODEL_TYPE = "mplug_docowl"
 
 
 @strict
@@ -121,6 +125,38 @@ class MplugOwl2AbstractorConfig(PreTrainedConfig):
 
 
 @strict
+class MplugOwl2HReducerConfig(PreTrainedConfig):
+    """H-Reducer of DocOwl 1.5: convolutions that merge patches side by side in a row.
+
+    Args:
+        hidden_size: Width of the vision encoder.
+        kernel_width: Patches that one visual token replaces, the original's `conv_shape` "1x4".
+        layer_norm_eps: Of the norm that the weights have and the model never applies.
+        grid_size: Patches along one side of the encoded picture.
+        projection_dim: Width of the language model.
+    """
+
+    model_type = "mplug_owl2_h_reducer"
+    base_config_key = "h_reducer_config"
+
+    hidden_size: int = 1024
+    kernel_width: int = 4
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    grid_size: int = 32
+    projection_dim: int = 4096
+
+    def validate_architecture(self):
+        _check_positive(self, "hidden_size", "kernel_width", "grid_size")
+        _check_divisible("H-Reducer grid_size", self.grid_size, "kernel_width", self.kernel_width)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions that one picture takes in the language model: the merged patches and the end-of-image vector."""
+        return self.grid_size**2 // self.kernel_width + 1
+
+
+@strict
 class MplugOwl2TextConfig(LlamaConfig):
     """Modality-adaptive LLaMA. `vocab_size` counts all rows of the embedding table, placeholder and padding too.
 
@@ -192,9 +228,12 @@ class MplugOwl2Config(PreTrainedConfig):
     """Configuration of the whole model.
 
     Also reads the original's flat form: LLaMA's fields at the top level and
-    `visual_config = {"visual_model": ..., "visual_abstractor": ...}`; unknown top-level keys are kept.
+    `visual_config = {"visual_model": ..., "visual_abstractor": ...}`, or DocOwl 1.5's "visual_hreducer" instead of the
+    latter; unknown top-level keys are kept.
 
     Args:
+        connector_type: "abstractor", described by `abstractor_config`, or "h_reducer", by `h_reducer_config`; the other
+            of the two is `None`.
         image_token_id: Placeholder of one visual token; a row of the embedding table.
         output_vocab_size: Ids from here on are never predicted: they are the placeholder and the rows that pad the
             table. `None`: every id but the placeholder may be predicted.
@@ -206,7 +245,8 @@ class MplugOwl2Config(PreTrainedConfig):
     model_type = "mplug_owl2"
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=MplugOwl2VisionConfig),
-        "abstractor_config": SubConfigSpec(config_class=MplugOwl2AbstractorConfig),
+        "abstractor_config": SubConfigSpec(config_class=MplugOwl2AbstractorConfig, optional=True),
+        "h_reducer_config": SubConfigSpec(config_class=MplugOwl2HReducerConfig, optional=True),
         "text_config": SubConfigSpec(config_class=MplugOwl2TextConfig),
     }
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -215,7 +255,9 @@ class MplugOwl2Config(PreTrainedConfig):
     # Dictionaries on the way in, configurations from then on.
     vision_config: Any = None
     abstractor_config: Any = None
+    h_reducer_config: Any = None
     text_config: Any = None
+    connector_type: str = "abstractor"
     image_token_id: int = 32000
     output_vocab_size: int | None = None
     tie_word_embeddings: bool = False
@@ -225,24 +267,35 @@ class MplugOwl2Config(PreTrainedConfig):
             kwargs = self._read_original_form(kwargs)
         elif self.text_config is None:
             self.output_vocab_size = self.output_vocab_size or 32000
-        self._complete_abstractor_config()
+        self._complete_connector_config()
         if getattr(self, "auto_map", None) is None:
             kwargs.setdefault("auto_map", dict(AUTO_MAP))
-        kwargs.pop("model_type", None)
+        kwargs.pop("model_type", None)  # the class says it, whatever of the family was read
         super().__post_init__(**kwargs)
         if self.is_owl21:
             # What transformers finds the names of the original by; the class's own is saved.
             self.model_type = MplugOwl21Config.model_type
 
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        """As in transformers, which would warn of the other of the two names of this class's models."""
+        values, kwargs = super().get_config_dict(*args, **kwargs)
+        if values.get("model_type") in (MplugOwl2Config.model_type, DOCOWL_MODEL_TYPE):
+            values = {**values, "model_type": cls.model_type}
+        return values, kwargs
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in transformers; of the connectors only the one that the model has."""
+        values = super().to_diff_dict()
+        unused = {f"{kind}_config" for kind in CONNECTOR_TYPES if kind != self.connector_type}
+        if self.connector_type == "abstractor":
+            unused.add("connector_type")  # saved as before there was a choice
+        return {key: value for key, value in values.items() if key not in unused}
+
     def _read_original_form(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Split the original's flat fields into the three sub-configurations; returns what is left."""
+        """Split the original's flat fields into the sub-configurations; returns what is left."""
         visual_config = kwargs.pop("visual_config")
-        if not isinstance(visual_config, dict) or not {"visual_model", "visual_abstractor"} <= visual_config.keys():
-            found = sorted(visual_config) if isinstance(visual_config, dict) else type(visual_config).__name__
-            raise ValueError(
-                "visual_config must hold 'visual_model' and 'visual_abstractor', the components of mPLUG-Owl2; "
-                f"got {found}. Another model of the family is not read by this configuration."
-            )
+        vision = self._read_visual_config(visual_config)
         if kwargs.get("model_type") == MplugOwl21Config.model_type:
             kwargs = _from_qwen(kwargs)
         text_fields = (_own_fields(MplugOwl2TextConfig) | {"rope_theta", "rope_scaling"}) - {"tie_word_embeddings"}
@@ -250,42 +303,80 @@ class MplugOwl2Config(PreTrainedConfig):
         num_text_tokens = text.get("vocab_size", 32000)
         self.text_config = {**text, "vocab_size": padded_vocab_size(num_text_tokens)}
         self.image_token_id = self.output_vocab_size = num_text_tokens
-        self.vision_config = _known_fields(MplugOwl2VisionConfig, visual_config["visual_model"])
-        self.abstractor_config = _known_fields(MplugOwl2AbstractorConfig, visual_config["visual_abstractor"])
+        self.vision_config = _known_fields(MplugOwl2VisionConfig, vision)
         # The names of the original's classes; ours are written on saving.
         self.architectures: list[str] | None = None
         return kwargs
 
-    def _complete_abstractor_config(self):
-        """Sizes that the abstractor shares with its neighbours are taken from them unless given."""
-        if self.abstractor_config is not None and not isinstance(self.abstractor_config, dict):
+    def _read_visual_config(self, visual_config: Any) -> dict[str, Any]:
+        """Take the connector from the original's vision side; returns its vision encoder."""
+        found = sorted(visual_config) if isinstance(visual_config, dict) else type(visual_config).__name__
+        if "visual_hrcompressor" in found or "mPLUGDocOwl2" in (self.architectures or ()):
+            raise ValueError(
+                "This is DocOwl2, whose high-resolution compressor is not supported; of the documents' models DocOwl "
+                "1.5 is."
+            )
+        if {"visual_model", "visual_hreducer"} <= set(found):
+            self.connector_type = "h_reducer"
+            self.h_reducer_config = _h_reducer_fields(visual_config["visual_hreducer"])
+            # Upstream: DocOwl's vision encoder has no switches; it has these whatever its configuration says.
+            fixed = {"use_cls_token": True, "use_post_layernorm": True, "hidden_act": "quick_gelu"}
+            return {**_as_dict(MplugOwl2VisionConfig, visual_config["visual_model"]), **fixed}
+        if {"visual_model", "visual_abstractor"} <= set(found):
+            self.connector_type = "abstractor"
+            self.abstractor_config = _known_fields(MplugOwl2AbstractorConfig, visual_config["visual_abstractor"])
+            return visual_config["visual_model"]
+        raise ValueError(
+            "visual_config must hold 'visual_model' and 'visual_abstractor', the components of mPLUG-Owl2, or "
+            f"'visual_model' and 'visual_hreducer', those of DocOwl 1.5; got {found}. Another model of the family is "
+            "not read by this configuration."
+        )
+
+    def _complete_connector_config(self):
+        """Sizes that the connector shares with its neighbours are taken from them unless given."""
+        if self.connector_type not in CONNECTOR_TYPES:
+            raise ValueError(f"connector_type must be one of {CONNECTOR_TYPES}, got {self.connector_type!r}.")
+        name = f"{self.connector_type}_config"
+        given = getattr(self, name)
+        if given is not None and not isinstance(given, dict):
             return
         vision = self.vision_config
         if not isinstance(vision, PreTrainedConfig):
             vision = self.vision_config = MplugOwl2VisionConfig(**(vision or {}))
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = MplugOwl2TextConfig(**(self.text_config or {}))
-        self.abstractor_config = {
-            "encoder_hidden_size": vision.hidden_size,
-            "grid_size": vision.grid_size,
-            "use_cls_token": vision.use_cls_token,
-            "projection_dim": self.text_config.hidden_size,
-            **(self.abstractor_config or {}),
-        }
+        shared = {"grid_size": vision.grid_size, "projection_dim": self.text_config.hidden_size}
+        if self.connector_type == "abstractor":
+            shared.update(encoder_hidden_size=vision.hidden_size, use_cls_token=vision.use_cls_token)
+        else:
+            shared.update(hidden_size=vision.hidden_size)
+        setattr(self, name, {**shared, **(given or {})})
 
     def validate_architecture(self):
-        vision, abstractor, text = self.vision_config, self.abstractor_config, self.text_config
+        vision, connector, text = self.vision_config, self.connector_config, self.text_config
+        for kind in CONNECTOR_TYPES:
+            if kind != self.connector_type and getattr(self, f"{kind}_config") is not None:
+                raise ValueError(
+                    f"connector_type is {self.connector_type!r}, but {kind}_config is given too: leave it out, or "
+                    f"choose connector_type {kind!r}."
+                )
+        name = "H-Reducer" if self.connector_type == "h_reducer" else "abstractor"
+        if self.connector_type == "h_reducer":
+            _check_equal("vision hidden_size", vision.hidden_size, "H-Reducer hidden_size", connector.hidden_size)
+        else:
+            _check_equal(
+                "vision hidden_size",
+                vision.hidden_size,
+                "abstractor encoder_hidden_size",
+                connector.encoder_hidden_size,
+            )
+            _check_equal(
+                "vision use_cls_token", vision.use_cls_token, "abstractor use_cls_token", connector.use_cls_token
+            )
         _check_equal(
-            "vision hidden_size", vision.hidden_size, "abstractor encoder_hidden_size", abstractor.encoder_hidden_size
+            "patches per side (image_size // patch_size)", vision.grid_size, f"{name} grid_size", connector.grid_size
         )
-        _check_equal(
-            "patches per side (image_size // patch_size)",
-            vision.grid_size,
-            "abstractor grid_size",
-            abstractor.grid_size,
-        )
-        _check_equal("vision use_cls_token", vision.use_cls_token, "abstractor use_cls_token", abstractor.use_cls_token)
-        _check_equal("text hidden_size", text.hidden_size, "abstractor projection_dim", abstractor.projection_dim)
+        _check_equal("text hidden_size", text.hidden_size, f"{name} projection_dim", connector.projection_dim)
         if not 0 <= self.image_token_id < text.vocab_size:
             raise ValueError(
                 f"image_token_id ({self.image_token_id}) must be a row of the embedding table: text vocab_size is "
@@ -303,9 +394,25 @@ class MplugOwl2Config(PreTrainedConfig):
         return "q" in self.text_config.modality_specific_projections
 
     @property
+    def connector_config(self) -> MplugOwl2AbstractorConfig | MplugOwl2HReducerConfig:
+        """Configuration of what turns encoded pictures into visual tokens."""
+        return getattr(self, f"{self.connector_type}_config")
+
+    @property
     def num_image_tokens(self) -> int:
         """Positions that one picture takes in the language model."""
-        return self.abstractor_config.num_image_tokens
+        return self.connector_config.num_image_tokens
+
+
+@strict
+class MplugDocOwlConfig(MplugOwl2Config):
+    """The original's name for DocOwl 1.5, under which Auto classes look it up; what is read is an `MplugOwl2Config`."""
+
+    model_type = DOCOWL_MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        return MplugOwl2Config.from_dict(config_dict, **kwargs)
 
 
 @strict
@@ -395,10 +502,26 @@ def _default_of(config_class: type[PreTrainedConfig], name: str) -> Any:
 
 def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> dict[str, Any]:
     """The original dumps all of transformers 4's generation defaults here; only the component's own fields are kept."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{config_class.base_config_key} must be a dictionary, got {type(values).__name__}.")
+    values = _as_dict(config_class, values)
     renamed = {config_class.attribute_map.get(key, key): value for key, value in values.items()}
     return {key: renamed[key] for key in _own_fields(config_class) & renamed.keys()}
+
+
+def _as_dict(config_class: type[PreTrainedConfig], values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{config_class.base_config_key} must be a dictionary, got {type(values).__name__}.")
+    return values
+
+
+def _h_reducer_fields(values: Any) -> dict[str, Any]:
+    """The original writes the kernel's height and width as text, "1x4"."""
+    fields = _known_fields(MplugOwl2HReducerConfig, values)
+    height, _, width = str(values.get("conv_shape", "1x4")).partition("x")
+    if height != "1" or not width.isdecimal():
+        raise ValueError(
+            f"visual_hreducer: conv_shape must be one row high, such as '1x4', got {values.get('conv_shape')!r}."
+        )
+    return {**fields, "kernel_width": int(width)}
 
 
 def _check_positive(config: PreTrainedConfig, *names: str) -> None:
@@ -420,8 +543,10 @@ def _check_equal(name: str, value: int, other_name: str, other: int) -> None:
 MplugOwl2Config.register_for_auto_class()
 
 __all__ = [
+    "MplugDocOwlConfig",
     "MplugOwl2AbstractorConfig",
     "MplugOwl2Config",
+    "MplugOwl2HReducerConfig",
     "MplugOwl2TextConfig",
     "MplugOwl2VisionConfig",
     "MplugOwl21Config",

@@ -18,6 +18,8 @@ _OUR_LAYER = "model.language_model.layers.{}."
 _VIT = "model.vision_model."
 _OUR_VIT = "model.vision_tower."
 _ABSTRACTOR = "model.visual_abstractor."
+_REDUCER = "model.vision2text."
+_OUR_REDUCER = "model.h_reducer."
 _CROSS = _ABSTRACTOR + "encoder.layers.{}.crossattention."
 _OUR_CROSS = _ABSTRACTOR + "layers.{}."
 
@@ -77,6 +79,11 @@ RENAMED: dict[str, str | None] = {
     **_with_bias(_CROSS + "output.mlp.w3", _OUR_CROSS + "mlp.up_proj"),
     **_with_bias(_CROSS + "output.mlp.w2", _OUR_CROSS + "mlp.down_proj"),
     **_with_bias(_CROSS + "output.mlp.ffn_ln", _OUR_CROSS + "mlp.layer_norm"),
+    _REDUCER + "vit_eos": _OUR_REDUCER + "vit_eos",
+    **_with_bias(_REDUCER + "ln_q", _OUR_REDUCER + "ln_q"),
+    **_with_bias(_REDUCER + "reducer_before.0", _OUR_REDUCER + "reducer_before"),
+    **_with_bias(_REDUCER + "reducer", _OUR_REDUCER + "reducer"),
+    **_with_bias(_REDUCER + "visual_fc", _OUR_REDUCER + "visual_fc"),
 }
 
 # Upstream: one projection holds the vision encoder's queries, keys and values, interleaved head by head.
@@ -364,6 +371,7 @@ _stacks = [
     for leaf in ("weight", "bias")
 ]
 # Remote code may be imported more than once.
-register_checkpoint_conversion_mapping("mplug_owl2", [*_renamings(_OWL2), *_paddings], overwrite=True)
+for _model_type in ("mplug_owl2", "mplug_docowl"):
+    register_checkpoint_conversion_mapping(_model_type, [*_renamings(_OWL2), *_paddings], overwrite=True)
 register_checkpoint_conversion_mapping("mplug_owl2_1", [*_renamings(_OWL21), *_paddings, *_stacks], overwrite=True)
 register_checkpoint_conversion_mapping("mplug_owl2_vision", _splits, overwrite=True)

@@ -1,4 +1,6 @@
-"""mPLUG-Owl2: vision encoder, visual abstractor and modality-adaptive LLaMA, wired together.
+"""mPLUG-Owl2: vision encoder, connector and modality-adaptive LLaMA, wired together.
+
+The connector is the visual abstractor, or the H-Reducer of DocOwl 1.5; Q + 1 are the visual tokens that it makes.
 
 B: batch, L: positions, N: pictures of the whole batch, D: width of the language model, V: embedding rows.
 """
@@ -20,6 +22,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from .configuration_mplug_owl2 import MplugOwl2Config
 from .conversion_mplug_owl2 import RENAMED  # noqa: F401, importing it teaches transformers the original's layout
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
+from .modeling_mplug_owl2_h_reducer import MplugOwl2HReducer
 from .modeling_mplug_owl2_text import MplugOwl2TextModel, match_indicators
 from .modeling_mplug_owl2_vision import MplugOwl2VisionModel
 
@@ -37,8 +40,8 @@ class MplugOwl2ImageFeatures(BaseModelOutputWithPooling):
     Args:
         last_hidden_state: (N, P, C) vision encoder output; `hidden_states` and `attentions` are the vision encoder's.
         pooler_output: N times (Q + 1, D), the visual tokens of each picture.
-        abstractor_hidden_states: layers + 1 times (N, Q, C), on request.
-        abstractor_attentions: layers times (N, heads, Q, Q + P), on request.
+        abstractor_hidden_states: layers + 1 times (N, Q, C), on request; `None` with an H-Reducer.
+        abstractor_attentions: layers times (N, heads, Q, Q + P), on request; `None` with an H-Reducer.
     """
 
     abstractor_hidden_states: tuple[Tensor, ...] | None = None
@@ -68,6 +71,7 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
         "MplugOwl2VisionEmbeddings",
         "MplugOwl2VisionLayer",
         "MplugOwl2AbstractorLayer",
+        "MplugOwl2HReducer",
         "MplugOwl2DecoderLayer",
     ]
     _skip_keys_device_placement = ["past_key_values"]
@@ -143,23 +147,31 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
     def __init__(self, config: MplugOwl2Config):
         super().__init__(config)
         self.vision_tower = MplugOwl2VisionModel._from_config(config.vision_config)
-        self.visual_abstractor = MplugOwl2VisualAbstractor._from_config(config.abstractor_config)
+        if config.connector_type == "h_reducer":
+            self.h_reducer = MplugOwl2HReducer._from_config(config.h_reducer_config)
+        else:
+            self.visual_abstractor = MplugOwl2VisualAbstractor._from_config(config.abstractor_config)
         self.language_model = MplugOwl2TextModel._from_config(config.text_config)
         self.post_init()
+
+    @property
+    def connector(self) -> MplugOwl2VisualAbstractor | MplugOwl2HReducer:
+        """What turns encoded pictures into visual tokens."""
+        return self.h_reducer if self.config.connector_type == "h_reducer" else self.visual_abstractor
 
     @merge_with_config_defaults
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> MplugOwl2ImageFeatures:
         """(N, 3, H, W) normalised pixels -> the visual tokens of each picture, in `pooler_output`."""
         encoded = self.vision_tower(pixel_values, **{**kwargs, "return_dict": True})
-        abstracted = self.visual_abstractor(encoded.last_hidden_state, **{**kwargs, "return_dict": True})
+        connected = self.connector(encoded.last_hidden_state, **{**kwargs, "return_dict": True})
         return MplugOwl2ImageFeatures(
             last_hidden_state=encoded.last_hidden_state,
-            pooler_output=list(abstracted.last_hidden_state),
+            pooler_output=list(connected.last_hidden_state),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
-            abstractor_hidden_states=abstracted.hidden_states,
-            abstractor_attentions=abstracted.attentions,
+            abstractor_hidden_states=connected.hidden_states,
+            abstractor_attentions=connected.attentions,
         )
 
     def get_placeholder_mask(

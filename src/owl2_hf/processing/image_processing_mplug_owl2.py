@@ -9,7 +9,7 @@ import http.client
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -22,12 +22,32 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-ASPECT_RATIOS = ("resize", "pad", "crop")
+ASPECT_RATIOS = ("resize", "pad", "crop")  # one square of each picture; "anchors" makes several
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_FILE_BYTES = 64 * 2**20
 MAX_IMAGE_PIXELS = 89_478_485  # PIL's own threshold for a decompression bomb
 URL_TIMEOUT = 20.0  # seconds for a whole download
 BICUBIC = Image.Resampling.BICUBIC
+
+# Upstream: grids of crops as (rows, columns), by name. The first of several that fit equally well wins, so the order
+# counts; it is neither sorted nor the same from one name to the next.
+CROP_ANCHORS: dict[str, list[tuple[int, int]]] = {
+    "grid_1": [(1, 1)],
+    "grid_4": [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1)],
+    "grid_9": [
+        *[(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1), (1, 5), (5, 1), (1, 6), (6, 1), (2, 3)],
+        *[(3, 2), (1, 7), (7, 1), (4, 2), (2, 4), (1, 8), (8, 1), (3, 3), (1, 9), (9, 1)],
+    ],
+    "grid_3x3": [(3, 3)],
+    "grid_20": [
+        *[(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (2, 2), (4, 1), (1, 5), (5, 1), (1, 6), (2, 3), (3, 2)],
+        *[(6, 1), (1, 7), (7, 1), (1, 8), (2, 4), (4, 2), (8, 1), (1, 9), (3, 3), (9, 1), (1, 10), (2, 5), (5, 2)],
+        *[(10, 1), (1, 11), (11, 1), (2, 6), (3, 4), (4, 3), (6, 2), (2, 7), (7, 2), (3, 5), (5, 3), (2, 8), (4, 4)],
+        *[(8, 2), (2, 9), (3, 6), (6, 3), (9, 2), (2, 10), (4, 5), (5, 4), (10, 2)],
+    ],
+}
+# Settings of `image_aspect_ratio="anchors"` alone; others do not save them.
+_ANCHOR_SETTINGS = ("crop_anchors", "add_global_image", "add_text_crop_tags")
 
 
 class MplugOwl2ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -35,6 +55,9 @@ class MplugOwl2ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[
 
     image_aspect_ratio: str | None
     max_image_pixels: int | None
+    crop_anchors: str | None
+    add_global_image: bool | None
+    add_text_crop_tags: bool | None
 
 
 class MplugOwl2ImageProcessor(PilBackend):
@@ -43,10 +66,15 @@ class MplugOwl2ImageProcessor(PilBackend):
     Args:
         image_aspect_ratio: How a picture becomes square. "resize" stretches it to the square of its longer edge and
             then to the final size, the original's two resamplings; "pad" centres it on a square in the mean colour;
-            "crop" resizes the shorter edge and cuts the centre, as CLIP does.
+            "crop" resizes the shorter edge and cuts the centre, as CLIP does; "anchors" makes several squares, the
+            crops of the grid that suits the picture's shape, row by row, as DocOwl does.
         size: `{"height": S, "width": S}`, the final square; a number, or CLIP's `{"shortest_edge": S}`, means the same.
         max_image_pixels: A picture with more is refused before it is decoded. Where the square of the longer edge has
             more, the first of the two resamplings is skipped; such panoramas do not have the original's pixels.
+        crop_anchors: Grids that "anchors" chooses from, a name in `CROP_ANCHORS`.
+        add_global_image: In front of its crops "anchors" puts the whole picture, stretched to the square. DocOwl 1.5's
+            first-stage checkpoints want `False`.
+        add_text_crop_tags: For the processor: each crop of "anchors" is named in the prompt, as `<crop_img_row0_col0>`.
 
     Pictures may be PIL images, arrays, tensors, paths, URLs, data URLs, base64 strings or bytes, singly or in lists.
     EXIF orientation is applied to what is opened here; a PIL image is taken as it is. Transparency is dropped, as in
@@ -61,6 +89,9 @@ class MplugOwl2ImageProcessor(PilBackend):
     model_input_names = ["pixel_values"]
     image_aspect_ratio = "resize"
     max_image_pixels = MAX_IMAGE_PIXELS
+    crop_anchors = "grid_9"
+    add_global_image = True
+    add_text_crop_tags = True
     size = {"height": 448, "width": 448}
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
@@ -71,11 +102,14 @@ class MplugOwl2ImageProcessor(PilBackend):
     do_convert_rgb = True
 
     def _standardize_kwargs(self, size=None, **kwargs) -> dict:
-        if kwargs.get("image_aspect_ratio") not in ASPECT_RATIOS:
+        if kwargs.get("image_aspect_ratio") not in (*ASPECT_RATIOS, "anchors"):
             raise ValueError(
                 f"image_aspect_ratio must be one of {', '.join(map(repr, ASPECT_RATIOS))}, "
-                f"got {kwargs.get('image_aspect_ratio')!r}."
+                f"got {kwargs.get('image_aspect_ratio')!r}; DocOwl's crops are 'anchors'."
             )
+        if kwargs.get("crop_anchors") not in CROP_ANCHORS:
+            names = ", ".join(map(repr, CROP_ANCHORS))
+            raise ValueError(f"crop_anchors must be one of {names}, got {kwargs.get('crop_anchors')!r}.")
         # The final picture is cut by `image_aspect_ratio` alone; CLIP's own switches say nothing more.
         kwargs.update(do_center_crop=None, crop_size=None)
         kwargs = super()._standardize_kwargs(size=size, **kwargs)
@@ -85,6 +119,31 @@ class MplugOwl2ImageProcessor(PilBackend):
             raise ValueError(f"size must be a square such as {{'height': 448, 'width': 448}}, got {dict(size)}.")
         kwargs["size"] = SizeDict(height=side, width=side)
         return kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without settings that have no effect."""
+        values = super().to_dict()
+        if self.image_aspect_ratio != "anchors":
+            values = {key: value for key, value in values.items() if key not in _ANCHOR_SETTINGS}
+        return values
+
+    def num_crops(
+        self,
+        height: int,
+        width: int,
+        size: dict[str, int] | None = None,
+        image_aspect_ratio: str | None = None,
+        crop_anchors: str | None = None,
+        add_global_image: bool | None = None,
+        **kwargs,
+    ) -> int:
+        """Squares that become of one picture, with the settings of this processor where none are given."""
+        if (image_aspect_ratio or self.image_aspect_ratio) != "anchors":
+            return 1
+        side = dict(size or self.size)
+        anchors = CROP_ANCHORS[crop_anchors or self.crop_anchors]
+        rows, columns = best_anchor(height, width, side.get("height") or side["shortest_edge"], anchors)
+        return rows * columns + int(self.add_global_image if add_global_image is None else add_global_image)
 
     def fetch_images(self, images: Any) -> Any:
         """The same nesting, with every path, URL, base64 string or bytes opened."""
@@ -132,23 +191,75 @@ class MplugOwl2ImageProcessor(PilBackend):
         return_tensors: str | None,
         image_aspect_ratio: str = "resize",
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        crop_anchors: str = "grid_9",
+        add_global_image: bool = True,
         **kwargs,
     ) -> BatchFeature:
-        """N times (3, H, W) uint8 -> `pixel_values` (N, 3, S, S) float32."""
-        prepared = []
+        """N times (3, H, W) uint8 -> `pixel_values` (squares, 3, S, S) float32, N squares or with "anchors" more.
+
+        With "anchors" also `crop_grid` (N, 2), rows and columns of each picture's crops.
+        """
         resample = BICUBIC if resample is None else resample
-        for image in images:
+        data: dict[str, list] = {"pixel_values": []}
+        if image_aspect_ratio == "anchors":
+            if not do_resize:
+                raise ValueError("'anchors' cuts pictures after resizing them; leave do_resize on.")
+            anchors = CROP_ANCHORS[crop_anchors]
+            data["crop_grid"] = [best_anchor(image.shape[1], image.shape[2], size.height, anchors) for image in images]
+        for index, image in enumerate(images):
+            squares = [image]
             if do_resize:
                 picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-                make_square = {"resize": _stretch, "pad": _pad, "crop": _crop}[image_aspect_ratio]
-                square = make_square(picture, size.height, resample, max_image_pixels, image_mean)
-                image = np.asarray(square).transpose(2, 0, 1)
-            if do_rescale:
-                image = self.rescale(image, rescale_factor)
-            if do_normalize:
-                image = self.normalize(image, image_mean, image_std)
-            prepared.append(image)
-        return BatchFeature({"pixel_values": prepared}, tensor_type=return_tensors)
+                if image_aspect_ratio == "anchors":
+                    cut: Iterable[Image.Image] = _cut(
+                        picture, size.height, resample, data["crop_grid"][index], add_global_image
+                    )
+                else:
+                    make_square = {"resize": _stretch, "pad": _pad, "crop": _crop}[image_aspect_ratio]
+                    cut = [make_square(picture, size.height, resample, max_image_pixels, image_mean)]
+                squares = [np.asarray(square).transpose(2, 0, 1) for square in cut]
+            for square in squares:
+                if do_rescale:
+                    square = self.rescale(square, rescale_factor)
+                if do_normalize:
+                    square = self.normalize(square, image_mean, image_std)
+                data["pixel_values"].append(square)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+
+def best_anchor(height: int, width: int, side: int, anchors: list[tuple[int, int]]) -> tuple[int, int]:
+    """Rows and columns of the grid that suits a picture: first by its shape, then by its size.
+
+    Args:
+        side: Pixels along one side of a crop.
+        anchors: The choice.
+    """
+    # Upstream: everything in float32, but the scaled height is cut to a whole number.
+    heights, widths = (np.array(anchors, dtype=np.float32) * np.float32(side)).T
+    scaled = np.trunc(np.float32(height / width) * widths)
+    by_shape = _overlap(heights, widths, scaled, widths)
+    by_size = _overlap(heights, widths, np.float32(height), np.float32(width))
+    return anchors[int(np.argmax(np.float32(100) * by_shape + by_size))]
+
+
+def _overlap(height: np.ndarray, width: np.ndarray, other_height, other_width) -> np.ndarray:
+    """Intersection over union of rectangles with a common corner."""
+    common = np.minimum(height, other_height) * np.minimum(width, other_width)
+    return common / (height * width + other_height * other_width - common)
+
+
+def _cut(
+    picture: Image.Image, side: int, resample: int, grid: tuple[int, int], add_global: bool
+) -> Iterator[Image.Image]:
+    """The whole picture as one square, then the crops row by row; all are resized from the picture itself."""
+    rows, columns = grid
+    if add_global:
+        yield picture.resize((side, side), resample)
+    resized = picture.resize((columns * side, rows * side), resample)
+    for row in range(rows):
+        for column in range(columns):
+            left, top = column * side, row * side
+            yield resized.crop((left, top, left + side, top + side))
 
 
 def _stretch(picture: Image.Image, side: int, resample: int, max_pixels: int, mean: list[float]) -> Image.Image:

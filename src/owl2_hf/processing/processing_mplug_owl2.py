@@ -1,6 +1,7 @@
 """Prompts and pictures for mPLUG-Owl2: chat template, placeholders, modality indicators.
 
-One `<|image|>` of a prompt becomes the positions of one picture: the learnable queries and the end-of-image vector.
+One `<|image|>` of a prompt becomes the positions of one picture: the learnable queries and the end-of-image vector. For
+DocOwl 1.5, whose pictures are cut into crops, it becomes the positions of each crop behind the crop's name.
 """
 
 import math
@@ -64,7 +65,7 @@ class MplugOwl2Processor(ProcessorMixin):
     take the place of one picture one after another.
 
     Args:
-        num_image_tokens: Positions of one picture: the model's learnable queries and one.
+        num_image_tokens: Positions of one picture, or of one crop: what the model's connector makes of it.
         legacy: Every text between control tokens starts with a space of its own, as in checkpoints without the flag.
             `False`: not behind `<s>`, `</s>` and `<unk>`.
 
@@ -134,10 +135,16 @@ class MplugOwl2Processor(ProcessorMixin):
         legacy = read_json(source / "tokenizer_config.json").get("legacy")
         loaded, legacy = load_tokenizer(tokenizer or source, legacy, num_text_tokens or values.get("vocab_size"))
         visual_config = values.get("visual_config", {})
-        side = image_size or visual_config.get("visual_model", {}).get("image_size", 448)
-        num_queries = visual_config.get("visual_abstractor", {}).get("num_learnable_queries", 64)
-        # Training writes how pictures became square into the model's configuration.
-        mode = "pad" if values.get("image_aspect_ratio") == "pad" else "resize"
+        vision = visual_config.get("visual_model", {})
+        side = image_size or vision.get("image_size", 448)
+        if (reducer := visual_config.get("visual_hreducer")) is not None:
+            mode = "anchors"
+            kernel_width = int(str(reducer.get("conv_shape", "1x4")).rpartition("x")[2])
+            num_queries = (side // vision.get("patch_size", 14)) ** 2 // kernel_width
+        else:
+            # Training writes how pictures became square into the model's configuration.
+            mode = "pad" if values.get("image_aspect_ratio") == "pad" else "resize"
+            num_queries = visual_config.get("visual_abstractor", {}).get("num_learnable_queries", 64)
         names = ("image_mean", "image_std", "resample")
         kept: dict[str, Any] = {name: settings[name] for name in names if name in settings}
         _check_preprocessing(source / "preprocessor_config.json", kept)
@@ -150,6 +157,10 @@ class MplugOwl2Processor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "mm_token_type_ids"]
 
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["crop_grid"]
+
     def __call__(
         self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Unpack[ProcessingKwargs]
     ) -> BatchFeature:
@@ -157,12 +168,25 @@ class MplugOwl2Processor(ProcessorMixin):
 
         Args:
             images: One picture, a flat list for all prompts in order, or a list for each prompt.
-            text: One prompt or several, with one `<|image|>` for each picture.
+            text: One prompt or several, with one `<|image|>` for each picture, whatever crops it is cut into.
         """
         return super().__call__(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        return self.image_token * self.num_image_tokens
+        """What stands for one picture: its placeholders, for DocOwl crop by crop behind their names."""
+        run = self.image_token * self.num_image_tokens
+        grids = image_inputs.get("crop_grid")
+        if grids is None:
+            return run
+        add_global, add_tags = (
+            getattr(self.image_processor, name) if kwargs.get(name) is None else kwargs[name]
+            for name in ("add_global_image", "add_text_crop_tags")
+        )
+        # Upstream: with several pictures each place gets the names of all their crops; here those of its own.
+        rows, columns = map(int, grids[image_idx])
+        tags = ["<global_img>"] if add_global else []
+        tags += [f"<crop_img_row{row}_col{column}>" for row in range(rows) for column in range(columns)]
+        return "".join((tag if add_tags else "") + run for tag in tags)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Prompts as a list; pictures as one list for each prompt, or as one list where there is no prompt."""
@@ -207,7 +231,7 @@ class MplugOwl2Processor(ProcessorMixin):
     def _process_images(self, images: list[list[Any]], **kwargs):
         flat = flatten_images(images)
         processed = self.image_processor(flat, **kwargs)
-        return processed, [self.replace_image_token(processed, index) for index in range(len(flat))]
+        return processed, [self.replace_image_token(processed, index, **kwargs) for index in range(len(flat))]
 
     def get_text_with_replacements(
         self, text, images_replacements=(), videos_replacements=(), audio_replacements=()
@@ -320,11 +344,11 @@ class MplugOwl2Processor(ProcessorMixin):
         return normalizer is not None and normalizer.normalize_str(f"{NO_PREFIX}a{ESCAPE}b") == "ab"
 
     def _get_num_multimodal_tokens(self, image_sizes: Sequence | None = None, **kwargs) -> MultiModalData:
-        """Placeholders and crops of each picture; its size does not matter."""
+        """Placeholders and crops of each picture of (height, width); its size matters where it is cut by its shape."""
         if image_sizes is None:
             return MultiModalData()
-        count = len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+        crops = [self.image_processor.num_crops(*size, **kwargs) for size in image_sizes]
+        return MultiModalData(num_image_tokens=[self.num_image_tokens * num for num in crops], num_image_patches=crops)
 
 
 def _check_preprocessing(path: Path, settings: dict[str, Any]) -> None:
