@@ -125,7 +125,7 @@ SOURCE is recognised by what it holds, not by its name:
 
 \b
 - the original's Hugging Face layout: config.json with pytorch_model.bin, numbered .bin shards or safetensors
-  (mPLUG-Owl2, Q-Align, OneAlign, Q-Instruct, Co-Instruct, Compare2Score, DeQA-Score)
+  (mPLUG-Owl2, Q-Align, OneAlign, Q-Instruct, Co-Instruct, Compare2Score, DeQA-Score, DocOwl 1.5, mPLUG-Owl2.1)
 - Megatron: release/, iter_*/ with its tracker file, or mp_rank_00/ ...; one or several tensor-parallel ranks;
   config.json and tokenizer come from --base, the published model's sizes are taken without it
 - a LoRA fine-tune: adapter_config.json, the adapter and non_lora_trainables.bin; needs its --base model

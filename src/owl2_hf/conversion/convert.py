@@ -38,14 +38,13 @@ from .card import write_card
 from .lora import LoraSource, is_lora, save_adapter
 from .megatron import MegatronSource, is_megatron
 from .original_config import original_config, save_original_processor
-from .reading import ConversionError, has_weights, sha256
+from .reading import DTYPES, ConversionError, has_weights, is_finite, sha256
 from .sources import HuggingFaceSource, OnFile, Source, expected_tensors, read_config
 from .staging import check_apart, staged_folder
 from .writing import ShardWriter
 
 logger = logging.get_logger(__name__)
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TARGETS = ("ours", "original", "adapter")
 _TABLES = {"q_pos_embed": query_position_table, "k_pos_embed": image_position_table}
 _COMPUTED = "the model computes it"
@@ -332,8 +331,8 @@ class _Conversion:
             yield name, _TABLES[name.rsplit(".", 1)[-1]](self.config.abstractor_config)
 
     def _checked_cast(self, where: str, name: str, tensor: Tensor) -> Tensor:
-        is_finite = _is_finite(tensor)
-        if not is_finite:
+        was_finite = is_finite(tensor)
+        if not was_finite:
             count = int((~tensor.isfinite()).sum())
             if not self.allow_nonfinite:
                 raise ConversionError(f"{where}: {count} values are NaN or infinite; --allow-nonfinite converts them.")
@@ -342,14 +341,9 @@ class _Conversion:
         if tensor.dtype == dtype:
             return tensor
         cast = tensor.to(dtype)
-        if is_finite and not _is_finite(cast):
+        if was_finite and not is_finite(cast):
             raise ConversionError(f"{where}: its values are too large for {_name_of(dtype)}; choose another dtype.")
         return cast
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # Many times faster than a look at every value: NaN and infinity both come through.
-    return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -37,11 +37,11 @@ from ..modeling.modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
 from ..modeling.modeling_mplug_owl2_vision import MplugOwl2VisionModel
 from ..processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 from .card import write_new_card
+from .reading import DTYPES
 from .staging import check_apart, staged_folder
 from .stock_tokenizer import read_tokenizer
 from .stock_vision import StockVision, check_not_quantized, fresh_vision, load_whole, read_vision
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _ADAPTED = re.compile(r"\b(k_proj|v_proj|input_layernorm|post_attention_layernorm)\b")
 
 
@@ -122,8 +122,8 @@ def initialize(
 def _check_arguments(
     language: str | Path, target: str | Path, vision: str | Path | None, image_size: int | None, dtype: str | None
 ) -> None:
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"expected a dtype of {', '.join(_DTYPES)}, got {dtype!r}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}.")
     if image_size is not None and image_size < 1:
         raise ValueError(f"expected an image_size of at least one patch, got {image_size}.")
     check_apart(Path(target), *(Path(source) for source in (language, vision) if source and Path(source).is_dir()))
@@ -163,7 +163,7 @@ def _build(
     report: InitReport,
 ) -> MplugOwl2ForConditionalGeneration:
     """The model, whole but for what is computed when it is loaded."""
-    language = load_whole(source, AutoModelForCausalLM, _DTYPES.get(report.dtype, "auto"))
+    language = load_whole(source, AutoModelForCausalLM, DTYPES.get(report.dtype, "auto"))
     report.dtype = str(language.dtype).removeprefix("torch.")
     config = _model_config(language.config, tower.config, abstractor_config, processor, report)
     with torch.device("meta"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..processing.tokenization_mplug_owl2 import read_json
-from .reading import ConversionError, check_tensor, describe, read_tensors
+from .reading import ConversionError, check_tensor, describe, is_finite, read_tensors
 from .sources import OnFile, Piece, Source, expected_tensors, nobody, read_config, rename
 
 _CONFIG = "adapter_config.json"
@@ -100,7 +100,7 @@ class LoraSource:
         if update is not None:
             total = total + update.scale * (update.up.float() @ update.down.float())
         merged = total.to(dtype)
-        if total.isfinite().all() and not merged.isfinite().all():
+        if is_finite(total) and not is_finite(merged):
             raise ConversionError(
                 f"{self.own_files[-1].parent}: what the fine-tune makes of {name} is too large for the base's {dtype}; "
                 "convert the base with --dtype float32 first."
@@ -132,7 +132,7 @@ class LoraSource:
         shapes = tuple(update.up.shape), tuple(update.down.shape)
         if shapes != ((expected[0], update.down.shape[0]), (update.down.shape[0], expected[-1])):
             raise ConversionError(f"{where}: B and A of shapes {shapes} do not fit a weight of {tuple(expected)}.")
-        if not (update.up.isfinite().all() and update.down.isfinite().all()):
+        if not (is_finite(update.up) and is_finite(update.down)):
             raise ConversionError(f"{where}: it holds NaN or infinite values.")
         return update
 
@@ -146,7 +146,7 @@ class LoraSource:
                 if value.shape != self._expected[name].shape:
                     expected = tuple(self._expected[name].shape)
                     raise ConversionError(f"{where}: expected shape {expected}, got {tuple(value.shape)}.")
-                if not value.isfinite().all():
+                if not is_finite(value):
                     raise ConversionError(f"{where}: it holds NaN or infinite values.")
                 replaced[name] = value
         return replaced

@@ -21,6 +21,8 @@ _MAX_INDEX_BYTES = 64 * 2**20
 _MAX_NAME_LENGTH = 512
 _BLOCK = 2**23
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Types that weights may be asked for, by their names.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class ConversionError(ValueError):
@@ -169,6 +171,11 @@ def check_tensor(where: str, tensor: Any, meta: bool = False) -> Tensor:
     if tensor.dtype not in _DTYPES:
         raise ConversionError(f"{where}: expected floating-point weights of 16, 32 or 64 bits, got {tensor.dtype}.")
     return tensor.detach().to("meta") if meta else tensor.detach()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; many times faster than a look at each: both come through the bounds."""
+    return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
 
 
 def describe(path: Path, key: Any) -> str:

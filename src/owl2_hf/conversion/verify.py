@@ -13,7 +13,7 @@ from ..hub import check_code
 from ..modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration
 from ..processing import MplugOwl2Processor
 from .convert import open_source
-from .reading import ConversionError
+from .reading import ConversionError, is_finite
 from .sources import HuggingFaceSource, Source, expected_tensors
 
 # Ids that LLaMA-2's tokenizer gives; a piece of its vocabulary tells it from others.
@@ -76,7 +76,7 @@ def _check_tensors(source: Source) -> str:
                 raise ConversionError(f"{piece.where}: the configuration has no place for it, or it came before.")
             if tensor.shape != (shape := expected.pop(name).shape):
                 raise ConversionError(f"{piece.where}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}.")
-            if not all(bool(bound.isfinite()) for bound in torch.aminmax(tensor)):
+            if not is_finite(tensor):
                 raise ConversionError(f"{piece.where}: it holds NaN or infinite values.")
             count += tensor.numel()
     if expected:
