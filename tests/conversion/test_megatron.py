@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from owl2_hf.conversion import ConversionError, convert
 from owl2_hf.conversion.megatron import RENAMED, merge_ranks
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
-from owl2_hf.modeling.conversion_mplug_owl2 import FUSED, split_number
+from owl2_hf.modeling.conversion_mplug_owl2 import FUSED
 from owl2_hf.modeling.conversion_mplug_owl2 import RENAMED as ORIGINAL
 
 from ..original import expand_markers
@@ -47,6 +47,11 @@ def test_the_table_reaches_every_parameter_of_the_original_but_the_tables():
     biases = {key for key in ORIGINAL if key.startswith("model.layers.") and key.endswith(".bias")}  # LLaMA has none
     docowl = {key for key in ORIGINAL if key.startswith("model.vision2text.")}  # it has no ranks of Megatron's
     assert {target for target, _ in RENAMED.values()} == {*ORIGINAL, *FUSED} - computed - biases - docowl
+
+
+def test_the_table_splits_what_megatron_splits():
+    for name, (_, dim) in RENAMED.items():
+        assert dim == split_of(name), name
 
 
 def test_logits_and_answers_are_those_after_the_originals_converter(golden, whole):
@@ -133,6 +138,18 @@ def flat(model, prefix=""):
             yield f"{prefix}{key}", model, key
 
 
+# What Megatron's parallel layers split, said here once more: by rows, and by columns.
+ROWS = """word_embeddings lm_head q_proj k_proj v_proj gate_proj up_proj query_key_value dense_h_to_4h w1 w3 ffn_ln
+    visual_fc"""
+COLUMNS = "o_proj.weight down_proj.weight self_attention.dense.weight dense_4h_to_h.weight w2.weight"
+
+
+def split_of(name):
+    if name.endswith(tuple(COLUMNS.split())):
+        return 1
+    return 0 if any(part in name.split(".") for part in ROWS.split()) else None
+
+
 def cut(loaded, rank, num_ranks, where=lambda name: True, vocabulary_padding=0):
     """What one tensor-parallel rank would hold."""
     import copy
@@ -140,7 +157,7 @@ def cut(loaded, rank, num_ranks, where=lambda name: True, vocabulary_padding=0):
     part = copy.deepcopy(loaded)
     part["args"] = argparse.Namespace(tensor_model_parallel_size=num_ranks)
     for name, owner, key in list(flat(part["model"])):
-        tensor, dim = owner[key], RENAMED[split_number(name)[0]][1]
+        tensor, dim = owner[key], split_of(name)
         if "word_embeddings" in name or "lm_head" in name:
             tensor = torch.cat([tensor, torch.zeros(vocabulary_padding, tensor.shape[1])])
         if dim is not None and where(name):
