@@ -1,7 +1,9 @@
 """Weights into sharded safetensors, one tensor at a time: no shard is ever held in memory."""
 
 import json
+import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +22,8 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+
+_FLUSHED_AT = 2**29  # bytes
 
 
 class ShardWriter:
@@ -44,8 +48,11 @@ class ShardWriter:
         self._files: dict[str, BinaryIO] = {}
         self._open_files = ExitStack()
         self._missing = set(self.plan)
+        self._flushing: Future | None = None
+        self._num_waiting = 0
 
     def __enter__(self) -> "ShardWriter":
+        self._flusher = self._open_files.enter_context(ThreadPoolExecutor(max_workers=1))
         for name, keys in self.split.filename_to_tensors.items():
             self._files[name] = self._open_files.enter_context((self.folder / name).open("wb"))
             self._write_header(name, keys)
@@ -83,6 +90,14 @@ class ShardWriter:
         file.seek(start)
         file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._missing.discard(key)
+        self._flush(file, tensor.numel() * tensor.element_size())
+
+    def _flush(self, file: BinaryIO, num_bytes: int) -> None:
+        """Now and then, beside the writing, so that little is left for the end."""
+        self._num_waiting += num_bytes
+        if self._num_waiting >= _FLUSHED_AT and (self._flushing is None or self._flushing.done()):
+            self._flushing = self._flusher.submit(os.fsync, file.fileno())
+            self._num_waiting = 0
 
     def _write_index(self) -> None:
         if self.split.is_sharded:
