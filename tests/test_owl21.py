@@ -17,6 +17,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from owl2_hf.conversion import ConversionError, convert
 from owl2_hf.conversion.verify import verify
+from owl2_hf.hub import checked_names
 from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2Model
 from owl2_hf.modeling.conversion_mplug_owl2 import original_key, to_original, to_ours
 from owl2_hf.processing import MplugOwl2Processor
@@ -460,6 +461,11 @@ def test_a_folder_with_a_tokenizer_converts_verifies_and_comes_back(talking, tmp
     assert_same_bits(load_state(target), load_state(tmp_path / "back"))
     tokenizer = AutoProcessor.from_pretrained(tmp_path / "back").tokenizer
     assert tokenizer(text).input_ids == processor.tokenizer(text).input_ids
+    assert "qwen.tiktoken" in checked_names(target)  # the folder may be published as it is
+    convert(tmp_path / "back", target, dtype="float16", overwrite=True)
+    (target / "qwen.tiktoken").write_text("stale")
+    convert(tmp_path / "back", target, overwrite=True)
+    assert (target / "qwen.tiktoken").read_bytes() == (talking / "qwen.tiktoken").read_bytes()
 
 
 def test_turns_are_joined_by_plain_text(talking):

@@ -164,6 +164,19 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+def test_an_error_of_the_disk_while_writing_is_not_lost(source, tmp_path, monkeypatch):
+    """It is told to whoever flushes first, which here is a thread beside the writing."""
+    from owl2_hf.conversion import writing
+
+    def broken(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(writing, "_FLUSHED_AT", 1000)
+    monkeypatch.setattr(writing, "os", type("", (), {"fsync": staticmethod(broken)}))
+    assert "cannot be written: Input/output error" in refused("convert", source, tmp_path / "target")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
 def test_space_is_looked_at_before_anything_is_written(source, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
     line = refused("convert", source, tmp_path / "target")

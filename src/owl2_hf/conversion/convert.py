@@ -296,13 +296,12 @@ class _Conversion:
         seen[name] = where
 
     def _target_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
-        is_table = name.rsplit(".", 1)[-1] in _TABLES
-        return tensor.dtype if self.dtype is None or is_table else self.dtype
+        return tensor.dtype if self.dtype is None or _is_table(name) else self.dtype
 
     def _add_missing(self, plan: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         """The released weights lack the abstractor's sin-cos tables; anything else that is missing is an error."""
         missing = [name for name in expected if name not in plan]
-        if lost := [name for name in missing if name.rsplit(".", 1)[-1] not in _TABLES]:
+        if lost := [name for name in missing if not _is_table(name)]:
             keys = ", ".join(repr(original_key(name, self.config)[0]) for name in lost[:3])
             raise ConversionError(
                 f"{self.source.files[0].parent} lacks {len(lost)} parameters of the model that its configuration "
@@ -328,7 +327,7 @@ class _Conversion:
                 if name in self.plan:
                     yield name, self._checked_cast(piece.where, name, tensor)
         for name in self.report.rebuilt:
-            yield name, _TABLES[name.rsplit(".", 1)[-1]](self.config.abstractor_config)
+            yield name, _TABLES[name.rpartition(".")[2]](self.config.abstractor_config)
 
     def _checked_cast(self, where: str, name: str, tensor: Tensor) -> Tensor:
         was_finite = is_finite(tensor)
@@ -346,13 +345,18 @@ class _Conversion:
         return cast
 
 
+def _is_table(name: str) -> bool:
+    """Whether it is one of the sin-cos tables, which can be computed."""
+    return name.rpartition(".")[2] in _TABLES
+
+
 def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _common_dtype(plan: dict[str, Tensor]) -> torch.dtype:
     """What all parameters fit in without loss; the tables are no parameters."""
-    dtypes = {tensor.dtype for name, tensor in plan.items() if name.rsplit(".", 1)[-1] not in _TABLES}
+    dtypes = {tensor.dtype for name, tensor in plan.items() if not _is_table(name)}
     return functools.reduce(torch.promote_types, dtypes)
 
 

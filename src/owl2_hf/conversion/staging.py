@@ -17,7 +17,7 @@ _MODEL_FILE = re.compile(
     r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)|(pytorch_)?model\.(bin|safetensors)\.index\.json"
     r"|(adapter_model|non_lora_trainables)\.(bin|safetensors)|tokenizer\.(json|model)|special_tokens_map\.json"
     r"|(adapter_|preprocessor_|processor_|generation_|tokenizer_)?config\.json|added_tokens\.json|chat_template\.jinja"
-    r"|conversion_report\.json"
+    r"|conversion_report\.json|qwen\.tiktoken"
 )
 
 

@@ -19,8 +19,6 @@ _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
 }
 
 _FLUSHED_AT = 2**29  # bytes
@@ -61,6 +59,8 @@ class ShardWriter:
     def __exit__(self, exception_type, *details) -> None:
         self._open_files.close()
         if exception_type is None:
+            if self._flushing is not None:
+                self._flushing.result()  # an error of the disk is told to whoever flushed, and to nobody else
             assert not self._missing, f"never written: {sorted(self._missing)[:3]}"
             self._write_index()
 
@@ -96,6 +96,8 @@ class ShardWriter:
         """Now and then, beside the writing, so that little is left for the end."""
         self._num_waiting += num_bytes
         if self._num_waiting >= _FLUSHED_AT and (self._flushing is None or self._flushing.done()):
+            if self._flushing is not None:
+                self._flushing.result()
             self._flushing = self._flusher.submit(os.fsync, file.fileno())
             self._num_waiting = 0
 
