@@ -1,6 +1,8 @@
 """The `owl2-hf` command."""
 
+import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -320,6 +322,49 @@ def init(
     typer.echo(f"{target}: {report.summary()}")
     for note in report.notes:
         typer.echo(f"- {note}")
+
+
+@app.command()
+@_report_mistakes
+def train(
+    recipe: Annotated[
+        str,
+        typer.Argument(help="YAML file, or one of pretrain, instruct, lora, qlora, visual-branch."),
+    ],
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id to train; default for the bundled one.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows to train on: .json, .jsonl, a saved data set or Hub id; repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to make.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of the recipe, for instance trainer.max_steps=100.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would train; take no step.")] = False,
+    as_json: JSON = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model as a recipe says; several processes: torchrun --nproc-per-node N -m owl2_hf train ...
+
+    Options win over the recipe. The folder holds the trained model, its recipe, and the curve of the losses.
+    """
+    from contextlib import redirect_stdout
+
+    from .training.components import format_table
+    from .training.recipe import load_recipe
+    from .training.run import train as run
+
+    given: list[str] = [] if model is None else [f"model={json.dumps(model)}"]
+    given += [f"data.train={json.dumps(data)}"] if data else []
+    given += [f"output_dir={json.dumps(str(out))}"] if out is not None else []
+    loaded = load_recipe(recipe, [*(settings or []), *given])
+    with redirect_stdout(sys.stderr):  # where the Trainer's log belongs
+        report = run(loaded, resume, dry_run, lambda rows: typer.echo(format_table(rows), err=True))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report)))
+    elif not dry_run:
+        typer.echo(f"{report.output_dir}: {report.summary()}")
 
 
 @app.command()

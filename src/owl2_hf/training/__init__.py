@@ -1,0 +1,1 @@
+"""Fine-tuning and the two stages of the paper, on transformers' Trainer."""

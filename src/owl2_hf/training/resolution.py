@@ -1,0 +1,48 @@
+"""Another size of pictures for a model that is to be trained on: the paper's stages see 224 and 448 pixels."""
+
+import copy
+
+from torch import nn
+
+from ..conversion.stock_vision import resize_position_table
+from ..modeling import MplugOwl2ForConditionalGeneration
+from ..processing import MplugOwl2Processor
+
+
+def set_image_size(
+    model: MplugOwl2ForConditionalGeneration, processor: MplugOwl2Processor, image_size: int
+) -> MplugOwl2ForConditionalGeneration:
+    """A model of the same weights for pictures of another size; the processor is changed in place.
+
+    Learned positions are resized by bicubic interpolation, those of the abstractor's keys computed anew.
+
+    Args:
+        image_size: Side of a picture in pixels.
+
+    Raises:
+        ValueError: It is no multiple of the patch size.
+    """
+    own = model.config.vision_config
+    if image_size == own.image_size:
+        return model
+    if image_size < own.patch_size or image_size % own.patch_size:
+        raise ValueError(f"expected an image_size in whole patches of {own.patch_size} pixels, got {image_size}.")
+    values = copy.deepcopy(model.config.to_dict())
+    grid_size = image_size // own.patch_size
+    values["vision_config"]["image_size"] = image_size
+    for name in ("abstractor_config", "h_reducer_config"):
+        if values.get(name):
+            values[name]["grid_size"] = grid_size
+    config = type(model.config).from_dict(values)
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("k_pos_embed")}
+    table = "model.vision_tower.embeddings.position_embedding"
+    if own.use_cls_token:
+        state[table] = resize_position_table(state[table], own.grid_size, grid_size)
+    resized = type(model)._from_config(config, dtype=model.dtype)
+    result: nn.modules.module._IncompatibleKeys = resized.load_state_dict(state, strict=False)
+    if lost := [name for name in result.missing_keys if not name.endswith("k_pos_embed")] + result.unexpected_keys:
+        raise AssertionError(f"parameters that do not depend on the size of pictures changed: {lost[:3]}")
+    resized.generation_config = model.generation_config
+    processor.image_processor.size = {"height": image_size, "width": image_size}
+    processor.num_image_tokens = config.num_image_tokens
+    return resized

@@ -1,0 +1,247 @@
+"""A training run from its recipe: model, data, Trainer, and what is left behind.
+
+The target folder holds checkpoints on the way, and at the end the trained model (or adapter) with its processor, the
+recipe as it was run, the versions it was run with, the history of the losses and a plot of it.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TrainingArguments, set_seed
+
+from ..default import default_dir
+from .adapters import lora_config
+from .collator import Collator
+from .components import Parameters, count_parameters, freeze_all_but
+from .data import load_rows
+from .recipe import DataRecipe, Recipe
+from .resolution import set_image_size
+from .trainer import Owl2Trainer, RunRecord, last_checkpoint
+
+# What this package needs of the Trainer; a recipe may not say otherwise.
+_FIXED: dict[str, Any] = {
+    "remove_unused_columns": False,
+    "prediction_loss_only": True,
+    # A batch of an IterableDataset cannot be cut between ranks row by row: pictures have rows of their own.
+    "accelerator_config": {"dispatch_batches": False, "split_batches": False},
+    "logging_nan_inf_filter": False,
+}
+_DEFAULTS: dict[str, Any] = {"report_to": "none"}
+_PACKAGES = ("owl2_hf", "torch", "transformers", "accelerate", "peft", "tokenizers", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a run came to.
+
+    Args:
+        output_dir: Where the trained model is.
+        steps: Optimizer steps in all, those before resuming included.
+        loss: Mean training loss of the steps of this call.
+        resumed_from: Checkpoint that the run went on from.
+        parameters: Components, what trained of them, and how fast.
+        counts: Rows that were cut at `max_length`, and rows that had no label left.
+        eval_loss: Loss on the rows to evaluate on, after the last step.
+    """
+
+    output_dir: str
+    steps: int
+    loss: float | None
+    resumed_from: str | None
+    parameters: list[Parameters] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    eval_loss: float | None = None
+
+    def summary(self) -> str:
+        """The run in one line."""
+        parts = [f"{self.steps} steps"]
+        parts += [] if self.loss is None else [f"training loss {self.loss:.4f}"]
+        parts += [] if self.eval_loss is None else [f"evaluation loss {self.eval_loss:.4f}"]
+        parts += [f"{count} rows {name}" for name, count in self.counts.items() if count]
+        return ", ".join(parts)
+
+
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    dry_run: bool = False,
+    on_parameters: Callable[[Sequence[Parameters]], None] = lambda rows: None,
+) -> TrainReport:
+    """Train a model as a recipe says.
+
+    Args:
+        resume: Go on from the last whole checkpoint in the output folder.
+        dry_run: Load everything and count the parameters, but take no step and write nothing.
+        on_parameters: Called with the components before the first step.
+
+    Raises:
+        ValueError: The recipe lacks something, its parts do not fit together, or the output folder holds a run.
+        NonFiniteError: The loss or a gradient became NaN or infinite.
+    """
+    output_dir, checkpoint = _output(recipe, resume)
+    arguments = _arguments(recipe)
+    # The Trainer seeds everything, but a fresh adapter is drawn before there is one.
+    set_seed(arguments.seed)
+    model, processor = load_for_training(recipe)
+    collator = Collator(processor, recipe.data.max_length)
+    shown: list[Parameters] = []
+
+    def keep(rows: list[Parameters]) -> None:
+        shown.extend(rows)
+        on_parameters(rows)
+
+    record = RunRecord({"recipe.yaml": recipe.to_yaml(), "versions.json": _versions()}, keep)
+    trainer = Owl2Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_rows(recipe.data, recipe.data.train),
+        eval_dataset=None if recipe.data.eval is None else _rows(recipe.data, recipe.data.eval),
+        data_collator=collator,
+        processing_class=processor,
+        callbacks=[record],
+        learning_rates=recipe.learning_rates,
+        vision_layer_decay=recipe.vision_layer_decay,
+    )
+    if dry_run:
+        keep(count_parameters(model, trainer.create_optimizer().param_groups))
+        return TrainReport(str(output_dir), 0, None, None, shown)
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    eval_loss = trainer.evaluate()["eval_loss"] if recipe.data.eval is not None else None
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        record.write(output_dir)
+        _plot_losses(trainer.state.log_history, output_dir / "loss.png")
+    return TrainReport(
+        str(output_dir),
+        trainer.state.global_step,
+        result.training_loss,
+        checkpoint and str(checkpoint),
+        shown,
+        collator.counts,
+        eval_loss,
+    )
+
+
+def load_for_training(recipe: Recipe) -> tuple[Any, Any]:
+    """The model of a recipe, with its adapter and with what it says frozen, and the processor."""
+    source = str(default_dir()) if recipe.model == "default" else recipe.model
+    if not source:
+        raise ValueError("the recipe names no model: set model to a folder or Hub id, or to default.")
+    processor = AutoProcessor.from_pretrained(source)
+    model = AutoModelForImageTextToText.from_pretrained(
+        source,
+        dtype=getattr(torch, recipe.dtype),
+        attn_implementation=recipe.attn_implementation,
+        **_quantization(recipe),
+    )
+    if recipe.image_size is not None:
+        model = set_image_size(model, processor, recipe.image_size)
+    if recipe.adapter is not None:
+        model = _with_adapter(model, recipe)
+    freeze_all_but(model, recipe.trains if recipe.adapter is None else "adapters")
+    model.config.use_cache = False
+    return model, processor
+
+
+def _quantization(recipe: Recipe) -> dict[str, Any]:
+    if recipe.quantization is None:
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"quantization: {recipe.quantization} needs bitsandbytes: pip install 'owl2_hf[qlora]', or train the "
+            "recipe lora, which keeps the weights as they are."
+        )
+    # The vision side and the head stay as they are: they are small, and what they lose is not won back.
+    skipped = ["vision_tower", "visual_abstractor", "h_reducer", "lm_head"]
+    if recipe.quantization == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)}
+    # QLoRA (arXiv:2305.14314): NF4, doubly quantised.
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=skipped,
+    )
+    return {"quantization_config": settings}
+
+
+def _with_adapter(model: Any, recipe: Recipe) -> Any:
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    adapter = recipe.adapter
+    assert adapter is not None
+    if recipe.quantization is not None:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, lora_config(**dataclasses.asdict(adapter)))
+
+
+def _output(recipe: Recipe, resume: bool) -> tuple[Path, Path | None]:
+    """The output folder, and the checkpoint to go on from."""
+    if not recipe.output_dir:
+        raise ValueError("the recipe names no output_dir: where should the trained model go?")
+    folder = Path(recipe.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: expected a folder to make as output_dir.")
+    checkpoint = last_checkpoint(folder) if resume else None
+    if resume and checkpoint is None:
+        raise ValueError(f"{folder} holds no whole checkpoint to go on from.")
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: resume the run that it holds, or name another output_dir.")
+    return folder, checkpoint
+
+
+def _arguments(recipe: Recipe) -> TrainingArguments:
+    given = dict(recipe.trainer)
+    for name, value in _FIXED.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"trainer.{name} has to be {value} here, got {given[name]}.")
+    if given.get("deepspeed") in ("zero2", "zero3"):
+        given["deepspeed"] = str(Path(__file__).parent / "deepspeed" / f"{given['deepspeed']}.json")
+    try:
+        return TrainingArguments(output_dir=recipe.output_dir, **{**_DEFAULTS, **given, **_FIXED})
+    except (TypeError, ImportError) as error:
+        raise ValueError(f"trainer: {error}") from None
+
+
+def _rows(data: DataRecipe, sources: str | list[str]) -> Any:
+    names = [sources] if isinstance(sources, str) else sources
+    if not names or not all(names):
+        raise ValueError("the recipe names no data: set data.train to a file, a folder or a data set's id.")
+    loaded = [load_rows(name, data.image_folder, streaming=data.streaming) for name in names]
+    if len(loaded) == 1:
+        return loaded[0]
+    if data.streaming:
+        raise ValueError(f"streaming reads one source, got {len(names)}: mix them with datasets.interleave_datasets.")
+    return ConcatDataset(loaded)
+
+
+def _versions() -> str:
+    return json.dumps({name: importlib.metadata.version(name) for name in _PACKAGES}, indent=2) + "\n"
+
+
+def _plot_losses(history: list[dict[str, float]], file: Path) -> None:
+    """Training and evaluation losses by step; no plot where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
+        points = [(row["step"], row[key]) for row in history if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend()
+    figure.savefig(file, dpi=120)

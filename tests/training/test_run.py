@@ -1,0 +1,265 @@
+"""Training runs: from a recipe to a model that loads, across kills, ranks and broken numbers."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from typer.testing import CliRunner
+
+import owl2_hf
+from owl2_hf.cli import app
+from owl2_hf.training import run as run_module
+from owl2_hf.training.recipe import Recipe, load_recipe
+from owl2_hf.training.run import load_for_training, train
+from owl2_hf.training.trainer import NonFiniteError, Owl2Trainer, last_checkpoint
+
+BASE = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Rows with a picture, without, and with two, in a file of messages."""
+    folder = tmp_path_factory.mktemp("rows")
+    pictures = list(owl2_hf.default_pictures().items())
+    lines = []
+    for index in range(12):
+        name, path = pictures[index % len(pictures)]
+        Image.open(path).save(folder / f"{index}.png")
+        images = [[f"{index}.png"], [], [f"{index}.png", "0.png"]][index % 3]
+        parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": "What is this?"}]
+        answer = {"role": "assistant", "content": [{"type": "text", "text": name.replace("-", " ")}]}
+        lines.append({"messages": [{"role": "user", "content": parts}, answer], "images": images})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture
+def recipe(rows, tmp_path):
+    """A short run of the embedded model."""
+
+    def make(**changes):
+        settings = {**BASE, **changes.pop("trainer", {})}
+        data = {"train": str(rows), "max_length": 128, **changes.pop("data", {})}
+        values = {"model": "default", "output_dir": str(tmp_path / "run"), "trains": "instruct", **changes}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**values, "trainer": settings, "data": data}))
+        return load_recipe(path)
+
+    return make
+
+
+def losses(folder):
+    history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+    return [row["loss"] for row in history if "loss" in row]
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def test_a_run_from_the_command_line_leaves_a_model_that_loads(rows, tmp_path):
+    out = tmp_path / "run"
+    settings = [f"--set=trainer.{name}={json.dumps(value)}" for name, value in BASE.items()]
+    command = ["train", "visual-branch", "--model", "default", "--data", str(rows), "--out", str(out), "--json"]
+    more = [
+        "--set",
+        "trainer.bf16=false",
+        "--set",
+        "data.eval=" + str(rows),
+        "--set",
+        "trainer.dataloader_num_workers=0",
+    ]
+    result = CliRunner().invoke(app, [*command, *settings, *more])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["steps"] == 4 and report["loss"] > 0 and report["eval_loss"] > 0
+    assert re.search(r"visual_branch +\d.*0 +0.0001|visual_branch", result.stderr)
+    assert "component" in result.stderr and "of the parameters train" in result.stderr
+    model = AutoModelForImageTextToText.from_pretrained(out)
+    assert AutoProcessor.from_pretrained(out).num_image_tokens == model.config.num_image_tokens
+    assert AutoModelForImageTextToText.from_pretrained(out / "checkpoint-2").dtype == model.dtype
+    for folder in (out, out / "checkpoint-4"):
+        assert load_recipe(folder / "recipe.yaml").trains == "visual-branch"
+        assert json.loads((folder / "versions.json").read_text())["torch"] == torch.__version__
+    assert Image.open(out / "loss.png").width > 500
+    before = owl2_hf.load_default(dtype=torch.float32)[0].state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all("visual_" in name for name in changed)
+
+
+def test_a_dry_run_counts_and_leaves_nothing(recipe, tmp_path):
+    made = recipe(learning_rates={"connector": 5e-4}, vision_layer_decay=0.9)
+    shown = []
+    report = train(made, dry_run=True, on_parameters=shown.extend)
+    assert report.steps == 0 and not (tmp_path / "run").exists()
+    assert {row.component: row.learning_rates for row in shown}["connector"] == (5e-4,)
+
+
+class Dies(TrainerCallback):
+    """Stands in for a process that is killed after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(recipe, tmp_path, monkeypatch, step):
+    settings = {"max_steps": 6, "lr_scheduler_type": "cosine"}
+    adapter = {"preset": "language", "r": 4, "lora_dropout": 0.2} if step == 5 else None
+    names = "adapter_model.safetensors" if adapter else "model.safetensors"
+    whole = recipe(output_dir=str(tmp_path / "whole"), trainer=settings, adapter=adapter)
+    train(whole)
+    broken = recipe(output_dir=str(tmp_path / "broken"), trainer=settings, adapter=adapter)
+
+    class Mortal(Owl2Trainer):
+        def __init__(self, *args, callbacks, **kwargs):
+            super().__init__(*args, callbacks=[*callbacks, Dies(step)], **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "Owl2Trainer", Mortal)
+        train(broken)
+    # A checkpoint whose writing was cut short does not count.
+    (tmp_path / "broken" / "checkpoint-99").mkdir()
+    report = train(broken, resume=True)
+    assert report.resumed_from.endswith(f"checkpoint-{step - 1}")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    after, expected = (load_file(tmp_path / run / names) for run in ("broken", "whole"))
+    assert after.keys() == expected.keys()
+    assert all(torch.equal(after[name], expected[name]) for name in expected)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(recipe, tmp_path, monkeypatch):
+    original = Owl2Trainer.compute_loss
+
+    def poisoned(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 3 else loss
+
+    monkeypatch.setattr(Owl2Trainer, "compute_loss", poisoned)
+    with pytest.raises(NonFiniteError, match=r"the loss is nan in step 4, .* last checkpoint, .*checkpoint-2, is kept"):
+        train(recipe())
+    assert all(value.isfinite().all() for value in weights(last_checkpoint(tmp_path / "run")).values())
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_are_lost(recipe, tmp_path, monkeypatch):
+    original = Owl2Trainer.training_step
+
+    def poisoned(self, model, *args, **kwargs):
+        loss = original(self, model, *args, **kwargs)
+        next(iter(model.parameters())).grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(Owl2Trainer, "training_step", poisoned)
+    with pytest.raises(NonFiniteError, match=r"the gradient norm is (nan|inf) in step 1, .*there is no checkpoint yet"):
+        train(recipe())
+
+
+def test_a_divergent_run_ends_in_one_line(rows, tmp_path):
+    settings = [f"--set=trainer.{name}={json.dumps(value)}" for name, value in BASE.items()]
+    command = ["train", "instruct", "--model", "default", "--data", str(rows), "--out", str(tmp_path / "run")]
+    wild = ["trainer.learning_rate=1e30", "trainer.bf16=false", "image_size=64", "trainer.dataloader_num_workers=0"]
+    wild += ["trainer.warmup_steps=0", "trainer.gradient_accumulation_steps=1"]
+    result = CliRunner().invoke(app, [*command, *settings, *(f"--set={one}" for one in wild)])
+    assert result.exit_code == 1
+    assert re.search(r"^owl2-hf: the (loss|gradient norm) is (nan|inf) in step \d", result.stderr, re.MULTILINE)
+
+
+def test_the_lora_recipe_trains_less_than_a_twentieth():
+    model, _ = load_for_training(load_recipe("lora", ["model=default"]))
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name for name in trained)
+    assert 0 < sum(sizes[name] for name in trained) < 0.05 * sum(sizes.values())
+
+
+def test_an_adapter_run_leaves_an_adapter_that_loads(recipe, tmp_path):
+    made = recipe(adapter={"r": 4, "train_connector": True})
+    train(made)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
+    names = {name for name, _ in model.named_parameters()}
+    assert any("lora_A" in name for name in names)
+    assert (tmp_path / "run" / "checkpoint-2" / "adapter_config.json").is_file()
+
+
+def test_rows_without_any_label_add_nothing(recipe, tmp_path):
+    report = train(recipe(data={"max_length": 8}))
+    assert report.counts and losses(tmp_path / "run") == [0.0] * 4
+
+
+def test_pictures_of_another_size_are_trained_on(recipe, tmp_path):
+    train(recipe(image_size=32, trainer={"max_steps": 1}))
+    assert AutoProcessor.from_pretrained(tmp_path / "run").image_processor.size["height"] == 32
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "run").config.vision_config.image_size == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ""}, "the recipe names no model"),
+        ({"output_dir": ""}, "the recipe names no output_dir"),
+        ({"data": {"train": ""}}, "the recipe names no data"),
+        ({"trainer": {"optim": "adam_w"}}, "trainer: 'adam_w' is not a valid OptimizerNames|trainer: .*adam_w"),
+        ({"trainer": {"remove_unused_columns": True}}, "trainer.remove_unused_columns has to be False here, got True"),
+        ({"quantization": "4bit", "adapter": {}}, "needs bitsandbytes: pip install"),
+        ({"data": {"streaming": True, "train": ["a.jsonl", "b.jsonl"]}}, "streaming reads one source, got 2"),
+    ],
+)
+def test_mistakes_of_a_recipe_are_named(recipe, changes, message, monkeypatch):
+    monkeypatch.setattr(run_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(run_module, "load_rows", lambda source, *args, **kwargs: [source])
+    with pytest.raises(ValueError, match=message):
+        train(recipe(**changes))
+
+
+def test_a_folder_that_holds_something_is_left_alone(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="holds no whole checkpoint to go on from"):
+        train(recipe(), resume=True)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty: resume the run that it holds, or name another"):
+        train(recipe())
+
+
+def _torchrun(recipe: Recipe, folder: Path, processes: int) -> None:
+    file = folder / f"ranks{processes}.yaml"
+    file.write_text(recipe.to_yaml())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    command = [*launch, "--standalone", "-m", "owl2_hf", "train", str(file)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("sharding", [{}, {"fsdp": True, "fsdp_config": {"version": 2}}], ids=["ddp", "fsdp2"])
+def test_two_ranks_compute_what_one_does(recipe, tmp_path, sharding):
+    # In file order one rank sees a row with a picture and the other one without.
+    settings = {"max_steps": 3, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.1}
+    single = recipe(output_dir=str(tmp_path / "one"), trainer=settings)
+    train(single)
+    pair = {**settings, "per_device_train_batch_size": 1, **sharding}
+    _torchrun(recipe(output_dir=str(tmp_path / "two"), trainer=pair), tmp_path, 2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    expected = weights(tmp_path / "one")
+    for name, value in weights(tmp_path / "two").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
