@@ -9,6 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file, is_peft_available
 
 # What was trained beside the adapter in a fine-tune of the original: parameters of the base model, under our names.
@@ -45,8 +47,8 @@ def find_adapter(source: Any, kwargs: dict[str, Any]) -> Adapter | None:
         return Adapter(found, str(source), hub)
     if not settings.get("base_model_name_or_path"):
         raise ValueError(
-            f"{source} holds an adapter whose adapter_config.json names no base_model_name_or_path: load the model that "
-            "it was trained on, then model.load_adapter(...)."
+            f"{source} holds an adapter whose adapter_config.json names no base_model_name_or_path: load the model "
+            "that it was trained on, then call its load_adapter."
         )
     return Adapter(source, settings["base_model_name_or_path"], hub)
 
@@ -72,15 +74,31 @@ def read_settings(source: str | Path, hub: dict[str, Any]) -> dict[str, Any] | N
     return settings
 
 
-def find_non_lora(source: str | Path, hub: dict[str, Any]) -> str | None:
-    """The file of what was trained beside an adapter, where there is one."""
-    return cached_file(
+def read_non_lora(source: str | Path, hub: dict[str, Any]) -> dict[str, Tensor]:
+    """What was trained beside an adapter, mostly nothing."""
+    return _read_tensors(source, NON_LORA_FILE, hub) or {}
+
+
+def read_dora(source: str | Path, hub: dict[str, Any]) -> dict[str, Tensor] | None:
+    """An adapter's tensors, with DoRA's magnitudes under their whole names.
+
+    PEFT saves `lora_magnitude_vector.weight` without its last part, and transformers, unlike PEFT, does not put it back.
+    """
+    tensors = _read_tensors(source, "adapter_model.safetensors", hub) or _read_tensors(source, "adapter_model.bin", hub)
+    if tensors is None:
+        return None
+    return {re.sub("lora_magnitude_vector$", r"\g<0>.weight", name): tensor for name, tensor in tensors.items()}
+
+
+def _read_tensors(source: str | Path, name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
+    path = cached_file(
         str(source),
-        NON_LORA_FILE,
+        name,
         **hub,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
+    return None if path is None else load_state_dict(path)
 
 
 def check_adapter_keys(source: Any, missing: Collection[str], unexpected: Collection[str]) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, load_state_dict
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 
-from .adapters_mplug_owl2 import check_adapter_keys, find_adapter, find_non_lora, hub_kwargs, read_settings
+from .adapters_mplug_owl2 import check_adapter_keys, find_adapter, hub_kwargs, read_dora, read_non_lora, read_settings
 from .configuration_mplug_owl2 import MplugOwl2Config
 from .conversion_mplug_owl2 import RENAMED  # noqa: F401, importing it teaches transformers the original's layout
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
@@ -120,7 +120,7 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs):
         """As in transformers; what was trained beside a converted adapter goes into the model as well.
 
         Raises:
@@ -129,11 +129,13 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
         """
         if peft_model_id is not None:
             hub = hub_kwargs({**kwargs, **(kwargs.get("adapter_kwargs") or {})})
-            read_settings(peft_model_id, hub)
-            if (others := find_non_lora(peft_model_id, hub)) is not None:
-                check_adapter_keys(peft_model_id, [], load_state_dict(others).keys() - self.state_dict().keys())
-                self.load_state_dict(load_state_dict(others), strict=False)
-        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+            settings = read_settings(peft_model_id, hub) or {}
+            if settings.get("use_dora") and "adapter_state_dict" not in kwargs:
+                kwargs["adapter_state_dict"] = read_dora(peft_model_id, hub)
+            others = read_non_lora(peft_model_id, hub)
+            check_adapter_keys(peft_model_id, [], others.keys() - self.state_dict().keys())
+            self.load_state_dict(others, strict=False)
+        info = super().load_adapter(peft_model_id, adapter_name, **kwargs)
         try:
             check_adapter_keys(peft_model_id, info.missing_keys, info.unexpected_keys)
         except ValueError:

@@ -105,8 +105,7 @@ def lora_config(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
-        task_type="CAUSAL_LM",
-        **kwargs,
+        **{"task_type": "CAUSAL_LM", **kwargs},
     )
 
 
@@ -147,4 +146,5 @@ def check_adapter(model: "PeftModel", folder: str | Path, adapter_name: str = "d
 
     placed = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False).keys()
     saved = load_peft_weights(str(folder), device="cpu").keys()
-    check_adapter_keys(folder, placed - saved, saved - placed)
+    # PEFT saves a whole embedding beside the update of one.
+    check_adapter_keys(folder, placed - saved, saved - placed - model.state_dict().keys())
