@@ -19,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 
+from .adapters_mplug_owl2 import check_adapter_keys, find_adapter, hub_kwargs, read_dora, read_non_lora, read_settings
 from .configuration_mplug_owl2 import MplugOwl2Config
 from .conversion_mplug_owl2 import RENAMED  # noqa: F401, importing it teaches transformers the original's layout
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
@@ -93,12 +94,20 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, also from the original's layout.
+        """As in transformers, also from the original's layout, and from an adapter, whose base model is loaded first.
 
         Raises:
             ValueError: The checkpoint lacks parameters, which transformers would make up. A missing head is none, and
-                whoever asks for `output_loading_info` finds them there instead.
+                whoever asks for `output_loading_info` finds them there instead. Or an adapter does not fit.
         """
+        adapter = find_adapter(pretrained_model_name_or_path, kwargs)
+        if adapter is not None:
+            kwargs.pop("adapter_kwargs", None)
+            adapter_name = kwargs.pop("adapter_name", None)
+            loaded = cls.from_pretrained(adapter.base, *args, output_loading_info=output_loading_info, **kwargs)
+            model = loaded[0] if output_loading_info else loaded
+            model.load_adapter(str(adapter.source), adapter_name, adapter_kwargs=adapter.hub)
+            return loaded
         _check_index(pretrained_model_name_or_path)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         is_base = not hasattr(model, cls.base_model_prefix)
@@ -110,6 +119,29 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
                 "the checkpoint is incomplete, or its configuration is another model's."
             )
         return (model, info) if output_loading_info else model
+
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs):
+        """As in transformers; what was trained beside a converted adapter goes into the model as well.
+
+        Raises:
+            ValueError: A tensor of the adapter has no place in the model, or one of the model's is not in the adapter;
+                the model is left without it.
+        """
+        if peft_model_id is not None:
+            hub = hub_kwargs({**kwargs, **(kwargs.get("adapter_kwargs") or {})})
+            settings = read_settings(peft_model_id, hub) or {}
+            if settings.get("use_dora") and "adapter_state_dict" not in kwargs:
+                kwargs["adapter_state_dict"] = read_dora(peft_model_id, hub)
+            others = read_non_lora(peft_model_id, hub)
+            check_adapter_keys(peft_model_id, [], others.keys() - self.state_dict().keys())
+            self.load_state_dict(others, strict=False)
+        info = super().load_adapter(peft_model_id, adapter_name, **kwargs)
+        try:
+            check_adapter_keys(peft_model_id, info.missing_keys, info.unexpected_keys)
+        except ValueError:
+            self.delete_adapter(adapter_name or "default")
+            raise
+        return info
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """As in transformers; from then on every id below `new_num_tokens` but the placeholder may be predicted."""

@@ -1,1 +1,1 @@
-"""Fine-tuning and the two stages of the paper, on transformers' Trainer."""
+"""Fine-tuning and the two stages of the paper, on transformers' Trainer and PEFT."""

@@ -1,0 +1,128 @@
+"""PEFT adapters in a folder or on the Hub: where their base model is, and that every tensor of theirs finds its place.
+
+PEFT is not imported here: the file travels to the Hub, where a model must load without it.
+"""
+
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file, is_peft_available
+
+# What was trained beside the adapter in a fine-tune of the original: parameters of the base model, under our names.
+NON_LORA_FILE = "non_lora_trainables.safetensors"
+
+_HUB_KEYS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+_ORIGINAL_NAME = re.compile(r"\bmultiway\b|^(base_model\.model\.)?model\.layers\.|\btransformer\.h\.|\bvision_model\.")
+
+
+class Adapter(NamedTuple):
+    """An adapter and the model that it belongs to, as `from_pretrained` takes them."""
+
+    source: str | Path
+    base: str
+    hub: dict[str, Any]  # where the Hub's copy of the adapter is looked for
+
+
+def find_adapter(source: Any, kwargs: dict[str, Any]) -> Adapter | None:
+    """What `from_pretrained(source, **kwargs)` names: an adapter, or `None` for a model, also one with its own adapter.
+
+    Raises:
+        ValueError: The adapter is the original's, or does not tell its base model.
+    """
+    if source is None or not is_peft_available():
+        return None
+    adapter_kwargs = dict(kwargs.get("adapter_kwargs") or {})
+    # AutoModel looks first, and hands over the base model's name with the adapter's beside it.
+    found = adapter_kwargs.pop("_adapter_model_path", None)
+    hub = hub_kwargs({**kwargs, **adapter_kwargs})
+    settings = read_settings(found or source, hub)
+    if settings is None or (Path(str(found or source)) / CONFIG_NAME).is_file():
+        return None
+    if found is not None:
+        return Adapter(found, str(source), hub)
+    if not settings.get("base_model_name_or_path"):
+        raise ValueError(
+            f"{source} holds an adapter whose adapter_config.json names no base_model_name_or_path: load the model "
+            "that it was trained on, then call its load_adapter."
+        )
+    return Adapter(source, settings["base_model_name_or_path"], hub)
+
+
+def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that tell where to look on the Hub."""
+    return {name: kwargs[name] for name in _HUB_KEYS if kwargs.get(name) is not None}
+
+
+def read_settings(source: str | Path, hub: dict[str, Any]) -> dict[str, Any] | None:
+    """Content of adapter_config.json; `None` where there is none.
+
+    Raises:
+        ValueError: The adapter is one of the original's training code.
+    """
+    path = find_adapter_config_file(str(source), **hub)
+    if path is None:
+        return None
+    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    targets = settings.get("target_modules") or []
+    if any(map(_ORIGINAL_NAME.search, [targets] if isinstance(targets, str) else targets)):
+        raise ValueError(_original_error(source))
+    return settings
+
+
+def read_non_lora(source: str | Path, hub: dict[str, Any]) -> dict[str, Tensor]:
+    """What was trained beside an adapter, mostly nothing."""
+    return _read_tensors(source, NON_LORA_FILE, hub) or {}
+
+
+def read_dora(source: str | Path, hub: dict[str, Any]) -> dict[str, Tensor] | None:
+    """An adapter's tensors, with DoRA's magnitudes under their whole names.
+
+    PEFT saves `lora_magnitude_vector.weight` without its last part, and transformers, unlike PEFT, does not put it back.
+    """
+    tensors = _read_tensors(source, "adapter_model.safetensors", hub) or _read_tensors(source, "adapter_model.bin", hub)
+    if tensors is None:
+        return None
+    return {re.sub("lora_magnitude_vector$", r"\g<0>.weight", name): tensor for name, tensor in tensors.items()}
+
+
+def _read_tensors(source: str | Path, name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
+    path = cached_file(
+        str(source),
+        name,
+        **hub,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else load_state_dict(path)
+
+
+def check_adapter_keys(source: Any, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """An adapter fits where neither it nor the model has a tensor that the other lacks.
+
+    Raises:
+        ValueError: There are such tensors.
+    """
+    if any(map(_ORIGINAL_NAME.search, unexpected)):
+        raise ValueError(_original_error(source))
+    problems = [
+        f"{len(keys)} tensors {what}, the first is {min(keys)}"
+        for keys, what in ((missing, "that the model needs are not in it"), (unexpected, "have no place in the model"))
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"The adapter {source} does not fit this model: {'; '.join(problems)}. Load the model that it was trained "
+            "on (base_model_name_or_path in its adapter_config.json), and check that its files are whole."
+        )
+
+
+def _original_error(source: Any) -> str:
+    return (
+        f"{source} holds an adapter under the names of the original's code: bring it to this package's with "
+        f"`owl2-hf convert {source} TARGET --base BASE_MODEL --to adapter`."
+    )

@@ -1,0 +1,150 @@
+"""PEFT adapters: named sets of target modules, and loading that refuses an adapter which does not fit.
+
+Every preset is a regular expression over the language model's layers alone. Plain names ("q_proj") and PEFT's own
+"all-linear" work as well; they also meet the layers of the vision encoder and the connector.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..conversion import load_non_lora
+from ..modeling.adapters_mplug_owl2 import NON_LORA_FILE, check_adapter_keys, read_settings
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+_TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_VISUAL_ATTENTION = ("visual_q_proj", "visual_k_proj", "visual_v_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+# The connector of either kind of model; PEFT takes the one that is there.
+_CONNECTORS = ["visual_abstractor", "h_reducer"]
+
+
+@dataclass(frozen=True)
+class LoraPreset:
+    """Linear layers of each decoder layer that an adapter changes.
+
+    Args:
+        leaves: Their names; a model without one of them (`visual_q_proj` is mPLUG-Owl2.1's alone) has the others.
+        about: What it is for, and where it comes from.
+    """
+
+    leaves: tuple[str, ...]
+    about: str
+
+    @property
+    def target_modules(self) -> str:
+        """A regular expression for PEFT, which matches whole names of modules."""
+        return rf"(.*\.)?language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(self.leaves)})"
+
+
+LORA_PRESETS: dict[str, LoraPreset] = {
+    "language": LoraPreset(
+        (*_TEXT_ATTENTION, *_MLP),
+        "Every linear layer of LLaMA itself; visual tokens keep their own keys and values. LoRA's usual targets "
+        "(QLoRA, section 4: adapters on all linear layers).",
+    ),
+    "visual-branch": LoraPreset(
+        _VISUAL_ATTENTION,
+        "What visual tokens have for themselves: their keys and values (mPLUG-Owl2, equations 3 and 4), in "
+        "mPLUG-Owl2.1 their queries too. Text without pictures stays as it was.",
+    ),
+    "attention": LoraPreset(
+        (*_TEXT_ATTENTION, *_VISUAL_ATTENTION),
+        "All projections of self-attention, for both modalities (LoRA, section 4.2: attention weights alone).",
+    ),
+    "all-linear": LoraPreset(
+        (*_TEXT_ATTENTION, *_VISUAL_ATTENTION, *_MLP),
+        "Every linear layer of the decoder but the head, as the original's --lora_enable chooses them "
+        "(mPLUG-Owl2, train.py, find_all_linear_names).",
+    ),
+    "q-align": LoraPreset(
+        ("q_proj", "visual_v_proj"),
+        "Queries and the values of visual tokens, as Q-Align and DeQA-Score fine-tune (q_proj and v_proj.multiway.1).",
+    ),
+}
+
+
+def lora_config(
+    preset: str = "language",
+    *,
+    r: int = 128,
+    lora_alpha: float = 256,
+    lora_dropout: float = 0.05,
+    train_connector: bool = False,
+    **kwargs: Any,
+) -> "LoraConfig":
+    """PEFT's configuration of an adapter for a model of this family.
+
+    The defaults are those of the original's finetune_lora.sh and train.py.
+
+    Args:
+        preset: A name in `LORA_PRESETS`.
+        r: Rank.
+        lora_alpha: The update is scaled by `lora_alpha / r`.
+        lora_dropout: Probability in front of the update, in training.
+        train_connector: Also train the connector, which is then saved whole beside the adapter.
+        kwargs: More fields of `LoraConfig`, for instance `use_dora` or `use_rslora`.
+
+    Raises:
+        ValueError: There is no such preset. `get_peft_model` raises it too, for a model without any of the targets.
+    """
+    from peft import LoraConfig
+
+    if preset not in LORA_PRESETS:
+        raise ValueError(f"There is no LoRA preset {preset!r}: choose one of {', '.join(LORA_PRESETS)}.")
+    if "target_modules" in kwargs:
+        raise ValueError("A preset names the target_modules: leave them out, or make a peft.LoraConfig of your own.")
+    if train_connector:
+        kwargs["modules_to_save"] = [*(kwargs.get("modules_to_save") or []), *_CONNECTORS]
+    return LoraConfig(
+        target_modules=LORA_PRESETS[preset].target_modules,
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        **{"task_type": "CAUSAL_LM", **kwargs},
+    )
+
+
+def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default", **kwargs: Any) -> "PeftModel":
+    """An adapter on a model by PEFT, as `PeftModel.from_pretrained`, but whole or not at all.
+
+    Args:
+        model: The base model, or a `PeftModel` that gets one more adapter.
+        folder: With adapter_config.json and the adapter's weights. What a converted fine-tune has beside the adapter
+            (non_lora_trainables.safetensors) goes into the base model.
+        kwargs: As `PeftModel.from_pretrained` takes them, for instance `is_trainable`.
+
+    Raises:
+        ValueError: The adapter does not fit the model, or is one of the original's code.
+    """
+    from peft import PeftModel
+
+    if read_settings(folder, {}) is None:
+        raise ValueError(f"{folder} holds no adapter: expected a folder with adapter_config.json.")
+    if (Path(folder) / NON_LORA_FILE).is_file():
+        load_non_lora(model, folder)
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), adapter_name, **kwargs)
+    else:
+        model = PeftModel.from_pretrained(model, folder, adapter_name, **kwargs)
+    check_adapter(model, folder, adapter_name)
+    return model
+
+
+def check_adapter(model: "PeftModel", folder: str | Path, adapter_name: str = "default") -> None:
+    """Whether an adapter that PEFT has loaded is all of the one in `folder`; PEFT itself only warns.
+
+    Raises:
+        ValueError: A tensor of the adapter has no place in the model, or one of the model's is not in the adapter.
+    """
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    placed = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False).keys()
+    saved = load_peft_weights(str(folder), device="cpu").keys()
+    # PEFT saves a whole embedding beside the update of one.
+    check_adapter_keys(folder, placed - saved, saved - placed - model.state_dict().keys())
