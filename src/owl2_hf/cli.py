@@ -289,7 +289,10 @@ def init(
     target: Annotated[Path, typer.Argument(help="Folder to make.")],
     language: Annotated[str, typer.Option(help="Folder or Hub id of a LLaMA with its tokenizer.")],
     vision: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of a CLIP or DINOv2 ViT; a fresh one if not given.")
+        str | None,
+        typer.Option(
+            help="Folder or Hub id of a CLIP or DINOv2 ViT, or of a model of this family; a fresh one if not given."
+        ),
     ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of a picture in pixels; the vision model's own if not given.")

@@ -1,4 +1,4 @@
-"""Stock vision encoders in the place of mPLUG-Owl2's: CLIP's and DINOv2's, or a fresh one. C: width."""
+"""Vision encoders for a new model: CLIP's, DINOv2's, that of another model of this family, or a fresh one. C: width."""
 
 import re
 from collections.abc import Callable
@@ -14,6 +14,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import cached_file
 
 from ..modeling.configuration_mplug_owl2 import MplugOwl2VisionConfig
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from ..processing.tokenization_mplug_owl2 import read_json
 
 _CLIP_NAMES = {
@@ -94,6 +96,7 @@ def read_vision(source: str | Path, image_size: int | None) -> StockVision:
         "clip": _read_clip,
         "clip_vision_model": _read_clip,
         "dinov2": _read_dinov2,
+        "mplug_owl2": _read_own,
     }
     if config.model_type not in readers:
         raise ValueError(
@@ -162,6 +165,16 @@ def _read_dinov2(source: str | Path, config: Any) -> StockVision:
         del state[name]
     state["embeddings.position_embedding"][:, 1:] += state.pop("embeddings.patch_embedding.bias")
     return StockVision(ours, state, {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD})
+
+
+def _read_own(source: str | Path, config: MplugOwl2VisionConfig) -> StockVision:
+    """The trained vision encoder of a model of this family."""
+    model = load_whole(source, MplugOwl2ForConditionalGeneration, torch.float32)
+    pixels = MplugOwl2Processor.from_pretrained(source).image_processor
+    settings = {name: getattr(pixels, name) for name in ("image_mean", "image_std", "resample")}
+    return StockVision(
+        MplugOwl2VisionConfig(**_own_values(config)), dict(model.model.vision_tower.state_dict()), settings
+    )
 
 
 @torch.no_grad()

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import TrainingArguments
 
 _FOLDER = Path(__file__).parent
 
 
+@strict
 @dataclass
 class DataRecipe:
     """What is trained on.
@@ -33,6 +36,7 @@ class DataRecipe:
     streaming: bool = False
 
 
+@strict
 @dataclass
 class AdapterRecipe:
     """A LoRA adapter.
@@ -46,10 +50,11 @@ class AdapterRecipe:
     preset: str = "language"
     r: int = 64
     lora_alpha: int = 16
-    lora_dropout: float = 0.05
+    lora_dropout: int | float = 0.05
     train_connector: bool = False
 
 
+@strict
 @dataclass
 class Recipe:
     """A training run.
@@ -78,8 +83,8 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     adapter: AdapterRecipe | None = None
     quantization: str | None = None
-    learning_rates: dict[str, float] = field(default_factory=dict)
-    vision_layer_decay: float | None = None
+    learning_rates: dict[str, int | float] = field(default_factory=dict)
+    vision_layer_decay: int | float | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -158,47 +163,19 @@ def _build(kind: type, values: Any, where: str) -> Any:
         if name in tables and kind is Recipe:
             built[name] = None if value is None and name == "adapter" else _build(tables[name], value or {}, name)
         else:
-            built[name] = _typed(f"{where}.{name}".lstrip("."), value, str(fields[name].type))
-    return kind(**built)
-
-
-def _typed(where: str, value: Any, annotation: str) -> Any:
-    """The value, where it fits; YAML reads 1e-4 as text."""
-    options = {
-        "str": str,
-        "int": int,
-        "float": (int, float),
-        "bool": bool,
-        "list[str]": list,
-        "dict[str, float]": dict,
-        "dict[str, Any]": dict,
-        "None": type(None),
-    }
-    wanted = [option.strip() for option in annotation.replace("<class '", "").replace("'>", "").split("|")]
-    if isinstance(value, str) and "float" in wanted and "str" not in wanted:
-        value = _number(where, value)
-    if any(isinstance(value, options[name]) for name in wanted) and not (
-        isinstance(value, bool) and "bool" not in wanted
-    ):
-        if "dict[str, float]" in wanted:
-            return {key: _number(f"{where}.{key}", one) for key, one in value.items()}
-        return _plain_numbers(value) if isinstance(value, dict) else value
-    raise ValueError(f"{where}: expected {annotation}, got {value!r}.")
-
-
-def _plain_numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers like 1e-4, which YAML reads as text, as numbers."""
-    return {
-        key: float(value) if isinstance(value, str) and re.fullmatch(r"[\d.]+e[-+]?\d+", value) else value
-        for key, value in values.items()
-    }
-
-
-def _number(where: str, value: Any) -> float:
+            built[name] = _plain_numbers(value)
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: expected a number, got {value!r}.") from None
+        return kind(**built)
+    except StrictDataclassFieldValidationError as error:
+        problem = str(error.__cause__ or error)
+        raise ValueError(f"{where}: {problem}".removeprefix(": ")) from None
+
+
+def _plain_numbers(value: Any) -> Any:
+    """Numbers like 1e-4, which YAML reads as text, as numbers."""
+    if isinstance(value, dict):
+        return {key: _plain_numbers(one) for key, one in value.items()}
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[\d.]+e[-+]?\d+", value) else value
 
 
 def _check_known(where: str, values: Mapping[str, Any], known: Any) -> None:

@@ -201,7 +201,10 @@ def _output(recipe: Recipe, resume: bool) -> tuple[Path, Path | None]:
 
 
 def _arguments(recipe: Recipe) -> TrainingArguments:
-    given = dict(recipe.trainer)
+    # YAML reads a bare `no` as False.
+    given = {
+        key: "no" if key.endswith("_strategy") and value is False else value for key, value in recipe.trainer.items()
+    }
     for name, value in _FIXED.items():
         if given.get(name, value) != value:
             raise ValueError(f"trainer.{name} has to be {value} here, got {given[name]}.")
@@ -209,7 +212,7 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
         given["deepspeed"] = str(Path(__file__).parent / "deepspeed" / f"{given['deepspeed']}.json")
     try:
         return TrainingArguments(output_dir=recipe.output_dir, **{**_DEFAULTS, **given, **_FIXED})
-    except (TypeError, ImportError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"trainer: {error}") from None
 
 
