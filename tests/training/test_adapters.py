@@ -94,9 +94,11 @@ def test_other_members_of_the_family_have_the_same_presets():
         found = targets(get_peft_model(model, lora_config("visual-branch", r=2)))
         assert {name.split(".")[-1] for name in found} == {"visual_q_proj", "visual_k_proj", "visual_v_proj"}
         docowl = MplugOwl2Config(
-            vision_config={**tiny.vision_config.to_dict(), "image_size": 28}, text_config=tiny.text_config.to_dict(), image_token_id=90,
+            vision_config={**tiny.vision_config.to_dict(), "image_size": 28},
+            text_config=tiny.text_config.to_dict(),
+            image_token_id=90,
             connector_type="h_reducer",
-        )  # fmt: skip
+        )
         adapted = get_peft_model(MplugOwl2ForConditionalGeneration(docowl), lora_config(r=2, train_connector=True))
     assert adapted.base_model.model.model.h_reducer.modules_to_save.default.visual_fc.weight.requires_grad
 
