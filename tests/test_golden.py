@@ -126,9 +126,11 @@ def test_prompt_beyond_the_trained_length(golden):
 @pytest.mark.parametrize(
     "name", ["c5_labels_one_image", "c5b_labels_batch2", "c5c_labels_right_padded", "c5d_labels_ragged"]
 )
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @torch.no_grad()
-def test_loss_is_the_originals(golden, name):
+def test_loss_is_the_originals(golden, name, training):
     case = golden.case(name)
+    golden.model.train(training)
     inputs = golden.inputs(case)
     if name == "c5d_labels_ragged":  # The original feeds a text-only row a picture that nobody looks at.
         num_pictures = int((case["input_ids"] == -200).sum())
@@ -139,8 +141,10 @@ def test_loss_is_the_originals(golden, name):
     assert_close(text_logits(golden, output)[mask], case["logits"][mask])
 
 
-def test_gradients_are_the_originals(golden):
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_gradients_are_the_originals(golden, training):
     case = golden.case("c7_grads")
+    golden.model.train(training)
     golden.model.zero_grad()
     golden.model(**golden.inputs(case)).loss.backward()
     ours = {name: parameter.grad for name, parameter in golden.model.named_parameters()}

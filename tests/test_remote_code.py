@@ -115,4 +115,4 @@ def test_travelling_files_import_only_what_a_stranger_has(path):
 
 def test_travelling_files_have_names_of_their_own():
     names = [path.name for path in TRAVELLING]
-    assert len(names) == len(set(names)) == 10
+    assert len(names) == len(set(names)) == 11

@@ -234,6 +234,7 @@ def save_adapter(source: LoraSource, folder: Path) -> None:
         alpha_pattern=_alpha_pattern(settings, modules),
         task_type="CAUSAL_LM",
         inference_mode=True,
+        base_model_name_or_path=str(source.folder.resolve()),
     )
     config.save_pretrained(str(folder))
     tensors = {}

@@ -82,7 +82,7 @@ def read_non_lora(source: str | Path, hub: dict[str, Any]) -> dict[str, Tensor]:
 def read_dora(source: str | Path, hub: dict[str, Any]) -> dict[str, Tensor] | None:
     """An adapter's tensors, with DoRA's magnitudes under their whole names.
 
-    PEFT saves `lora_magnitude_vector.weight` without its last part, and transformers, unlike PEFT, does not put it back.
+    PEFT saves `lora_magnitude_vector.weight` without its last part; transformers, unlike PEFT, does not put it back.
     """
     tensors = _read_tensors(source, "adapter_model.safetensors", hub) or _read_tensors(source, "adapter_model.bin", hub)
     if tensors is None:

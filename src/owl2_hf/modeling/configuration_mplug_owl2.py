@@ -389,6 +389,15 @@ class MplugOwl2Config(PreTrainedConfig):
             )
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table; PEFT looks here whether a model was resized, and saves the table if so."""
+        return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.text_config.vocab_size = value
+
+    @property
     def is_owl21(self) -> bool:
         """The decoder is mPLUG-Owl2.1's."""
         return "q" in self.text_config.modality_specific_projections

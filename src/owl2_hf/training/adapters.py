@@ -72,7 +72,7 @@ def lora_config(
     preset: str = "language",
     *,
     r: int = 128,
-    lora_alpha: float = 256,
+    lora_alpha: int = 256,
     lora_dropout: float = 0.05,
     train_connector: bool = False,
     **kwargs: Any,
