@@ -1,0 +1,1 @@
+"""Training: data in the formats of the field, and batches of them."""
