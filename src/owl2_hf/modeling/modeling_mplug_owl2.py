@@ -404,6 +404,10 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixi
         loss = None
         if labels is not None:
             labels = labels.masked_fill(labels.eq(self.config.image_token_id), -100)
+            if (num_labels := kwargs.get("num_items_in_batch")) is None:
+                num_labels = kwargs.get("shift_labels", labels[..., 1:]).ne(-100).sum()
+            # Without a single label the loss is 0; the mean of nothing would be NaN.
+            kwargs["num_items_in_batch"] = torch.as_tensor(num_labels).clamp_min(1)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return MplugOwl2CausalLMOutputWithPast(
             loss=loss,

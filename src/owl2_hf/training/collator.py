@@ -1,0 +1,188 @@
+"""Rows of training data as one batch.
+
+B: rows, L: positions of the longest row, S: side of a picture's square.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import get_worker_info
+
+from .messages import pictures_of, to_messages
+
+IGNORED = -100
+COUNTS = ("rows", "truncated", "without_labels")
+MAX_WORKERS = 256
+
+
+class Collator:
+    """Makes a batch of rows in any format of `to_messages`.
+
+    Labels are the tokens that the chat template marks as generated: the answers with the `</s>` behind each. A row is
+    truncated at its end, after its pictures took their positions; a picture that does not fit as a whole is dropped,
+    with all that follows it. A row without a label stays in the batch and adds nothing to the loss.
+
+    Args:
+        max_length: Most positions of a row; rows stay whole if not given.
+        image_folder: What relative paths of pictures start from; the rows' own `image_folder` if not given.
+        padding_side: "right" or "left".
+        pad_to_multiple_of: L is a multiple of it.
+
+    Raises:
+        ValueError: A row cannot be learned from; the message names it.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int | None = None,
+        image_folder: str | Path | None = None,
+        padding_side: str = "right",
+        pad_to_multiple_of: int | None = None,
+    ):
+        if padding_side not in ("right", "left"):
+            raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}.")
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        self.processor = processor
+        self.max_length = max_length
+        self.image_folder = image_folder
+        self.padding_side = padding_side
+        self.pad_to_multiple_of = pad_to_multiple_of
+        # Workers of a DataLoader write each into a line of its own, line 0 is the main process's.
+        self._counts = torch.zeros(MAX_WORKERS, len(COUNTS), dtype=torch.long).share_memory_()
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Rows (B) -> `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` (B, L).
+
+        With pictures also `pixel_values` (squares, 3, S, S).
+        """
+        encoded = [self.truncate(row) for row in self.encode(rows)]
+        width = max(map(len, encoded))
+        width += -width % (self.pad_to_multiple_of or 1)
+        input_ids = [row.input_ids for row in encoded]
+        batch = {
+            "input_ids": self._pad(input_ids, width, self.processor.tokenizer.pad_token_id or 0),
+            "attention_mask": self._pad(map(torch.ones_like, input_ids), width, 0),
+            "labels": self._pad([row.labels for row in encoded], width, IGNORED),
+        }
+        batch["mm_token_type_ids"] = batch["input_ids"].eq(self.processor.image_token_id).long()
+        if squares := [square for row in encoded for square in row.squares]:
+            batch["pixel_values"] = torch.from_numpy(np.stack(squares))
+        return batch
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows so far, in all workers: all, truncated ones, and ones that have no label."""
+        return dict(zip(COUNTS, self._counts.sum(0).tolist(), strict=True))
+
+    def encode(self, rows: Sequence[dict[str, Any]]) -> list["EncodedRow"]:
+        """Rows before truncation; their pictures are processed in one call."""
+        chats, crops = [], []
+        for number, row in enumerate(rows, 1):
+            with _naming(f"row {_name(row, number)}"):
+                chat = self._open(to_messages(row, self.image_folder))
+                chats.append(chat)
+                crops.append(self._count_crops(chat))
+        with _naming("rows " + ", ".join(_name(row, number) for number, row in enumerate(rows, 1))):
+            batch = self.processor.apply_chat_template(
+                chats,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                processor_kwargs={"padding": False},
+            )
+        squares = iter(batch.get("pixel_values", ()))
+        return [
+            self._to_row(ids, mask, own, list(itertools.islice(squares, sum(own))))
+            for ids, mask, own in zip(batch["input_ids"], batch["assistant_masks"], crops, strict=True)
+        ]
+
+    def truncate(self, row: "EncodedRow") -> "EncodedRow":
+        """At most `max_length` positions, with whole pictures only; counts what becomes of the row."""
+        length, num_squares = self._fitting(row)
+        kept = EncodedRow(row.input_ids[:length], row.labels[:length], row.crops, row.squares[:num_squares])
+        worker = get_worker_info()
+        # The first position is never predicted.
+        outcome = torch.tensor([1, len(kept) < len(row), bool(kept.labels[1:].eq(IGNORED).all())])
+        self._counts[worker.id % (MAX_WORKERS - 1) + 1 if worker else 0] += outcome
+        return kept
+
+    def _fitting(self, row: "EncodedRow") -> tuple[int, int]:
+        """Positions and squares that `max_length` leaves."""
+        length = len(row) if self.max_length is None else min(len(row), self.max_length)
+        positions = row.input_ids.eq(self.processor.image_token_id).nonzero().flatten().tolist()
+        num_squares = 0
+        for num in row.crops:
+            first, last = (count * self.processor.num_image_tokens for count in (num_squares, num_squares + num))
+            if positions[last - 1] >= length:
+                return min(length, positions[first]), num_squares
+            num_squares += num
+        return length, num_squares
+
+    def _open(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with their pictures opened, so that an error names its row and sizes are known."""
+        fetch = self.processor.image_processor.fetch_images
+        return [
+            {
+                **message,
+                "content": [
+                    {**part, kind: fetch(part[kind])} if (kind := part["type"]) != "text" else part
+                    for part in message["content"]
+                ],
+            }
+            for message in messages
+        ]
+
+    def _count_crops(self, messages: list[dict[str, Any]]) -> list[int]:
+        sizes = [(picture.height, picture.width) for picture in pictures_of(messages)]
+        return [self.processor.image_processor.num_crops(*size) for size in sizes]
+
+    def _to_row(self, ids: list[int], mask: list[int], crops: list[int], squares: list[np.ndarray]) -> "EncodedRow":
+        input_ids, is_label = torch.tensor(ids), torch.tensor(mask, dtype=torch.bool)
+        is_label &= input_ids.ne(self.processor.image_token_id)
+        return EncodedRow(input_ids, input_ids.masked_fill(~is_label, IGNORED), crops, squares)
+
+    def _pad(self, rows: Iterable[Tensor], width: int, value: int) -> Tensor:
+        """Rows of any length -> (B, width)."""
+        missing = [(width - len(row), row) for row in rows]
+        is_right = self.padding_side == "right"
+        return torch.stack([F.pad(row, (0, n) if is_right else (n, 0), value=value) for n, row in missing])
+
+
+@dataclass
+class EncodedRow:
+    """A row of L positions: `input_ids` and `labels` (L,), squares of each picture, and all squares (3, S, S)."""
+
+    input_ids: Tensor
+    labels: Tensor
+    crops: list[int]
+    squares: list[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def _name(row: Any, number: int) -> str:
+    identity = row.get("id") if isinstance(row, dict) else None
+    return f"number {number} of the batch" if identity is None else repr(identity)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+__all__ = ["Collator", "EncodedRow"]

@@ -1,0 +1,262 @@
+"""Training data: rows from files and from the package `datasets`, and a report of what is wrong with them."""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from ..processing.image_processing_mplug_owl2 import open_image
+from .messages import pictures_of, to_messages
+
+Row = dict[str, Any]
+
+
+class JsonLines(Sequence[Row]):
+    """Rows of a file with one JSON object a line; only the places of the lines are kept in memory."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.fromiter((start for _, start, _ in self._lines()), dtype=np.int64)
+
+    def _lines(self) -> Iterator[tuple[int, int, bytes]]:
+        """Number, counted from 1, first byte and content of every line that is not blank."""
+        start = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, start, line
+                start += len(line)
+
+    def numbered(self) -> Iterator[tuple[int, Row | ValueError]]:
+        """Line number and row, or what is wrong with the line."""
+        for number, _, line in self._lines():
+            try:
+                yield number, self._parse(line, number)
+            except ValueError as error:
+                yield number, error
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self._parse(line, number) for number, _, line in self._lines())
+
+    def __getitem__(self, index):
+        start = int(self._starts[index])
+        with self.path.open("rb") as file:
+            file.seek(start)
+            line = file.readline()
+        return self._parse(line, start=start)
+
+    def _parse(self, line: bytes, number: int | None = None, start: int = 0) -> Row:
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError) as error:
+            number = number or next(number for number, first, _ in self._lines() if first == start)
+            raise ValueError(f"{self.path}, line {number} is not valid JSON: {error}") from None
+
+
+class Rows(Dataset):
+    """Rows by index, each with the folder that its pictures' paths start from."""
+
+    def __init__(self, rows: Sequence[Row], image_folder: str | Path | None = None):
+        self.rows = rows
+        self.image_folder = image_folder
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return _with_folder(self.rows[index], self.image_folder)
+
+
+class RowStream(IterableDataset):
+    """Rows one after another; the workers of a DataLoader share them out."""
+
+    def __init__(self, rows: Iterable[Row], image_folder: str | Path | None = None):
+        self.rows = rows
+        self.image_folder = image_folder
+
+    def __iter__(self) -> Iterator[Row]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        rows = itertools.islice(iter(self.rows), first, None, step)
+        return (_with_folder(row, self.image_folder) for row in rows)
+
+
+def _with_folder(row: Row, image_folder: str | Path | None) -> Row:
+    return {**row, "image_folder": str(image_folder)} if image_folder is not None and isinstance(row, Mapping) else row
+
+
+def load_rows(source: Any, image_folder: str | Path | None = None, split: str = "train", streaming: bool = False):
+    """Rows of training data, by index or as a stream, as PyTorch's DataLoader takes them.
+
+    Args:
+        source: A file of LLaVA's list or of one JSON object a line, a folder that `datasets` saved or reads, the id of
+            a data set on the Hub, or rows: a list, `datasets.Dataset` or `datasets.IterableDataset`.
+        image_folder: What relative paths of pictures start from; for a file its own folder if not given.
+        split: Split of a folder or a Hub data set that has several.
+        streaming: Read the rows one after another.
+
+    Raises:
+        ValueError: There is no such source, or it is of another kind.
+    """
+    rows: Any = source
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if path.is_file():
+            rows = _read_file(path)
+            image_folder = path.parent if image_folder is None else image_folder
+        else:
+            rows = _load_datasets(source, split, streaming)
+    if isinstance(rows, Mapping):
+        raise ValueError(f"expected rows, got splits {', '.join(map(str, rows))}: choose one of them.")
+    if not isinstance(rows, Iterable):
+        raise ValueError(f"expected a path, the id of a data set or rows, got {type(source).__name__}.")
+    if isinstance(rows, IterableDataset) and hasattr(rows, "map"):  # of `datasets`, which shares itself out to workers
+        return rows if image_folder is None else rows.map(_with_folder, fn_kwargs={"image_folder": image_folder})
+    if streaming or not hasattr(rows, "__getitem__"):
+        return RowStream(rows, image_folder)
+    return Rows(rows, image_folder)
+
+
+def _read_file(path: Path) -> Sequence[Row]:
+    """One JSON list, or one object a line; the first character tells which."""
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    if first == b"{":
+        return JsonLines(path)
+    if first != b"[":
+        raise ValueError(f"{path}: expected a JSON list of rows, or one JSON object a line.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def _load_datasets(source: str | Path, split: str, streaming: bool) -> Any:
+    path = Path(source)
+    if not path.is_dir() and (path.suffix in (".json", ".jsonl") or str(source).count("/") > 1 or path.is_absolute()):
+        raise ValueError(f"there is no file or folder {str(source)!r}.")
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{source} needs the package datasets: pip install 'owl2_hf[train]'.") from None
+    if not any((path / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json")):
+        return datasets.load_dataset(str(source), split=split, streaming=streaming)
+    loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, Mapping):
+        if split not in loaded:
+            raise ValueError(f"{path} has no split {split!r}, only {', '.join(map(repr, loaded))}.")
+        loaded = loaded[split]
+    return loaded.to_iterable_dataset() if streaming else loaded
+
+
+@dataclass
+class BadRow:
+    """A row that cannot be learned from: its number, counted from 1 (of a file of lines the line), its id and why."""
+
+    row: int
+    id: str | None
+    reason: str
+
+
+@dataclass
+class DataReport:
+    """What a data set holds; the counts behind `bad` are of its good rows."""
+
+    rows: int = 0
+    bad: list[BadRow] = field(default_factory=list)
+    text_only: int = 0
+    images: int = 0
+    turns: int = 0
+    answers: int = 0
+    tokens_longest: int | None = None
+    tokens_mean: float | None = None
+    truncated: int | None = None
+    without_labels: int | None = None
+
+    def add(self, messages: list[dict[str, Any]]) -> None:
+        pictures = len(pictures_of(messages))
+        self.images += pictures
+        self.text_only += not pictures
+        self.turns += len(messages)
+        self.answers += sum(message["role"] == "assistant" for message in messages)
+
+
+def check_rows(
+    source: Any,
+    image_folder: str | Path | None = None,
+    processor: Any = None,
+    max_length: int | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    open_images: bool = True,
+) -> DataReport:
+    """Look at every row, without stopping at a bad one.
+
+    Args:
+        source, image_folder, split, streaming: as in `load_rows`.
+        processor: Also counts tokens, and with `max_length` the rows that truncation shortens or leaves unlabelled.
+        open_images: Decode every picture; otherwise only see whether its file is there.
+
+    Raises:
+        ValueError: The source as a whole cannot be read.
+    """
+    from .collator import Collator
+
+    report = DataReport()
+    collator = None if processor is None else Collator(processor, max_length, image_folder)
+    lengths: list[int] = []
+    for number, row in _numbered(load_rows(source, image_folder, split, streaming)):
+        report.rows += 1
+        try:
+            if isinstance(row, Exception):
+                raise row
+            messages = to_messages(row, image_folder)
+            for picture in pictures_of(messages) if open_images else ():
+                if isinstance(picture, (str, bytes)):
+                    open_image(picture)
+            if collator is not None:
+                [encoded] = collator.encode([row])
+                lengths.append(len(encoded))
+                collator.truncate(encoded)
+        except (ValueError, OSError) as error:
+            identity = row.get("id") if isinstance(row, Mapping) else None
+            report.bad.append(BadRow(number, None if identity is None else str(identity), str(error)))
+        else:
+            report.add(messages)
+    if collator is not None:
+        report.tokens_longest = max(lengths, default=0)
+        report.tokens_mean = sum(lengths) / max(len(lengths), 1)
+        report.truncated, report.without_labels = collator.counts["truncated"], collator.counts["without_labels"]
+    return report
+
+
+def _numbered(rows: Any) -> Iterator[tuple[int, Any]]:
+    """Number, counted from 1, and row, or the error that reading it gives."""
+    content = getattr(rows, "rows", rows)
+    if isinstance(content, JsonLines):
+        for number, row in content.numbered():
+            yield number, _with_folder(row, rows.image_folder)  # type: ignore[arg-type]
+    elif isinstance(rows, Rows):
+        for index in range(len(rows)):
+            try:
+                row = rows[index]
+            except (ValueError, OSError) as error:
+                row = error  # type: ignore[assignment]
+            yield index + 1, row
+    else:
+        yield from enumerate(rows, 1)
+
+
+__all__ = ["BadRow", "DataReport", "JsonLines", "RowStream", "Rows", "check_rows", "load_rows", "to_messages"]
