@@ -88,8 +88,8 @@ def initialize(
     Args:
         language: Folder or Hub id of a LLaMA with its tokenizer.
         target: Folder to make; it must not exist, or be empty.
-        vision: Folder or Hub id of a CLIP or DINOv2 ViT, or of a model of this family; a small fresh one if not given, the published 7B model's size
-            for a language model of width 4096.
+        vision: Folder or Hub id of a CLIP or DINOv2 ViT, or of a model of this family; a small
+            fresh one if not given, the published 7B model's size for a language model of width 4096.
         image_size: Side of the pictures; the vision model's own if not given. The positions are resized to it.
         num_queries: Visual tokens of one picture, without the end-of-image vector.
         num_abstractor_layers: Layers of the visual abstractor.

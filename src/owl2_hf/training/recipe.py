@@ -167,7 +167,7 @@ def _build(kind: type, values: Any, where: str) -> Any:
     try:
         return kind(**built)
     except StrictDataclassFieldValidationError as error:
-        problem = str(error.__cause__ or error)
+        problem = re.sub(r"<class '(\w+)'>", r"\1", str(error.__cause__).partition(". Errors:")[0])
         raise ValueError(f"{where}: {problem}".removeprefix(": ")) from None
 
 

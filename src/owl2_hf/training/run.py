@@ -8,9 +8,10 @@ import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class TrainReport:
         loss: Mean training loss of the steps of this call.
         resumed_from: Checkpoint that the run went on from.
         parameters: Components, what trained of them, and how fast.
-        counts: Rows that were cut at `max_length`, and rows that had no label left.
+        counts: Rows in all, rows that were cut at `max_length`, and rows that had no label left.
         eval_loss: Loss on the rows to evaluate on, after the last step.
     """
 
@@ -65,7 +66,8 @@ class TrainReport:
         parts = [f"{self.steps} steps"]
         parts += [] if self.loss is None else [f"training loss {self.loss:.4f}"]
         parts += [] if self.eval_loss is None else [f"evaluation loss {self.eval_loss:.4f}"]
-        parts += [f"{count} rows {name}" for name, count in self.counts.items() if count]
+        names = {"truncated": "cut at max_length", "without_labels": "without a label left"}
+        parts += [f"{self.counts[key]} rows {name}" for key, name in names.items() if self.counts.get(key)]
         return ", ".join(parts)
 
 
@@ -87,32 +89,21 @@ def train(
         NonFiniteError: The loss or a gradient became NaN or infinite.
     """
     output_dir, checkpoint = _output(recipe, resume)
-    arguments = _arguments(recipe)
-    # The Trainer seeds everything, but a fresh adapter is drawn before there is one.
-    set_seed(arguments.seed)
-    model, processor = load_for_training(recipe)
-    collator = Collator(processor, recipe.data.max_length)
+    if dry_run:
+        with TemporaryDirectory() as folder:
+            trainer = _trainer(replace(recipe, output_dir=folder))
+            rows = count_parameters(trainer.model, trainer.create_optimizer().param_groups)
+        on_parameters(rows)
+        return TrainReport(str(output_dir), 0, None, None, rows)
     shown: list[Parameters] = []
 
     def keep(rows: list[Parameters]) -> None:
         shown.extend(rows)
         on_parameters(rows)
 
+    trainer = _trainer(recipe)
     record = RunRecord({"recipe.yaml": recipe.to_yaml(), "versions.json": _versions()}, keep)
-    trainer = Owl2Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=_rows(recipe.data, recipe.data.train),
-        eval_dataset=None if recipe.data.eval is None else _rows(recipe.data, recipe.data.eval),
-        data_collator=collator,
-        processing_class=processor,
-        callbacks=[record],
-        learning_rates=recipe.learning_rates,
-        vision_layer_decay=recipe.vision_layer_decay,
-    )
-    if dry_run:
-        keep(count_parameters(model, trainer.create_optimizer().param_groups))
-        return TrainReport(str(output_dir), 0, None, None, shown)
+    trainer.add_callback(record)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     eval_loss = trainer.evaluate()["eval_loss"] if recipe.data.eval is not None else None
     trainer.save_model()
@@ -124,10 +115,27 @@ def train(
         str(output_dir),
         trainer.state.global_step,
         result.training_loss,
-        checkpoint and str(checkpoint),
+        None if checkpoint is None else str(checkpoint),
         shown,
-        collator.counts,
+        trainer.data_collator.counts,
         eval_loss,
+    )
+
+
+def _trainer(recipe: Recipe) -> Owl2Trainer:
+    arguments = _arguments(recipe)
+    # The Trainer seeds everything, but a fresh adapter is drawn before there is one.
+    set_seed(arguments.seed)
+    model, processor = load_for_training(recipe)
+    return Owl2Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_rows(recipe.data, recipe.data.train),
+        eval_dataset=None if recipe.data.eval is None else _rows(recipe.data, recipe.data.eval),
+        data_collator=Collator(processor, recipe.data.max_length),
+        processing_class=processor,
+        learning_rates=recipe.learning_rates,
+        vision_layer_decay=recipe.vision_layer_decay,
     )
 
 

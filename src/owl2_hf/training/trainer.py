@@ -74,11 +74,6 @@ class Owl2Trainer(Trainer):
             self._check_finite("gradient norm", norm)
         return norm
 
-    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """At least one: a batch whose rows have all lost their answers counts nothing, and adds nothing."""
-        items = super()._get_num_items_in_batch(*args, **kwargs)
-        return items.clamp(min=1) if isinstance(items, Tensor) else items
-
     def _check_finite(self, name: str, value: Any) -> None:
         if math.isfinite(value):
             return
