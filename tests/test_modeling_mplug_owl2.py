@@ -99,6 +99,40 @@ def test_equal_branches_make_llama(model, attn_implementation):
 
 
 @torch.no_grad()
+def test_without_the_module_the_decoder_is_llama(model, tmp_path):
+    plain = MplugOwl2ForConditionalGeneration(
+        tiny_config(modality_specific_projections=[], modality_specific_norms=False)
+    ).eval()
+    text_model, llama = plain.model.language_model, llama_like(plain.config.text_config)
+    llama.model.load_state_dict(text_model.state_dict())  # not a key more, not a key less
+    embeds, indicators = torch.randn(2, 13, 48), torch.randint(0, 2, (2, 13))
+    ours = text_model(inputs_embeds=embeds, mm_token_type_ids=indicators).last_hidden_state
+    torch.testing.assert_close(ours, llama.model(inputs_embeds=embeds).last_hidden_state, rtol=0, atol=0)
+    plain.save_pretrained(tmp_path)
+    again = MplugOwl2ForConditionalGeneration.from_pretrained(tmp_path)
+    ids = torch.tensor([[1, *RUN, 5, 6]])
+    expected = plain(ids, pixel_values=pictures(1)).logits
+    torch.testing.assert_close(again(ids, pixel_values=pictures(1)).logits, expected, rtol=0, atol=0)
+    assert not any("visual_k" in rule for rule in plain.config.text_config.base_model_tp_plan)
+
+
+@torch.no_grad()
+def test_norms_of_their_own_alone_route_norms_alone(model):
+    config = tiny_config(modality_specific_projections=[])
+    text_model = MplugOwl2TextModel(config.text_config).eval()
+    names = set(text_model.state_dict())
+    assert {name.rsplit(".", 2)[1] for name in names if "visual_" in name} == {
+        "visual_input_layernorm",
+        "visual_post_attention_layernorm",
+    }
+    embeds, images = torch.randn(1, 7, 48), torch.ones(1, 7, dtype=torch.long)
+    for layer in text_model.layers:
+        layer.input_layernorm.weight.fill_(torch.nan)
+        layer.visual_input_layernorm.weight.fill_(1.5)
+    assert text_model(inputs_embeds=embeds, mm_token_type_ids=images).last_hidden_state.isfinite().all()
+
+
+@torch.no_grad()
 def test_a_llama_state_dict_is_a_subset_of_ours(model):
     llama_keys = set(llama_like(model.config.text_config).model.state_dict())
     assert llama_keys < set(model.model.language_model.state_dict())

@@ -163,7 +163,8 @@ class MplugOwl2TextConfig(LlamaConfig):
     The fields beyond LLaMA's describe other decoders of the family; at their defaults they are not saved.
 
     Args:
-        modality_specific_projections: Which projections visual tokens have of their own, of "q", "k" and "v".
+        modality_specific_projections: Which projections visual tokens have of their own, of "q", "k" and "v"; none of
+            them, and no norms, make a plain LLaMA of the decoder.
         modality_specific_norms: Visual tokens have layer norms of their own.
         attention_out_bias: Bias of the output projection, where it is not that of queries, keys and values
             (`attention_bias`).
@@ -174,11 +175,6 @@ class MplugOwl2TextConfig(LlamaConfig):
 
     model_type = "mplug_owl2_text"
     base_config_key = "text_config"
-    base_model_tp_plan = {
-        **LlamaConfig.base_model_tp_plan,
-        "layers.*.self_attn.visual_k_proj": "colwise",
-        "layers.*.self_attn.visual_v_proj": "colwise",
-    }
 
     vocab_size: int = 32064
     modality_specific_projections: list[str] = field(default_factory=lambda: ["k", "v"])
@@ -188,11 +184,15 @@ class MplugOwl2TextConfig(LlamaConfig):
     log_n_length: int | None = None
 
     def __post_init__(self, **kwargs):
-        if "q" in self.modality_specific_projections:
-            # Of this configuration alone: a rule that fits no layer of a model makes transformers warn.
-            plan = {**type(self).base_model_tp_plan, "layers.*.self_attn.visual_q_proj": "colwise"}
-            self.base_model_tp_plan = plan
+        # Of this configuration alone: a rule that fits no layer of a model makes transformers warn.
+        own = {f"layers.*.self_attn.visual_{name}_proj": "colwise" for name in self.modality_specific_projections}
+        self.base_model_tp_plan = {**LlamaConfig.base_model_tp_plan, **own}
         super().__post_init__(**kwargs)
+
+    @property
+    def has_modality_adaptive_module(self) -> bool:
+        """Whether visual tokens have anything of their own in the decoder."""
+        return self.modality_specific_norms or bool(self.modality_specific_projections)
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, without what only other decoders of the family have."""
@@ -204,9 +204,9 @@ class MplugOwl2TextConfig(LlamaConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        if self.modality_specific_projections not in (["k", "v"], ["q", "k", "v"]):
+        if self.modality_specific_projections not in ([], ["k", "v"], ["q", "k", "v"]):
             raise ValueError(
-                "modality_specific_projections must be ['k', 'v'] or ['q', 'k', 'v'], got "
+                "modality_specific_projections must be [], ['k', 'v'] or ['q', 'k', 'v'], got "
                 f"{self.modality_specific_projections}."
             )
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")

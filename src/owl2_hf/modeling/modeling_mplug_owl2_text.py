@@ -139,6 +139,10 @@ def log_n_scale(position_ids: Tensor, length: int, dtype: torch.dtype) -> Tensor
 class MplugOwl2Attention(nn.Module):
     """Self-attention with keys and values of each token's own modality (equations 2 to 4 of the paper)."""
 
+    visual_q_proj: nn.Linear | None
+    visual_k_proj: nn.Linear | None
+    visual_v_proj: nn.Linear | None
+
     def __init__(self, config: MplugOwl2TextConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -153,13 +157,10 @@ class MplugOwl2Attention(nn.Module):
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, key_value_width, bias=bias)
         self.v_proj = nn.Linear(width, key_value_width, bias=bias)
-        self.visual_q_proj = (
-            nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
-            if "q" in config.modality_specific_projections
-            else None
-        )
-        self.visual_k_proj = nn.Linear(width, key_value_width, bias=bias)
-        self.visual_v_proj = nn.Linear(width, key_value_width, bias=bias)
+        for name in ("q", "k", "v"):
+            own = name in config.modality_specific_projections
+            out_width = getattr(self, f"{name}_proj").out_features
+            setattr(self, f"visual_{name}_proj", nn.Linear(width, out_width, bias=bias) if own else None)
         out_bias = bias if config.attention_out_bias is None else config.attention_out_bias
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=out_bias)
 
@@ -175,17 +176,16 @@ class MplugOwl2Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) -> (B, L, D) and, with eager attention, the (B, heads, L, past + L) weights."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        if routing is None:
-            query = self.q_proj(hidden_states)
-            key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
-        else:
-            text, visual = routing.split(hidden_states)
-            if self.visual_q_proj is None:
-                query = self.q_proj(hidden_states)
-            else:
-                query = routing.merge(self.q_proj(text), self.visual_q_proj(visual))
-            key = routing.merge(self.k_proj(text), self.visual_k_proj(visual))
-            value = routing.merge(self.v_proj(text), self.visual_v_proj(visual))
+        parts = None if routing is None else routing.split(hidden_states)
+
+        def project(text_branch: nn.Module, visual_branch: nn.Module | None) -> Tensor:
+            if routing is None or parts is None or visual_branch is None:
+                return text_branch(hidden_states)
+            return routing.merge(text_branch(parts[0]), visual_branch(parts[1]))
+
+        query = project(self.q_proj, self.visual_q_proj)
+        key = project(self.k_proj, self.visual_k_proj)
+        value = project(self.v_proj, self.visual_v_proj)
         query = query.view(shape).transpose(1, 2)
         key, value = key.view(shape).transpose(1, 2), value.view(shape).transpose(1, 2)
 
@@ -305,7 +305,7 @@ class MplugOwl2TextModel(PreTrainedModel):
         if mm_token_type_ids is None and self.training:
             mm_token_type_ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
         routing = None
-        if mm_token_type_ids is not None:
+        if mm_token_type_ids is not None and self.config.has_modality_adaptive_module:
             routing = ModalityRouting.from_indicators(mm_token_type_ids, self.training)
 
         hidden_states = inputs_embeds
