@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import Enum
 from functools import wraps
 from pathlib import Path
@@ -395,6 +396,72 @@ def push(
     typer.echo(f"{total} would go to {report.repo_id}" if dry_run else f"{total}: {report.url}")
 
 
+data_app = typer.Typer(help="Training data.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+
+@data_app.callback()
+def _data() -> None:
+    """Training data."""
+
+
+@data_app.command(name="check")
+@_report_mistakes
+def check_data(
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="LLaVA's JSON, JSON lines, a folder saved by datasets, or the id of a data set on the Hub."
+        ),
+    ],
+    image_folder: Annotated[
+        Path | None, typer.Option(help="What paths of pictures start from; the file's own folder if not given.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the model to train: also counts tokens, pictures included.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="With --model: count rows that this many positions truncate.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set that has several.")] = "train",
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read a data set of the Hub as it arrives.")] = False,
+    skip_pictures: Annotated[
+        bool, typer.Option("--skip-pictures", help="Do not open pictures, only see whether the files are there.")
+    ] = False,
+    as_json: JSON = False,
+    debug: Debug = False,
+) -> None:
+    """Name every row that cannot be learned from, and why, and count the others.
+
+    Rows are numbered from 1, rows of JSON lines by their line. The exit code is 1 where rows are bad.
+    """
+    from .training.data import check_rows
+
+    if model is None and max_length is not None:
+        raise ValueError("--max-length counts tokens, which needs --model.")
+    if model is not None and skip_pictures:
+        raise ValueError("--model looks into pictures: leave out --skip-pictures, or --model.")
+    report = check_rows(
+        file,
+        image_folder,
+        None if model is None else _load_processor(model),
+        max_length,
+        split,
+        streaming,
+        open_images=not skip_pictures,
+        on_row=lambda rows: None if rows % 10_000 else typer.echo(f"{rows:,} rows", err=True),
+    )
+    if as_json:
+        typer.echo(json.dumps(asdict(report)))
+    else:
+        for bad in report.bad:
+            identity = "" if bad.id is None else f" (id {bad.id!r})"
+            typer.echo(f"row {bad.row}{identity}: {' '.join(bad.reason.split())}")
+        typer.echo(report.summary())
+    if report.bad:
+        raise typer.Exit(1)
+
+
 def _load(model: str | None) -> tuple[Any, Any]:
     """A model and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -407,6 +474,13 @@ def _load(model: str | None) -> tuple[Any, Any]:
         return load_default()
     with _naming(model):
         return AutoModelForImageTextToText.from_pretrained(model), AutoProcessor.from_pretrained(model)
+
+
+def _load_processor(model: str) -> Any:
+    from transformers import AutoProcessor
+
+    with _naming(model):
+        return AutoProcessor.from_pretrained(model)
 
 
 def _facts(folder: str) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..processing.image_processing_mplug_owl2 import open_image
@@ -37,10 +38,10 @@ class JsonLines(Sequence[Row]):
                 start += len(line)
 
     def numbered(self) -> Iterator[tuple[int, Row | ValueError]]:
-        """Line number and row, or what is wrong with the line."""
+        """Line number and row, or what is wrong with it."""
         for number, _, line in self._lines():
             try:
-                yield number, self._parse(line, number)
+                yield number, _parse(line)
             except ValueError as error:
                 yield number, error
 
@@ -48,21 +49,30 @@ class JsonLines(Sequence[Row]):
         return len(self._starts)
 
     def __iter__(self) -> Iterator[Row]:
-        return (self._parse(line, number) for number, _, line in self._lines())
+        for number, row in self.numbered():
+            if isinstance(row, ValueError):
+                raise ValueError(f"{self.path}, line {number}: {row}") from None
+            yield row
 
     def __getitem__(self, index):
-        start = int(self._starts[index])
+        start = self._starts[index]
         with self.path.open("rb") as file:
             file.seek(start)
             line = file.readline()
-        return self._parse(line, start=start)
-
-    def _parse(self, line: bytes, number: int | None = None, start: int = 0) -> Row:
         try:
-            return json.loads(line)
-        except (ValueError, RecursionError) as error:
-            number = number or next(number for number, first, _ in self._lines() if first == start)
-            raise ValueError(f"{self.path}, line {number} is not valid JSON: {error}") from None
+            return _parse(line)
+        except ValueError as error:
+            number = next(number for number, first, _ in self._lines() if first == start)
+            raise ValueError(f"{self.path}, line {number}: {error}") from None
+
+
+def _parse(line: bytes) -> Row:
+    try:
+        return json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON at column {error.colno}: {error.msg}.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error}.") from None
 
 
 class Rows(Dataset):
@@ -110,6 +120,8 @@ def load_rows(source: Any, image_folder: str | Path | None = None, split: str = 
     Raises:
         ValueError: There is no such source, or it is of another kind.
     """
+    if image_folder is not None and not Path(image_folder).is_dir():
+        raise ValueError(f"there is no image folder {str(image_folder)!r}.")
     rows: Any = source
     if isinstance(source, (str, Path)):
         path = Path(source)
@@ -120,12 +132,14 @@ def load_rows(source: Any, image_folder: str | Path | None = None, split: str = 
             rows = _load_datasets(source, split, streaming)
     if isinstance(rows, Mapping):
         raise ValueError(f"expected rows, got splits {', '.join(map(str, rows))}: choose one of them.")
-    if not isinstance(rows, Iterable):
+    if not hasattr(rows, "__iter__") and not hasattr(rows, "__getitem__"):
         raise ValueError(f"expected a path, the id of a data set or rows, got {type(source).__name__}.")
     if isinstance(rows, IterableDataset) and hasattr(rows, "map"):  # of `datasets`, which shares itself out to workers
         return rows if image_folder is None else rows.map(_with_folder, fn_kwargs={"image_folder": image_folder})
     if streaming or not hasattr(rows, "__getitem__"):
         return RowStream(rows, image_folder)
+    if not len(rows):
+        raise ValueError(f"{source if isinstance(source, (str, Path)) else 'the data set'} holds no rows.")
     return Rows(rows, image_folder)
 
 
@@ -133,7 +147,7 @@ def _read_file(path: Path) -> Sequence[Row]:
     """One JSON list, or one object a line; the first character tells which."""
     with path.open("rb") as file:
         first = next((line for line in file if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    if first == b"{":
+    if path.suffix == ".jsonl" or first == b"{":
         return JsonLines(path)
     if first != b"[":
         raise ValueError(f"{path}: expected a JSON list of rows, or one JSON object a line.")
@@ -192,6 +206,18 @@ class DataReport:
         self.turns += len(messages)
         self.answers += sum(message["role"] == "assistant" for message in messages)
 
+    def summary(self) -> str:
+        """The counts, in lines."""
+        lines = [
+            f"{self.rows:,} rows, {len(self.bad):,} bad, {self.text_only:,} text only; {self.images:,} pictures, "
+            f"{self.turns:,} turns, {self.answers:,} answers"
+        ]
+        if self.tokens_longest is not None:
+            lines.append(f"tokens of a row: longest {self.tokens_longest:,}, mean {self.tokens_mean:,.1f}")
+        if self.truncated is not None:
+            lines.append(f"{self.truncated:,} rows would be truncated, {self.without_labels:,} have no label then")
+        return "\n".join(lines)
+
 
 def check_rows(
     source: Any,
@@ -201,13 +227,15 @@ def check_rows(
     split: str = "train",
     streaming: bool = False,
     open_images: bool = True,
+    on_row: Callable[[int], None] | None = None,
 ) -> DataReport:
     """Look at every row, without stopping at a bad one.
 
     Args:
         source, image_folder, split, streaming: as in `load_rows`.
         processor: Also counts tokens, and with `max_length` the rows that truncation shortens or leaves unlabelled.
-        open_images: Decode every picture; otherwise only see whether its file is there.
+        open_images: Decode every picture; without a processor `False` only sees whether its file is there.
+        on_row: Called with the number of rows seen so far.
 
     Raises:
         ValueError: The source as a whole cannot be read.
@@ -223,23 +251,32 @@ def check_rows(
             if isinstance(row, Exception):
                 raise row
             messages = to_messages(row, image_folder)
-            for picture in pictures_of(messages) if open_images else ():
-                if isinstance(picture, (str, bytes)):
-                    open_image(picture)
             if collator is not None:
-                [encoded] = collator.encode([row])
-                lengths.append(len(encoded))
+                [encoded] = collator.encode([{"messages": messages}])
                 collator.truncate(encoded)
+                lengths.append(len(encoded))
+            elif open_images:
+                _open(messages)
+            report.add(messages)
         except (ValueError, OSError) as error:
             identity = row.get("id") if isinstance(row, Mapping) else None
             report.bad.append(BadRow(number, None if identity is None else str(identity), str(error)))
-        else:
-            report.add(messages)
+        if on_row is not None:
+            on_row(report.rows)
     if collator is not None:
         report.tokens_longest = max(lengths, default=0)
         report.tokens_mean = sum(lengths) / max(len(lengths), 1)
+    if collator is not None and max_length is not None:
         report.truncated, report.without_labels = collator.counts["truncated"], collator.counts["without_labels"]
     return report
+
+
+def _open(messages: list[dict[str, Any]]) -> None:
+    for picture in pictures_of(messages):
+        if isinstance(picture, Image.Image):
+            picture.load()
+        else:
+            open_image(picture)
 
 
 def _numbered(rows: Any) -> Iterator[tuple[int, Any]]:

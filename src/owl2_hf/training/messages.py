@@ -66,7 +66,7 @@ def _from_llava(turns: Any, has_images: bool, has_videos: bool, is_single: bool)
     messages = []
     for number, turn in enumerate(_turns(turns, "conversations"), 1):
         role, value = turn.get("from"), turn.get("value")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"turn {number}: expected 'from' to be 'human', 'gpt' or 'system', got {role!r}.")
         text = _text(value, f"turn {number}: expected a string as 'value'")
         content = list(_split(text, has_images, has_videos))
@@ -213,7 +213,7 @@ def _frames(video: Any, folder: str | Path | None) -> list[Any]:
         path = _path(video, folder)
         if not path.is_dir():
             raise ValueError(f"video {str(video)!r}: expected a folder of frames, or a list of them; it is none.")
-        return expand_paths([str(path)])[1]
+        return [str(frame) for frame in expand_paths([str(path)])[1]]
     if not isinstance(video, (list, tuple)) or not video:
         got = "an empty list" if isinstance(video, (list, tuple)) else type(video).__name__
         raise ValueError(f"expected a folder of frames or a list of at least one as a video, got {got}.")
