@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -285,6 +286,19 @@ def test_verify_says_ok(original, converted, with_tokenizer, tmp_path):
     command("convert", with_tokenizer, tmp_path / "converted")
     lines = command("verify", tmp_path / "converted", "--against", with_tokenizer).stdout
     assert "the processor fits the model: 34 positions for a picture" in lines  # the whole picture and one crop
+
+
+def test_info_counts_the_tokens_of_a_crop(original, with_tokenizer, tmp_path):
+    command("convert", with_tokenizer, tmp_path / "converted")
+    for folder in (original, with_tokenizer, tmp_path / "converted"):
+        facts = json.loads(command("info", folder, "--json").stdout)
+        assert (facts["tokens per crop"], facts["crop size"]) == (17, 32)
+        assert "tokens per picture" not in facts
+    assert re.search(r"tokens per crop +17\n", command("info", with_tokenizer).stdout)
+    processor = AutoProcessor.from_pretrained(tmp_path / "converted")
+    processor.image_processor.image_aspect_ratio = "pad"
+    processor.save_pretrained(tmp_path / "converted")
+    assert json.loads(command("info", tmp_path / "converted", "--json").stdout)["tokens per picture"] == 17
 
 
 @pytest.mark.parametrize("mark", ["component", "architecture"])

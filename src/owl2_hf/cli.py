@@ -106,7 +106,7 @@ def info(
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Show components, parameters, tokens of a picture, preprocessing and dtype, without loading the weights."""
+    """Show components, parameters, tokens of a picture or crop, preprocessing and dtype, without loading the weights."""
     from .default import default_dir
 
     facts = _facts(folder or str(default_dir()))
@@ -384,13 +384,16 @@ def _facts(folder: str) -> dict[str, Any]:
     parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in components.items()}
     try:
         preprocessing = AutoProcessor.from_pretrained(folder).image_processor.image_aspect_ratio
+        is_cropped = preprocessing == "anchors"
     except (OSError, ValueError, AttributeError):
         preprocessing = "no processor in this folder"
+        is_cropped = config.connector_type == "h_reducer"
+    square = "crop" if is_cropped else "picture"
     return {
         "model": folder,
         "parameters": {**parameters, "total": sum(parameters.values())},
-        "tokens per picture": config.num_image_tokens,
-        "picture size": config.vision_config.image_size,
+        f"tokens per {square}": config.num_image_tokens,
+        f"{square} size": config.vision_config.image_size,
         "preprocessing": preprocessing,
         "context length": config.text_config.max_position_embeddings,
         "dtype": str(config.dtype).removeprefix("torch."),
