@@ -106,7 +106,7 @@ def info(
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Show components, parameters, tokens of a picture or crop, preprocessing and dtype, without loading the weights."""
+    """Show components, parameters, tokens of a picture or crop, preprocessing and dtype; the weights are not loaded."""
     from .default import default_dir
 
     facts = _facts(folder or str(default_dir()))
