@@ -18,14 +18,16 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from owl2_hf.conversion import ConversionError, convert
 from owl2_hf.conversion.verify import verify
 from owl2_hf.hub import checked_names
-from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2Model
+from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2Model, MplugOwl21Config
 from owl2_hf.modeling.conversion_mplug_owl2 import original_key, to_original, to_ours
 from owl2_hf.processing import MplugOwl2Processor
 from owl2_hf.processing.tokenization_mplug_owl2 import QWEN_CONTROL_TOKENS, load_tokenizer
+from owl2_hf.scoring import Preset, Scorer
 
 from .conversion.conftest import assert_same_bits, command, edit_config, load_state, read_shards
 from .original import expand_markers, pad
 from .test_golden import GoldenSet, assert_close, text_logits
+from .test_remote_code import ask_a_stranger
 
 
 @pytest.fixture(scope="module")
@@ -181,13 +183,16 @@ def test_training_knows_no_rule_for_long_prompts(golden):
         assert (golden.model.eval()(input_ids=ids).logits - expected).abs().max() > 0.1
 
 
-def test_direct_loading_gives_the_bits_of_the_converted_folder(source, converted):
+def test_direct_loading_gives_the_bits_of_the_converted_folder(source, converted, caplog):
     direct, info = MplugOwl2ForConditionalGeneration.from_pretrained(source / "hf", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_same_bits(load_state(converted), direct.state_dict())
     assert type(AutoModel.from_pretrained(source / "hf")) is MplugOwl2Model
     by_name = AutoModelForImageTextToText.from_pretrained(source / "hf")
     assert_same_bits(direct.state_dict(), by_name.state_dict())
+    assert "instantiate a model of type" not in caplog.text
+    one, other = (which.from_pretrained(source / "hf").to_dict() for which in (MplugOwl2Config, MplugOwl21Config))
+    assert one == other
     config = AutoConfig.from_pretrained(source / "hf").to_dict()
     saved = AutoConfig.from_pretrained(converted).to_dict()
     assert saved["model_type"] == "mplug_owl2"
@@ -249,6 +254,8 @@ def test_the_vocabulary_is_that_of_the_weights(source, converted, tmp_path):
         edit_config(folder, vocab_size=vocab_size)
         convert(folder, tmp_path / f"target{number}")
         assert_same_bits(load_state(converted), load_state(tmp_path / f"target{number}"))
+    with pytest.raises(ValueError, match=r"other shapes than config\.json says.*vocab_size"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "source1")
     config = AutoConfig.from_pretrained(tmp_path / "source0")
     assert (config.image_token_id, config.text_config.eos_token_id) == (151851, 151643)
 
@@ -466,6 +473,37 @@ def test_a_folder_with_a_tokenizer_converts_verifies_and_comes_back(talking, tmp
     (target / "qwen.tiktoken").write_text("stale")
     convert(tmp_path / "back", target, overwrite=True)
     assert (target / "qwen.tiktoken").read_bytes() == (talking / "qwen.tiktoken").read_bytes()
+
+
+def test_level_words_score_pictures(talking, ranks, tmp_path):
+    """Behind other words a level has a space, which is part of its piece."""
+    convert(talking, tmp_path / "converted")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "converted")
+    processor = AutoProcessor.from_pretrained(tmp_path / "converted")
+    prompt = "USER: <|image|>the picture ASSISTANT:"
+    words = [piece.decode()[1:] for piece in ranks if re.fullmatch(rb" [a-z]+", piece)][-2:]
+    found = Scorer(model, processor, Preset({"quality": prompt}, tuple(words), (1.0, 0.0)))(
+        [Image.new("RGB", size, "red") for size in ((50, 30), (20, 40))]
+    )
+    for one, size in zip(found, ((50, 30), (20, 40)), strict=True):
+        image = Image.new("RGB", size, "red")
+        inputs = processor(text=prompt, images=image, image_aspect_ratio="pad", return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -1]
+        assert one.logits == pytest.approx([float(logits[ranks[f" {word}".encode()]]) for word in words], abs=1e-5)
+
+
+def test_a_stranger_gets_the_same_logits(talking, tmp_path):
+    convert(talking, tmp_path / "converted")
+    Image.new("RGB", (50, 30), "red").save(tmp_path / "red.png")
+    prompt = "USER: <|image|>the picture ASSISTANT:"
+    found = ask_a_stranger(tmp_path / "converted", str(tmp_path / "red.png"), prompt, tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "converted")
+    processor = AutoProcessor.from_pretrained(tmp_path / "converted")
+    inputs = processor(text=prompt, images=str(tmp_path / "red.png"), return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits[0, -1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_turns_are_joined_by_plain_text(talking):
