@@ -76,8 +76,38 @@ def test_a_picture_that_is_preferred_scores_higher(default, pictures, monkeypatc
         Comparator, "__call__", lambda self, pairs: [0.9 if order[b] > order[a] else 0.1 for a, b in pairs]
     )
     low, middle, high = comparator.score([pictures[0], pictures[2], pictures[4]], [pictures[1], pictures[3]])
-    assert 0 < low < middle < high < 100
-    assert middle == pytest.approx(50, abs=1e-6)
+    assert (low, middle, high) == pytest.approx((0, 50, 100), abs=1e-5)
+
+
+def test_the_scale_is_the_released_one(default, monkeypatch):
+    """The optimum from a search of another kind, the worst of anchors and picture at 0 and the best at 100."""
+    anchors, preferred = ["a", "b", "c"], [0.9, 0.8, 0.3]
+    table = [[0.5, 0.3, 0.05], [0.7, 0.5, 0.2], [0.95, 0.8, 0.5]]
+    comparator = Comparator(*default, TINY)
+    monkeypatch.setattr(Comparator, "__call__", lambda self, pairs: [preferred[anchors.index(a)] for a, _ in pairs])
+    (score,) = comparator.score(["x"], anchors, anchor_preferences=table)
+    counts = [[*row, 1 - own] for row, own in zip(table, preferred, strict=True)] + [[*preferred, 0.5]]
+
+    def pull(s, i):
+        """Derivative of the objective by quality i."""
+        total = -s[i]
+        for j in range(4):
+            for sign, count in ((1, counts[i][j]), (-1, counts[j][i])):
+                gap = sign * (s[i] - s[j])
+                density = math.exp(-(gap**2) / 2) / math.sqrt(2 * math.pi)
+                total += sign * count * density / (0.5 * math.erfc(-gap / math.sqrt(2)))
+        return total
+
+    s = [0.0] * 4
+    for _ in range(2000):
+        s = [s[i] + 0.1 * pull(s, i) for i in range(4)]
+    assert score == pytest.approx(100 * (s[3] - min(s)) / (max(s) - min(s)), abs=1e-4)
+    assert 0 < score < 100
+    for wrong in ([[0.5, 0.5], [0.5, 0.5]], [[2.0] * 3] * 3):
+        with pytest.raises(ValueError, match="expected a table of 3 by 3 preferences from 0 to 1"):
+            comparator.score(["x"], anchors, anchor_preferences=wrong)
+    monkeypatch.setattr(Comparator, "__call__", lambda self, pairs: [0.5 for _ in pairs])
+    assert comparator.score(["x"], anchors) == [50.0]
 
 
 def test_scores_come_from_the_models_comparisons(default, pictures):

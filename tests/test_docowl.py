@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer
 
 from .conversion.conftest import assert_same_bits, command, edit_config, load_state, read_shards, refused
 from .original import pad
-from .test_golden import GoldenSet, assert_close, text_logits
+from .test_golden import GoldenSet, assert_close
 from .test_remote_code import ask_a_stranger
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -72,7 +73,7 @@ def test_the_h_reducer_alone_gives_the_originals_numbers(name):
 
 @pytest.mark.parametrize("name", ["c1_one_image", "c2_three_crops"])
 @torch.no_grad()
-def test_vision_and_h_reducer_give_the_originals_numbers(golden, name):
+def test_every_step_of_the_h_reducer_gives_the_originals_numbers(golden, name):
     case = golden.case(name)
     seen = {}
     reducer = golden.model.model.h_reducer
@@ -80,81 +81,26 @@ def test_vision_and_h_reducer_give_the_originals_numbers(golden, name):
         reducer.reducer_before.register_forward_hook(lambda _, args, out: seen.update(before=out)),
         reducer.reducer.register_forward_hook(lambda _, args, out: seen.update(input=args[0], reducer=out)),
     ]
-    features = golden.model.get_image_features(case["images"], output_hidden_states=True)
+    golden.model.get_image_features(case["images"])
     for hook in hooks:
         hook.remove()
-    assert_close(features.last_hidden_state, case["vision_last_hidden_state"])
-    assert_close(torch.stack(features.hidden_states), case["vision_hidden_states"])
     assert_close(seen["input"], case["connector_reducer_input"])
     assert_close(torch.nn.functional.gelu(seen["before"]), case["connector_reducer_before"])
     assert_close(seen["reducer"], case["connector_reducer"])
-    assert_close(torch.stack(features.pooler_output), case["connector_output"])
-    assert features.abstractor_hidden_states is None
 
 
-@pytest.mark.parametrize("name", ["c1_one_image", "c2_three_crops", "c2b_adjacent", "c3_text_only", "c4_batch2"])
-@torch.no_grad()
-def test_language_model_gives_the_originals_numbers(golden, name):
-    case = golden.case(name)
-    output = golden.model(**golden.inputs(case), output_hidden_states=True)
-    assert_close(text_logits(golden, output), case["logits"])
-    assert_close(torch.stack(output.hidden_states), case["hidden_states"])
-
-
-@pytest.mark.parametrize("name", ["c1_one_image", "c3_text_only"])
-@torch.no_grad()
-def test_attentions_and_cache_are_the_originals(golden, name):
-    case = golden.case(name)
-    model = copy.deepcopy(golden.model)
-    model.set_attn_implementation("eager")
-    output = model(**golden.inputs(case), output_attentions=True, use_cache=True)
-    assert_close(torch.stack(output.attentions), case["attentions"])
-    assert_close(torch.stack([layer.keys for layer in output.past_key_values.layers]), case["past_keys"])
-    assert_close(torch.stack([layer.values for layer in output.past_key_values.layers]), case["past_values"])
-
-
-@torch.no_grad()
-def test_several_crops_behind_one_marker(golden):
-    case = golden.case("c9_images_5d")
-    run = case["images"].shape[1] * golden.config.num_image_tokens
-    output = golden.model(**golden.inputs(case, tokens_per_marker=run))
-    assert_close(text_logits(golden, output), case["logits"])
-
-
-@torch.no_grad()
-def test_ten_crops_reach_beyond_the_trained_length(golden):
-    case = golden.case("c11_ten_crops_beyond_max_positions")
-    output = golden.model(**golden.inputs(case), logits_to_keep=8)
-    assert_close(text_logits(golden, output), case["last_logits"])
-
-
-@pytest.mark.parametrize("name", ["c5_labels_one_image", "c5b_labels_batch2", "c5d_labels_ragged"])
-@torch.no_grad()
-def test_loss_is_the_originals(golden, name):
-    case = golden.case(name)
-    inputs = golden.inputs(case)
-    output = golden.model(**inputs)
-    assert_close(output.loss, case["loss"])
-    mask = inputs["attention_mask"].bool()
-    assert_close(text_logits(golden, output)[mask], case["logits"][mask])
-
-
-def test_gradients_are_the_originals(golden):
+def test_gradients_of_the_h_reducer_have_the_originals_norms(golden):
     case = golden.case("c7_grads")
+    assert any("vision2text" in key for key in case)
     golden.model.zero_grad()
     golden.model(**golden.inputs(case)).loss.backward()
     ours = {name: parameter.grad for name, parameter in golden.model.named_parameters()}
-    expected = {key.removeprefix("grad."): tensor for key, tensor in case.items() if key.startswith("grad.")}
-    assert len(expected) >= 10 and any("vision2text" in key for key in expected)
-    for key, tensor in expected.items():
-        for name, gradient in to_ours(key, tensor, golden.config):
-            assert_close(ours[name], gradient)
-    norms = golden.cases["c7_grads"]["grad_norms_all"]
+    norms = {key: norm for key, norm in golden.cases["c7_grads"]["grad_norms_all"].items() if "vision2text" in key}
+    assert norms
     for key, norm in norms.items():
-        if "vision2text" in key:
-            gradient = ours[key.replace("vision2text", "h_reducer").replace("before.0", "before")]
-            assert (gradient is None) == (norm is None), key
-            assert norm is None or abs(gradient.norm().item() / norm - 1) < 1e-5, key
+        gradient = ours[key.replace("vision2text", "h_reducer").replace("before.0", "before")]
+        assert (gradient is None) == (norm is None), key
+        assert norm is None or abs(gradient.norm().item() / norm - 1) < 1e-5, key
 
 
 def test_the_norm_nobody_applies_gets_zeros_in_training(golden):
@@ -162,21 +108,6 @@ def test_the_norm_nobody_applies_gets_zeros_in_training(golden):
     model(**golden.inputs(golden.case("c5_labels_one_image"))).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert not model.model.h_reducer.ln_q.weight.grad.any()
-
-
-@pytest.mark.parametrize("name", ["c6_generate_one_image", "c6b_generate_three_crops", "c6c_generate_text"])
-def test_greedy_generation_gives_the_originals_ids_and_scores(golden, name):
-    case = golden.case(name)
-    num_new = case["new_ids"].shape[1]
-    output = golden.model.generate(
-        **golden.inputs(case),
-        max_new_tokens=num_new,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    assert output.sequences[:, -num_new:].tolist() == case["new_ids"].tolist()
-    assert_close(torch.stack(output.logits, dim=1)[..., : golden.config.output_vocab_size], case["scores"])
 
 
 @torch.no_grad()
@@ -285,6 +216,19 @@ def test_verify_says_ok(original, converted, with_tokenizer, tmp_path):
     command("convert", with_tokenizer, tmp_path / "converted")
     lines = command("verify", tmp_path / "converted", "--against", with_tokenizer).stdout
     assert "the processor fits the model: 34 positions for a picture" in lines  # the whole picture and one crop
+
+
+def test_info_counts_the_tokens_of_a_crop(original, with_tokenizer, tmp_path):
+    command("convert", with_tokenizer, tmp_path / "converted")
+    for folder in (original, with_tokenizer, tmp_path / "converted"):
+        facts = json.loads(command("info", folder, "--json").stdout)
+        assert (facts["tokens per crop"], facts["crop size"]) == (17, 32)
+        assert "tokens per picture" not in facts
+    assert re.search(r"tokens per crop +17\n", command("info", with_tokenizer).stdout)
+    processor = AutoProcessor.from_pretrained(tmp_path / "converted")
+    processor.image_processor.image_aspect_ratio = "pad"
+    processor.save_pretrained(tmp_path / "converted")
+    assert json.loads(command("info", tmp_path / "converted", "--json").stdout)["tokens per picture"] == 17
 
 
 @pytest.mark.parametrize("mark", ["component", "architecture"])

@@ -13,6 +13,8 @@ from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 from owl2_hf.processing.tokenization_mplug_owl2 import llama_tokenizer, load_tokenizer
 from owl2_hf.scoring import PRESETS, Scorer
 
+from .test_videos import make_video
+
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS = re.findall(r"## (.*?)\n.*?```python\n(.*?)```", (DOCS / "coming-from.md").read_text(), re.DOTALL)
 
@@ -78,6 +80,7 @@ def place(tmp_path_factory):
         processor.save_pretrained(folder / "path" / "to" / name)
     for name, colour in (("photo", "red"), ("other", "green"), ("third", "blue")):
         Image.new("RGB", (40, 30), colour).save(folder / f"{name}.jpg")
+    make_video(folder / "clip.mp4", 30, 10)
     return folder
 
 

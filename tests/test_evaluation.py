@@ -24,15 +24,38 @@ def test_prompts_are_the_originals():
     assert (
         EVALUATIONS["mmbench"].fill(hint="H", question="Q", options="A. x").startswith("USER: <|image|>H\nQ\nA. x\nAns")
     )
+    assert [name for name, one in EVALUATIONS.items() if one.ending == "ASSISTANT:"] == ["mmmu", "mmmu-open"]
     with pytest.raises(ValueError, match="the prompt needs 'question', got"):
         EVALUATIONS["vqa"].fill(text="?")
+
+
+def test_mmmus_questions_say_where_their_pictures_stand():
+    asked = {"question": "Is <image 2> like <image 1>?", "options": "A. {x}\nB. <image 7>"}
+    choice = EVALUATIONS["mmmu"]
+    assert choice.fill(**asked) == (
+        "USER: Is <|image|> like <|image|>?\nA. {x}\nB. <|image|>\n"
+        "Answer with the option\u2019s letter from the given choices directly. ASSISTANT:"
+    )
+    assert choice.picture_numbers(**asked) == [2, 1, 7]
+    assert EVALUATIONS["mmmu-open"].fill(question="<image 1> How many?") == (
+        "USER: <|image|> How many?\nAnswer the question using a single word or phrase. ASSISTANT:"
+    )
+    assert choice.generation_kwargs() == {
+        "do_sample": False,
+        "num_beams": 1,
+        "max_new_tokens": 20,
+        "min_new_tokens": 1,
+    }
+    assert "<image 1>" in EVALUATIONS["vqa"].fill(question="What does <image 1> mean?")
+    assert EVALUATIONS["vqa"].picture_numbers(question="What does <image 1> mean?") == []
 
 
 def test_settings_go_straight_into_generate():
     model, processor = owl2_hf.load_default()
     picture = str(next(iter(owl2_hf.default_pictures().values())))
-    for evaluation in EVALUATIONS.values():
-        prompt = evaluation.fill(question="What is this?", hint="", options="")
+    for name, evaluation in EVALUATIONS.items():
+        question = "<image 1> What is this?" if name.startswith("mmmu") else "What is this?"
+        prompt = evaluation.fill(question=question, hint="", options="")
         inputs = processor(text=prompt, images=picture, return_tensors="pt")
         settings = evaluation.generation_kwargs()
         output = model.generate(**inputs, **settings)
@@ -72,6 +95,26 @@ def test_lmms_eval_gets_the_answers_of_the_pipeline(lmms):
     scored = [SimpleNamespace(args=("What is this?", answers[0], lambda doc: [doc["image"]], 0, "task", "test"))]
     ((log_probability, is_greedy),) = model.loglikelihood(scored)
     assert is_greedy and log_probability < 0
+
+
+def test_pictures_stand_where_the_question_marks_them(lmms):
+    def place(question, *pictures):
+        return lmms._place(question, list(pictures), "*")
+
+    assert place("What is it?", "a", "b") == ("**What is it?", ["a", "b"])
+    assert place("<image> or <image>?", "a", "b") == ("* or *?", ["a", "b"])
+    assert place("<image 3>, <image 1>, <image 3>?", "a", "c") == ("*, *, *?", ["c", "a", "c"])
+    assert place("What is <image>?", "a", "b") == ("**What is <image>?", ["a", "b"])
+    assert place("What is <image>?") == ("What is <image>?", [])
+
+
+def test_the_originals_ending_comes_with_its_settings(lmms):
+    request = SimpleNamespace(args=("<image 1> What?", {}, lambda doc: [doc["image"]], 0, "task", "test"))
+    for prompt, ending in ((None, "ASSISTANT:"), ("vqa", "ASSISTANT: "), ("mmmu", "ASSISTANT:")):
+        model = lmms.Owl2("default", prompt=prompt)
+        model.task_dict = {"task": {"test": [{"image": Image.new("RGB", (9, 9))}]}}
+        text, pictures = model._prompt(request)
+        assert text == f"USER: <|image|> What? {ending}" and len(pictures) == 1
 
 
 def test_settings_of_a_task_win(lmms):

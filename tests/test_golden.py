@@ -1,4 +1,7 @@
-"""Numbers of the original, reproduced by its own weights through the shipped conversion."""
+"""Numbers of the original, reproduced by its own weights through the shipped conversion: the whole family.
+
+H1 is DocOwl 1.5 and Q1 mPLUG-Owl2.1; their own peculiarities are in test_docowl.py and test_owl21.py.
+"""
 
 import copy
 import json
@@ -13,7 +16,7 @@ from owl2_hf.modeling.conversion_mplug_owl2 import to_ours
 
 from .original import expand_markers
 
-SETS = ["A", "B", "C", "C2", "S"]
+SETS = ["A", "B", "C", "C2", "S", "H1", "Q1"]
 TOLERANCE = 1e-5  # largest error over the largest number
 
 
@@ -23,6 +26,7 @@ class GoldenSet:
             converted, attn_implementation=attn_implementation
         ).eval()
         self.config = self.model.config
+        self.name = folder.name
         self.tensors = load_file(folder / "cases.safetensors")
         self.cases = json.loads((folder / "cases.json").read_text())["cases"]
 
@@ -48,6 +52,8 @@ def converted_sets(tmp_path_factory, golden_dir):
     def get(name):
         if name not in folders:
             source = golden_dir(name)
+            if not (source / "hf").is_dir():
+                pytest.skip(f"golden set {name} is not here as a whole; OWL2_HF_GOLDEN names the folder that holds it")
             target = tmp_path_factory.mktemp(name) / "converted"
             convert(source / "hf", target)
             folders[name] = source, target
@@ -73,21 +79,45 @@ def text_logits(golden, output):
     return output.logits[..., : golden.config.output_vocab_size]
 
 
-@pytest.mark.parametrize("name", ["c1_one_image", "c2_two_images"])
-def test_vision_and_abstractor_give_the_originals_numbers(golden, name):
+def eager_copy(model):
+    """The same weights with the attention that shows its weights."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("name", ["c1_one_image", "c2_two_images", "c2_three_crops"])
+@torch.no_grad()
+def test_vision_and_connector_give_the_originals_numbers(golden, name):
     case = golden.case(name)
-    golden.model.set_attn_implementation("eager")
-    features = golden.model.get_image_features(case["images"], output_hidden_states=True, output_attentions=True)
+    features = golden.model.get_image_features(case["images"], output_hidden_states=True)
     assert_close(features.last_hidden_state, case["vision_last_hidden_state"])
     assert_close(torch.stack(features.hidden_states), case["vision_hidden_states"])
-    assert_close(torch.stack(features.attentions), case["vision_attentions"])
-    assert_close(torch.stack(features.abstractor_hidden_states[1:]), case["abstractor_layer_outputs"])
-    assert_close(torch.stack(features.pooler_output), case["abstractor_last_hidden_state"])
-    assert len(features.abstractor_attentions) == golden.config.abstractor_config.num_hidden_layers
+    if golden.config.connector_type == "h_reducer":
+        assert_close(torch.stack(features.pooler_output), case["connector_output"])
+        assert features.abstractor_hidden_states is None
+    else:
+        assert_close(torch.stack(features.pooler_output), case["abstractor_last_hidden_state"])
+        assert_close(torch.stack(features.abstractor_hidden_states[1:]), case["abstractor_layer_outputs"])
+    if "vision_attentions" in case:
+        features = eager_copy(golden.model).get_image_features(case["images"], output_attentions=True)
+        assert_close(torch.stack(features.attentions), case["vision_attentions"])
+        assert len(features.abstractor_attentions) == golden.config.abstractor_config.num_hidden_layers
 
 
 @pytest.mark.parametrize(
-    "name", ["c1_one_image", "c2_two_images", "c2b_adjacent_leading", "c2c_image_last", "c3_text_only", "c4_batch2"]
+    "name",
+    [
+        "c1_one_image",
+        "c2_two_images",
+        "c2_three_crops",
+        "c2b_adjacent",
+        "c2b_adjacent_leading",
+        "c2c_image_last",
+        "c3_text_only",
+        "c3b_text_only_dummy_image",
+        "c4_batch2",
+    ],
 )
 @torch.no_grad()
 def test_language_model_gives_the_originals_numbers(golden, name):
@@ -101,11 +131,14 @@ def test_language_model_gives_the_originals_numbers(golden, name):
 @torch.no_grad()
 def test_attentions_and_cache_are_the_originals(golden, name):
     case = golden.case(name)
-    golden.model.set_attn_implementation("eager")
-    output = golden.model(**golden.inputs(case), output_attentions=True, use_cache=True)
-    assert_close(torch.stack(output.attentions), case["attentions"])
-    assert_close(torch.stack([layer.keys for layer in output.past_key_values.layers]), case["past_keys"])
-    assert_close(torch.stack([layer.values for layer in output.past_key_values.layers]), case["past_values"])
+    layers = golden.model(**golden.inputs(case), use_cache=True).past_key_values.layers
+    for kind, tensors in (("keys", [one.keys for one in layers]), ("values", [one.values for one in layers])):
+        cached = torch.stack(tensors)
+        # Upstream: in mPLUG-Owl2.1 positions stand before heads.
+        assert_close(cached.transpose(2, 3) if golden.config.is_owl21 else cached, case[f"past_{kind}"])
+    if "attentions" in case:
+        output = eager_copy(golden.model)(**golden.inputs(case), output_attentions=True)
+        assert_close(torch.stack(output.attentions), case["attentions"])
 
 
 @torch.no_grad()
@@ -116,10 +149,19 @@ def test_several_frames_behind_one_marker(golden):
     assert_close(text_logits(golden, output), case["logits"])
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "c11_beyond_max_positions",
+        "c11_ten_crops_beyond_max_positions",
+        "c11_near_seq_length",
+        "x12_beyond_seq_length",
+    ],
+)
 @torch.no_grad()
-def test_prompt_beyond_the_trained_length(golden):
-    case = golden.case("c11_beyond_max_positions")
-    output = golden.model(**golden.inputs(case), logits_to_keep=4)
+def test_long_prompts_give_the_originals_numbers(golden, name):
+    case = golden.case(name)
+    output = golden.model(**golden.inputs(case), logits_to_keep=case["last_logits"].shape[1])
     assert_close(text_logits(golden, output), case["last_logits"])
 
 
@@ -155,19 +197,26 @@ def test_gradients_are_the_originals(golden, training):
         # The conversion is linear, so it maps gradients as it maps weights.
         for name, gradient in to_ours(key.removeprefix("grad."), expected, golden.config):
             # The floor is for key biases: softmax cancels them, so their gradients are rounding noise.
-            assert_close(ours[name], gradient, floor=1e-2)
+            assert_close(ours[name], gradient, floor=0.0 if golden.name == "H1" else 1e-2)
             compared += 1
-    assert compared >= 20
+    assert compared >= (10 if golden.name == "H1" else 20)
 
 
 @pytest.mark.parametrize(
-    "name", ["c6_generate_one_image", "c6b_generate_two_images", "c6c_generate_text", "c6d_generate_batch2"]
+    "name",
+    [
+        "c6_generate_one_image",
+        "c6b_generate_two_images",
+        "c6b_generate_three_crops",
+        "c6c_generate_text",
+        "c6d_generate_batch2",
+    ],
 )
 def test_greedy_generation_gives_the_originals_ids_and_scores(golden, name):
     case = golden.case(name)
     output = golden.model.generate(
         **golden.inputs(case),
-        max_new_tokens=12,
+        max_new_tokens=10 if golden.name in ("H1", "Q1") else 12,
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,

@@ -18,14 +18,16 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from owl2_hf.conversion import ConversionError, convert
 from owl2_hf.conversion.verify import verify
 from owl2_hf.hub import checked_names
-from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2Model
+from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2Model, MplugOwl21Config
 from owl2_hf.modeling.conversion_mplug_owl2 import original_key, to_original, to_ours
 from owl2_hf.processing import MplugOwl2Processor
 from owl2_hf.processing.tokenization_mplug_owl2 import QWEN_CONTROL_TOKENS, load_tokenizer
+from owl2_hf.scoring import Preset, Scorer
 
 from .conversion.conftest import assert_same_bits, command, edit_config, load_state, read_shards
 from .original import expand_markers, pad
 from .test_golden import GoldenSet, assert_close, text_logits
+from .test_remote_code import ask_a_stranger
 
 
 @pytest.fixture(scope="module")
@@ -47,79 +49,11 @@ def golden(request, source, converted):
 
 @pytest.mark.parametrize("name", ["c1_one_image", "c2_two_images"])
 @torch.no_grad()
-def test_vision_and_abstractor_give_the_originals_numbers(golden, name):
+def test_positions_of_patches_are_interpolated_as_in_the_original(golden, name):
     case = golden.case(name)
     embeddings = golden.model.model.vision_tower.embeddings
     assert_close(embeddings._positions()[0], case["vision_interpolated_position_embedding"])
     assert_close(embeddings(case["images"]), case["vision_embeddings"])
-    features = golden.model.get_image_features(case["images"], output_hidden_states=True)
-    assert_close(features.last_hidden_state, case["vision_last_hidden_state"])
-    assert_close(torch.stack(features.hidden_states), case["vision_hidden_states"])
-    assert_close(torch.stack(features.abstractor_hidden_states[1:]), case["abstractor_layer_outputs"])
-    assert_close(torch.stack(features.pooler_output), case["abstractor_last_hidden_state"])
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["c1_one_image", "c2_two_images", "c2b_adjacent_leading", "c3_text_only", "c3b_text_only_dummy_image", "c4_batch2"],
-)
-@torch.no_grad()
-def test_language_model_gives_the_originals_numbers(golden, name):
-    case = golden.case(name)
-    output = golden.model(**golden.inputs(case), output_hidden_states=True)
-    assert_close(text_logits(golden, output), case["logits"])
-    assert_close(torch.stack(output.hidden_states), case["hidden_states"])
-
-
-@pytest.mark.parametrize("name", ["c1_one_image", "c3_text_only"])
-@torch.no_grad()
-def test_the_cache_is_the_originals(golden, name):
-    case = golden.case(name)
-    layers = golden.model(**golden.inputs(case), use_cache=True).past_key_values.layers
-    # Upstream: positions stand before heads.
-    assert_close(torch.stack([layer.keys for layer in layers]).transpose(2, 3), case["past_keys"])
-    assert_close(torch.stack([layer.values for layer in layers]).transpose(2, 3), case["past_values"])
-
-
-@pytest.mark.parametrize("name", ["c5_labels_one_image", "c5d_labels_ragged"])
-@torch.no_grad()
-def test_loss_is_the_originals(golden, name):
-    case = golden.case(name)
-    inputs = golden.inputs(case)
-    output = golden.model(**inputs)
-    assert_close(output.loss, case["loss"])
-    mask = inputs["attention_mask"].bool()
-    assert_close(text_logits(golden, output)[mask], case["logits"][mask])
-
-
-def test_gradients_are_the_originals(golden):
-    case = golden.case("c7_grads")
-    golden.model.zero_grad()
-    golden.model(**golden.inputs(case)).loss.backward()
-    ours = {name: parameter.grad for name, parameter in golden.model.named_parameters()}
-    compared = 0
-    for key, expected in case.items():
-        if key.startswith("grad."):
-            for name, gradient in to_ours(key.removeprefix("grad."), expected, golden.config):
-                assert_close(ours[name], gradient, floor=1e-2)
-                compared += 1
-    assert compared >= 20
-
-
-@pytest.mark.parametrize("name", ["c6_generate_one_image", "c6b_generate_two_images", "c6c_generate_text"])
-def test_greedy_generation_gives_the_originals_ids_and_scores(golden, name):
-    case = golden.case(name)
-    new_ids = case["new_ids"]
-    output = golden.model.generate(
-        **golden.inputs(case),
-        max_new_tokens=new_ids.shape[1],
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    assert output.sequences[:, -new_ids.shape[1] :].tolist() == new_ids.tolist()
-    scores = torch.stack(output.logits, dim=1)[..., : golden.config.output_vocab_size]
-    assert_close(scores, case["scores"])
 
 
 def test_a_batch_generates_what_each_prompt_does_alone(golden):
@@ -128,15 +62,6 @@ def test_a_batch_generates_what_each_prompt_does_alone(golden):
     rows = [expand_markers(case["input_ids"], golden.config)["input_ids"][0].tolist() for case in cases]
     output = golden.model.generate(**pad(rows), pixel_values=cases[0]["images"], max_new_tokens=10, do_sample=False)
     assert output[:, -10:].tolist() == torch.cat([case["new_ids"] for case in cases]).tolist()
-
-
-@pytest.mark.parametrize("name", ["c11_near_seq_length", "x12_beyond_seq_length"])
-@torch.no_grad()
-def test_long_prompts_give_the_originals_numbers(golden, name):
-    case = golden.case(name)
-    count = case["last_logits"].shape[1]
-    output = golden.model(**golden.inputs(case), logits_to_keep=count)
-    assert_close(text_logits(golden, output), case["last_logits"])
 
 
 @torch.no_grad()
@@ -181,13 +106,16 @@ def test_training_knows_no_rule_for_long_prompts(golden):
         assert (golden.model.eval()(input_ids=ids).logits - expected).abs().max() > 0.1
 
 
-def test_direct_loading_gives_the_bits_of_the_converted_folder(source, converted):
+def test_direct_loading_gives_the_bits_of_the_converted_folder(source, converted, caplog):
     direct, info = MplugOwl2ForConditionalGeneration.from_pretrained(source / "hf", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_same_bits(load_state(converted), direct.state_dict())
     assert type(AutoModel.from_pretrained(source / "hf")) is MplugOwl2Model
     by_name = AutoModelForImageTextToText.from_pretrained(source / "hf")
     assert_same_bits(direct.state_dict(), by_name.state_dict())
+    assert "instantiate a model of type" not in caplog.text
+    one, other = (which.from_pretrained(source / "hf").to_dict() for which in (MplugOwl2Config, MplugOwl21Config))
+    assert one == other
     config = AutoConfig.from_pretrained(source / "hf").to_dict()
     saved = AutoConfig.from_pretrained(converted).to_dict()
     assert saved["model_type"] == "mplug_owl2"
@@ -249,6 +177,8 @@ def test_the_vocabulary_is_that_of_the_weights(source, converted, tmp_path):
         edit_config(folder, vocab_size=vocab_size)
         convert(folder, tmp_path / f"target{number}")
         assert_same_bits(load_state(converted), load_state(tmp_path / f"target{number}"))
+    with pytest.raises(ValueError, match=r"other shapes than config\.json says.*vocab_size"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "source1")
     config = AutoConfig.from_pretrained(tmp_path / "source0")
     assert (config.image_token_id, config.text_config.eos_token_id) == (151851, 151643)
 
@@ -466,6 +396,37 @@ def test_a_folder_with_a_tokenizer_converts_verifies_and_comes_back(talking, tmp
     (target / "qwen.tiktoken").write_text("stale")
     convert(tmp_path / "back", target, overwrite=True)
     assert (target / "qwen.tiktoken").read_bytes() == (talking / "qwen.tiktoken").read_bytes()
+
+
+def test_level_words_score_pictures(talking, ranks, tmp_path):
+    """Behind other words a level has a space, which is part of its piece."""
+    convert(talking, tmp_path / "converted")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "converted")
+    processor = AutoProcessor.from_pretrained(tmp_path / "converted")
+    prompt = "USER: <|image|>the picture ASSISTANT:"
+    words = [piece.decode()[1:] for piece in ranks if re.fullmatch(rb" [a-z]+", piece)][-2:]
+    found = Scorer(model, processor, Preset({"quality": prompt}, tuple(words), (1.0, 0.0)))(
+        [Image.new("RGB", size, "red") for size in ((50, 30), (20, 40))]
+    )
+    for one, size in zip(found, ((50, 30), (20, 40)), strict=True):
+        image = Image.new("RGB", size, "red")
+        inputs = processor(text=prompt, images=image, image_aspect_ratio="pad", return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -1]
+        assert one.logits == pytest.approx([float(logits[ranks[f" {word}".encode()]]) for word in words], abs=1e-5)
+
+
+def test_a_stranger_gets_the_same_logits(talking, tmp_path):
+    convert(talking, tmp_path / "converted")
+    Image.new("RGB", (50, 30), "red").save(tmp_path / "red.png")
+    prompt = "USER: <|image|>the picture ASSISTANT:"
+    found = ask_a_stranger(tmp_path / "converted", str(tmp_path / "red.png"), prompt, tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "converted")
+    processor = AutoProcessor.from_pretrained(tmp_path / "converted")
+    inputs = processor(text=prompt, images=str(tmp_path / "red.png"), return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits[0, -1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_turns_are_joined_by_plain_text(talking):

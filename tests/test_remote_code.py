@@ -33,7 +33,7 @@ STRANGER = """
     )
     folder, picture, prompt = sys.argv[1:]
     trust = {"trust_remote_code": True}
-    assert AutoConfig.from_pretrained(folder, **trust).model_type == "mplug_owl2"
+    assert AutoConfig.from_pretrained(folder, **trust).model_type in ("mplug_owl2", "mplug_owl2_1")
     processor = AutoProcessor.from_pretrained(folder, **trust)
     image_processor = AutoImageProcessor.from_pretrained(folder, **trust)
     tokenizer = AutoTokenizer.from_pretrained(folder, **trust)

@@ -1,8 +1,12 @@
 """Scores by level words: the sum itself, batches, presets, and the command."""
 
+import copy
+import csv
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +15,8 @@ from typer.testing import CliRunner
 
 import owl2_hf
 from owl2_hf.cli import app
-from owl2_hf.scoring import PRESETS, Preset, Scorer, custom_preset, expand_paths, score_each
+from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer, qwen_tokenizer
+from owl2_hf.scoring import PRESETS, Preset, Scorer, _token_id, custom_preset, expand_paths, score_each
 
 PROMPT = "USER: <|image|>Is it red? ASSISTANT:"
 YES_NO = Preset({"quality": PROMPT, "video": PROMPT}, ("yes", "no"), (1.0, 0.0), "resize", (0.0, 1.0))
@@ -104,9 +109,6 @@ def test_the_presets_words_have_llamas_ids(golden_dir):
     source = golden_dir("A").parents[1] / "assets" / "llama_tokenizer" / "tokenizer.model"
     if not source.is_file():
         pytest.skip("LLaMA-2's tokenizer is not ours to ship and not here")
-    from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer
-    from owl2_hf.scoring import _token_id
-
     tokenizer, _ = load_tokenizer(source)
     expected = {"excellent": 15129, "good": 1781, "fair": 6534, "poor": 6460, "bad": 4319, "average": 6588}
     assert {word: _token_id(tokenizer, word) for word in expected} == expected
@@ -130,6 +132,26 @@ def test_what_cannot_be_scored_is_refused(default, pictures):
         Preset({"quality": "Is it?"})
     with pytest.raises(ValueError, match="batch_size of at least 1"):
         Scorer(model, processor, YES_NO, batch_size=0)
+    with pytest.raises(ValueError, match="at least one frame of each video"):
+        Scorer(model, processor, YES_NO)([[]], task="video")
+    (found,) = score_each(Scorer(model, processor, YES_NO), [[]], task="video")
+    assert "at least one frame" in str(found)
+
+
+def test_scores_of_a_model_that_gives_nan_are_an_error(default, pictures):
+    model = copy.deepcopy(default[0])
+    model.lm_head.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="the model's logits are not finite"):
+        Scorer(model, default[1], YES_NO)(pictures[0])
+
+
+def test_a_level_is_the_word_behind_other_words():
+    """Qwen's tokenizer has pieces with and without the space in front."""
+    pieces = [bytes([byte]) for byte in range(256)] + [b"go", b"od", b" go", b" good"]
+    tokenizer = qwen_tokenizer({piece: rank for rank, piece in enumerate(pieces)})
+    assert _token_id(tokenizer, "good") == 259
+    with pytest.raises(ValueError, match="the level 'bad' is not one token"):
+        _token_id(tokenizer, "bad")
 
 
 def test_a_broken_picture_costs_no_other_its_score(default, pictures, tmp_path):
@@ -141,6 +163,32 @@ def test_a_broken_picture_costs_no_other_its_score(default, pictures, tmp_path):
     assert found[2].logits == pytest.approx(scorer(pictures[1])[0].logits, abs=2e-5)
 
 
+def test_a_picture_that_pil_has_not_read_yet_costs_no_other_its_score(default, pictures, tmp_path):
+    content = Path(pictures[1]).read_bytes()
+    (tmp_path / "half.png").write_bytes(content[: len(content) // 2])
+    with Image.open(tmp_path / "half.png") as half:
+        found = list(score_each(Scorer(*default, YES_NO), [pictures[0], half]))
+    assert found[0].score == pytest.approx(Scorer(*default, YES_NO)(pictures[0])[0].score, abs=1e-5)
+    assert isinstance(found[1], ValueError)
+
+
+def test_pictures_score_the_same_in_every_form(default, pictures):
+    scorer = Scorer(*default, YES_NO)
+    with Image.open(pictures[0]) as opened:
+        picture = opened.convert("RGB")
+    array = np.asarray(picture)
+    tensor = torch.from_numpy(array.transpose(2, 0, 1).copy())
+    (expected,) = scorer(pictures[0])
+    forms = [Path(pictures[0]), Path(pictures[0]).read_bytes(), picture, array, tensor, np.stack([array, array])]
+    for form in forms:
+        for found in scorer(form):
+            assert found.logits == pytest.approx(expected.logits, abs=2e-5)
+    assert len(scorer(forms[-1])) == 2 and scorer([]) == []
+    video = scorer([picture, picture], task="video")
+    assert scorer(forms[-1], task="video")[0].logits == pytest.approx(video[0].logits, abs=2e-5)
+    assert len(scorer([forms[-1], [picture]], task="video")) == 2
+
+
 def test_folders_are_their_pictures_or_one_video(tmp_path):
     for name in ("b.png", "a.jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
@@ -148,9 +196,8 @@ def test_folders_are_their_pictures_or_one_video(tmp_path):
     assert expand_paths([str(tmp_path)])[0] == [str(tmp_path / "a.jpg"), str(tmp_path / "b.png")]
     names, sources = expand_paths([str(tmp_path)], is_video=True)
     assert names == [str(tmp_path)] and len(sources[0]) == 2
-    frames = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in (0, 90, 200)]
-    frames[0].save(tmp_path / "c.gif", save_all=True, append_images=frames[1:])
-    assert len(expand_paths([str(tmp_path / "c.gif")], is_video=True)[1][0]) == 3
+    (tmp_path / "clip.MP4").write_bytes(b"")
+    assert expand_paths([str(tmp_path)], is_video=True)[0] == [str(tmp_path / "clip.MP4")]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no pictures"):
         expand_paths([str(tmp_path / "empty")])
@@ -175,7 +222,7 @@ def run(folder, *arguments):
     return CliRunner().invoke(app, ["score", *map(str, arguments), *own])
 
 
-def test_the_command_prints_json_and_csv(folder, default, pictures):
+def test_the_command_prints_json_and_csv(folder, default, pictures, tmp_path):
     result = run(folder, *pictures[:2], "--json", "--scale", "0-1")
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in result.stdout.splitlines()]
@@ -183,8 +230,14 @@ def test_the_command_prints_json_and_csv(folder, default, pictures):
     expected = Scorer(*default, preset)(pictures[:2])
     assert [line["score"] for line in lines] == pytest.approx([one.score for one in expected], abs=1e-4)
     assert [line["image"] for line in lines] == pictures[:2] and lines[0]["scale"] == [0.0, 1.0]
-    table = run(folder, *pictures[:2], "--csv").stdout.splitlines()
-    assert table[0] == "image,score,std,yes,no" and len(table) == 3
+    odd = tmp_path / 'a "b", c.png'
+    odd.write_bytes(Path(pictures[0]).read_bytes())
+    table = list(csv.DictReader(run(folder, odd, pictures[1], "--csv").stdout.splitlines()))
+    assert [row["image"] for row in table] == [str(odd), pictures[1]]
+    assert set(table[0]) == {"image", "score", "std", "yes", "no"}
+    assert float(table[0]["yes"]) + float(table[0]["no"]) == pytest.approx(1, abs=1e-5)
+    both = run(folder, pictures[0], "--csv", "--json")
+    assert both.exit_code == 2 and "one of --json and --csv" in both.stderr and not both.stdout
     assert "of 1 to 5" in run(folder, pictures[0]).stdout
 
 

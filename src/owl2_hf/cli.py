@@ -1,5 +1,6 @@
 """The `owl2-hf` command."""
 
+import csv
 import dataclasses
 import json
 import sys
@@ -107,7 +108,7 @@ def info(
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Show components, parameters, tokens of a picture, preprocessing and dtype, without loading the weights."""
+    """Show components, parameters, tokens of a picture or crop, preprocessing and dtype; the weights are not loaded."""
     from .default import default_dir
 
     facts = _facts(folder or str(default_dir()))
@@ -166,7 +167,8 @@ class Scale(str, Enum):
 @_report_mistakes
 def score(
     images: Annotated[
-        list[str], typer.Argument(help="Pictures, or folders of them; for task video folders of frames, or animations.")
+        list[str],
+        typer.Argument(help="Pictures or folders of them; for task video also videos, folders of them or of frames."),
     ],
     model: Annotated[str, typer.Option(help="Folder or Hub id of a model that scores.")],
     preset: Annotated[
@@ -182,23 +184,28 @@ def score(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = 8,
     device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
-    as_json: JSON = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object in a line for each picture.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, the names first.")] = False,
     debug: Debug = False,
 ) -> None:
     """Score pictures or videos by the probabilities of level words.
 
-    A picture that cannot be read is named on stderr, the others are scored, and the exit code is 1.
+    Of a video one frame a second counts. What cannot be read is named on stderr, the others are scored, and the exit
+    code is 1.
     """
     from .scoring import Scorer, custom_preset, expand_paths, score_each
 
+    if as_json and as_csv:
+        typer.echo("owl2-hf: give one of --json and --csv, not both", err=True)
+        raise typer.Exit(2)
     chosen = custom_preset(preset, task, prompt, levels.split(",") if levels else None)
     bounds = None if scale is None else tuple(float(bound) for bound in scale.value.split("-"))
     names, sources = expand_paths(images, is_video=task == "video")
     loaded, processor = _load(model)
     scorer = Scorer(loaded.to(device) if device else loaded, processor, chosen, bounds, batch_size)  # type: ignore[arg-type]
+    table = csv.writer(sys.stdout, lineterminator="\n")
     if as_csv:
-        typer.echo("image,score,std," + ",".join(scorer.levels))
+        table.writerow(["image", "score", "std", *scorer.levels])
     failed = 0
     for name, found in zip(names, score_each(scorer, sources, task), strict=True):
         if isinstance(found, ValueError):
@@ -207,8 +214,7 @@ def score(
         elif as_json:
             typer.echo(json.dumps({"image": name, **vars(found)}))
         elif as_csv:
-            quoted = '"' + name.replace('"', '""') + '"'
-            typer.echo(f"{quoted},{found.score:.6f},{found.std:.6f},{','.join(f'{prob:.6f}' for prob in found.probs)}")
+            table.writerow([name, *(f"{value:.6f}" for value in (found.score, found.std, *found.probs))])
         else:
             low, high = found.scale
             typer.echo(f"{found.score:.4f} of {low:g} to {high:g}, std {found.std:.4f}  {name}")
@@ -499,13 +505,16 @@ def _facts(folder: str) -> dict[str, Any]:
     parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in components.items()}
     try:
         preprocessing = AutoProcessor.from_pretrained(folder).image_processor.image_aspect_ratio
+        is_cropped = preprocessing == "anchors"
     except (OSError, ValueError, AttributeError):
         preprocessing = "no processor in this folder"
+        is_cropped = config.connector_type == "h_reducer"
+    square = "crop" if is_cropped else "picture"
     return {
         "model": folder,
         "parameters": {**parameters, "total": sum(parameters.values())},
-        "tokens per picture": config.num_image_tokens,
-        "picture size": config.vision_config.image_size,
+        f"tokens per {square}": config.num_image_tokens,
+        f"{square} size": config.vision_config.image_size,
         "preprocessing": preprocessing,
         "context length": config.text_config.max_position_embeddings,
         "dtype": str(config.dtype).removeprefix("torch."),

@@ -6,6 +6,7 @@ in words about numbered pictures.
 """
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -45,39 +46,58 @@ class Comparator:
         """How much better the second picture of each pair is: 0 inferior, 0.5 alike, 1 superior."""
         return [found.score for found in self._scorer([list(pair) for pair in pairs], self._task)]
 
-    def score(self, images: Sequence[Any], anchors: Sequence[Any]) -> list[float]:
+    def score(
+        self, images: Sequence[Any], anchors: Sequence[Any], anchor_preferences: Any | None = None
+    ) -> list[float]:
         """Scores from 0 to 100 of pictures, by comparison with anchors.
+
+        The qualities of the anchors and one picture are those of `thurstone_map`; as in the released code, the worst of
+        them counts 0 and the best 100, so that a picture beyond all anchors scores 0 or 100.
 
         Args:
             images: Pictures to score, each on its own.
-            anchors: Two or more pictures whose qualities differ; they are compared with one another, too.
+            anchors: Two or more pictures whose qualities differ.
+            anchor_preferences: (M, M) how much anchor i is preferred to anchor j, from 0 to 1, such as the released
+                table for the released anchors; if not given the model compares them.
 
         Raises:
-            ValueError: There are fewer than two anchors.
+            ValueError: There are fewer than two anchors, or the table is not theirs.
         """
         if len(anchors) < 2:
             raise ValueError(f"expected two or more anchors, got {len(anchors)}.")
-        return [float(100 * torch.special.ndtr(score)) for score in self._latent_scores(images, anchors)]
+        if anchor_preferences is None:
+            table = self._compare_anchors(anchors)
+        else:
+            table = torch.as_tensor(anchor_preferences, dtype=torch.float64)
+            if table.shape != (len(anchors),) * 2 or not ((table >= 0) & (table <= 1)).all():
+                raise ValueError(
+                    f"expected a table of {len(anchors)} by {len(anchors)} preferences from 0 to 1 for the anchors, "
+                    f"got {table.tolist()}."
+                )
+        return [self._score_one(image, anchors, table) for image in images]
 
-    def _latent_scores(self, images: Sequence[Any], anchors: Sequence[Any]) -> list[Tensor]:
-        among = [(one, other) for one in range(len(anchors)) for other in range(len(anchors)) if one != other]
-        between = self([(anchors[one], anchors[other]) for one, other in among])
-        preferences = torch.zeros(len(anchors) + 1, len(anchors) + 1, dtype=torch.float64)
-        for (one, other), preference in zip(among, between, strict=True):
-            preferences[other, one] = preference
-        found = []
-        for image in images:
-            for index, preference in enumerate(self([(anchor, image) for anchor in anchors])):
-                preferences[-1, index], preferences[index, -1] = preference, 1 - preference
-            found.append(thurstone_map(preferences)[-1])
-        return found
+    def _compare_anchors(self, anchors: Sequence[Any]) -> Tensor:
+        """(M, M) preferences of the model, in both orders of each pair."""
+        pairs = list(permutations(range(len(anchors)), 2))
+        table = torch.full((len(anchors),) * 2, 0.5, dtype=torch.float64)
+        for (first, second), preference in zip(pairs, self([(anchors[i], anchors[j]) for i, j in pairs]), strict=True):
+            table[second, first] = preference
+        return table
+
+    def _score_one(self, image: Any, anchors: Sequence[Any], table: Tensor) -> float:
+        preferred = torch.tensor(self([(anchor, image) for anchor in anchors]), dtype=torch.float64)
+        whole = torch.nn.functional.pad(table, (0, 1, 0, 1))
+        whole[-1, :-1], whole[:-1, -1] = preferred, 1 - preferred
+        qualities = thurstone_map(whole)
+        spread = qualities.max() - qualities.min()
+        return float(100 * (qualities[-1] - qualities.min()) / spread) if spread > 1e-9 else 50.0
 
 
 def thurstone_map(preferences: Tensor) -> Tensor:
     """Maximum a posteriori qualities under Thurstone's case V with a standard normal prior.
 
     Maximises `sum_ij C_ij log Phi(s_i - s_j) - sum_i s_i^2 / 2`, which is concave (Tsukida and Gupta, How to Analyze
-    Paired Comparison Data, 2011).
+    Paired Comparison Data, 2011). Compare2Score's released code takes a hundred steps of Adam towards this maximum.
 
     Args:
         preferences: (M, M) C, how often or how much row i is preferred to column j; the diagonal is not looked at.

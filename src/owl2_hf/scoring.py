@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image
 from torch import Tensor
 
-from .processing.image_processing_mplug_owl2 import FORMATS
+from .processing.image_processing_mplug_owl2 import FORMATS, is_many
+from .videos import is_video_path, read_frames
 
 IMAGE_TOKEN = "<|image|>"
 _ALIGN_PROMPT = (
@@ -165,26 +166,28 @@ class Scorer:
         """Scores of pictures, or of videos.
 
         Args:
-            images: Pictures as the processor takes them; for task "video" a list of frames each. One alone may stand
-                without a list.
+            images: Pictures as the processor takes them. For task "video" the path of a video each, of which one frame
+                a second counts, or a list or array of frames. One alone may stand without a list.
             task: One of the preset's.
 
         Raises:
-            ValueError: The preset has no such task, or a picture cannot be read.
+            ValueError: The preset has no such task, a picture or video cannot be read, or the model gives NaN.
         """
         if task not in self.preset.prompts:
             raise ValueError(f"expected a task of {', '.join(self.preset.prompts)}, got {task!r}.")
-        if not isinstance(images, (list, tuple)) or (
-            task == "video" and images and not isinstance(images[0], (list, tuple))
-        ):
-            images = [images]
+        images = _to_list(images, is_video=task == "video")
         scores: list[Score] = []
         for start in range(0, len(images), self.batch_size):
-            scores += self._score_batch(images[start : start + self.batch_size], self.preset.prompts[task])
+            batch = images[start : start + self.batch_size]
+            if task == "video":
+                batch = [read_frames(video) if isinstance(video, (str, Path)) else video for video in batch]
+            scores += self._score_batch(batch, self.preset.prompts[task])
         return scores
 
     def _score_batch(self, images: Sequence[Any], prompt: str) -> list[Score]:
-        frames = [list(image) if isinstance(image, (list, tuple)) else [image] for image in images]
+        frames = [list(image) if is_many(image) else [image] for image in images]
+        if not all(frames):
+            raise ValueError("expected at least one frame of each video, got a list without any.")
         # Frames of a video stand where one picture would, one behind the other.
         prompts = [prompt] * len(frames)
         if self.preset.images_per_prompt == 1:
@@ -204,6 +207,8 @@ class Scorer:
     def _score(self, logits: Tensor) -> Score:
         """(V,) logits of the next token -> the score."""
         levels = torch.stack([logits[ids].mean() for ids in self._ids]) / self.preset.temperature
+        if not levels.isfinite().all():
+            raise ValueError(f"the model's logits are not finite ({levels.tolist()}): try another dtype, or verify it.")
         probs = levels.softmax(-1)
         low, high = self.preset.scale
         values = low + (high - low) * torch.tensor(self.preset.values)
@@ -212,8 +217,18 @@ class Scorer:
         return Score(mean, std, tuple(probs.tolist()), self._names, tuple(levels.tolist()), self.preset.scale)
 
 
+def _to_list(images: Any, is_video: bool) -> Any:
+    """What is to be scored one by one; a list of pictures is one video."""
+    if not is_video:
+        return images if is_many(images) else [images]
+    is_several = isinstance(images, (list, tuple)) and all(is_many(one) or is_video_path(one) for one in images)
+    return images if is_several else [images]
+
+
 def _token_id(tokenizer: Any, word: str) -> int:
-    ids = tokenizer(word, add_special_tokens=False).input_ids
+    """The token that a word is behind other words, with its space."""
+    before = tokenizer("a", add_special_tokens=False).input_ids
+    ids = tokenizer(f"a {word}", add_special_tokens=False).input_ids[len(before) :]
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         pieces = tokenizer.convert_ids_to_tokens(ids)
         raise ValueError(f"the level {word!r} is not one token of this vocabulary but {pieces}: choose another word.")
@@ -227,23 +242,33 @@ def score_each(scorer: Scorer, images: Sequence[Any], task: str = "quality") -> 
     """Scores in order, with the error of a picture that cannot be read in its place.
 
     Args:
-        images: As for `Scorer`; opened one by one, so that a broken one costs nothing else its score.
+        images: A list as for `Scorer`, for task "video" of videos; opened one by one, so that a broken one costs
+            nothing else its score.
     """
     for start in range(0, len(images), scorer.batch_size):
-        opened = [_try_open(scorer.processor, image) for image in images[start : start + scorer.batch_size]]
+        batch = images[start : start + scorer.batch_size]
+        opened = [_try_open(scorer.processor, image, is_video=task == "video") for image in batch]
         good = [image for image in opened if not isinstance(image, ValueError)]
         scores = iter(scorer(good, task) if good else [])
         for image in opened:
             yield image if isinstance(image, ValueError) else next(scores)
 
 
-def _try_open(processor: Any, image: Any) -> Any:
+def _try_open(processor: Any, image: Any, is_video: bool) -> Any:
+    """A decoded picture, the list of a video's frames, or what is wrong with it."""
     try:
-        if isinstance(image, (list, tuple)):
-            return [processor.image_processor.fetch_images(frame) for frame in image]
-        return processor.image_processor.fetch_images(image)
+        if not is_video:
+            return _open(processor, image)
+        frames = read_frames(image) if isinstance(image, (str, Path)) else image
+        if is_many(frames) and len(frames) == 0:
+            raise ValueError("expected at least one frame, got a list without any.")
+        return [_open(processor, frame) for frame in (frames if is_many(frames) else [frames])]
     except (ValueError, OSError) as error:
         return ValueError(str(error))
+
+
+def _open(processor: Any, image: Any) -> Image.Image:
+    return Image.fromarray(processor.image_processor.process_image(image).transpose(1, 2, 0))
 
 
 def custom_preset(name: str, task: str, prompt: str | None = None, levels: Sequence[str] | None = None) -> Preset:
@@ -263,28 +288,24 @@ def custom_preset(name: str, task: str, prompt: str | None = None, levels: Seque
 
 
 def expand_paths(paths: Sequence[str], is_video: bool = False) -> tuple[list[str], list[Any]]:
-    """Pictures and folders as names and what to open.
+    """Files and folders as names and what to score.
 
     Args:
-        is_video: A folder is one video, its pictures are the frames in the order of their names; an animated picture
-            is one, too.
+        is_video: A folder that holds videos stands for each of them; else its pictures are the frames of one video, in
+            the order of their names.
 
     Raises:
-        ValueError: A folder holds no pictures.
+        ValueError: A folder holds nothing to score.
     """
     names: list[str] = []
     sources: list[Any] = []
     for path in paths:
-        files = _pictures(Path(path)) if Path(path).is_dir() else None
-        if files is None:
-            names.append(path)
-            sources.append(_frames(Path(path)) if is_video else path)
-        elif is_video:
-            names.append(path)
-            sources.append(files)
-        else:
-            names += [str(file) for file in files]
-            sources += files
+        files: list[Any] = [path]
+        if Path(path).is_dir():
+            videos = sorted(file for file in Path(path).iterdir() if is_video_path(file)) if is_video else []
+            files = videos or ([_pictures(Path(path))] if is_video else _pictures(Path(path)))
+        names += [path if isinstance(file, list) else str(file) for file in files]
+        sources += files
     return names, sources
 
 
@@ -294,12 +315,3 @@ def _pictures(folder: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{folder} holds no pictures: expected files named {', '.join(sorted(suffixes)[:6])}, ...")
     return files
-
-
-def _frames(path: Path) -> list[Any]:
-    """The frames of an animated picture; a picture or a broken file as it is."""
-    try:
-        with Image.open(path, formats=FORMATS) as picture:
-            return [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return [path]

@@ -3,6 +3,7 @@
 lmms-eval finds it through the entry-point group `lmms_eval.models`; this file is imported only by the harness.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,8 +30,8 @@ class Owl2(lmms):
         device: Where to run.
         dtype: As `from_pretrained` takes it.
         batch_size: Questions in one call of `generate`.
-        prompt: A name in `EVALUATIONS` whose generation settings are the defaults, and whose prompt ends each question;
-            the chat template if not given.
+        prompt: A name in `EVALUATIONS` whose generation settings are the defaults, and whose ending each question gets
+            (its instruction comes from the task); the chat template's if not given.
     """
 
     is_simple = True
@@ -81,13 +82,11 @@ class Owl2(lmms):
         return [_cut(text, until) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
     def _prompt(self, request: Any) -> tuple[str, list[Any]]:
-        """A question with its pictures in front, or where lmms-eval marks them."""
+        """A question with its pictures in front, or where it marks them."""
         context, _, doc_to_visual, doc_id, task, split = request.args
         pictures = [picture.convert("RGB") for picture in doc_to_visual(self.task_dict[task][split][doc_id]) or []]
-        marked = context.replace("<image>", self.processor.image_token) if "<image>" in context else None
-        question = marked or self.processor.image_token * len(pictures) + context
-        ending = "ASSISTANT: " if self.settings else "ASSISTANT:"
-        return f"USER: {question} {ending}", pictures
+        question, pictures = _place(context, pictures, self.processor.image_token)
+        return f"USER: {question} {self.settings.ending if self.settings else 'ASSISTANT:'}", pictures
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         return [self._loglikelihood(request) for request in requests]
@@ -119,6 +118,20 @@ def _batches(requests: list[Any], size: int) -> Iterator[list[tuple[int, Any]]]:
         run.append((index, request))
     if run:
         yield run
+
+
+def _place(question: str, pictures: list[Any], image_token: str) -> tuple[str, list[Any]]:
+    """Image tokens for the marks `<image>`, or MMMU's `<image 1>`, where they fit the pictures; else in front.
+
+    MMMU gives each picture once, in the order of the numbers, and may show it twice.
+    """
+    marks = re.findall(r"<image(?: (\d+))?>", question)
+    numbers = sorted(set(marks))
+    if marks and "" not in numbers and len(numbers) == len(pictures):
+        pictures = [pictures[numbers.index(number)] for number in marks]
+    if len(marks) != len(pictures) or len({bool(mark) for mark in marks}) != 1:
+        return image_token * len(pictures) + question, pictures
+    return re.sub(r"<image(?: \d+)?>", image_token, question), pictures
 
 
 def _generation(kwargs: dict[str, Any], defaults: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:

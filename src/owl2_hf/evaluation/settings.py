@@ -1,12 +1,18 @@
 """Prompts and generation settings of the original's evaluation scripts (mplug_owl2/evaluate), as data."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from owl2_hf.scoring import IMAGE_TOKEN
 
 _GREEDY = {"do_sample": False, "num_beams": 1}
 # Upstream: prompts end with a space, which is a token of its own.
 _SHORT = "Answer the question using a single word or phrase. ASSISTANT: "
 _LETTER = "Answer with the option\u2019s letter from the given choices directly. ASSISTANT: "
+# How MMMU names a picture inside a question or an option.
+_NUMBERED = re.compile(r"<image (\d+)>")
+_MMMU = {"max_new_tokens": 20, "min_new_tokens": 1}
 
 
 @dataclass(frozen=True)
@@ -14,7 +20,8 @@ class Evaluation:
     """How the original asks the questions of one benchmark.
 
     Args:
-        prompt: With `<|image|>` at the place of the picture and the names of what is filled in, in braces.
+        prompt: With `<|image|>` at the place of the picture and the names of what is filled in, in braces; without it
+            where questions say themselves where their pictures stand.
         generation: Arguments of `generate`.
         dropped: Words that the original takes out of a question before it asks.
     """
@@ -26,9 +33,24 @@ class Evaluation:
     def fill(self, **values: str) -> str:
         """The prompt of one question; text of the question stays text, also where it holds braces.
 
+        Where the prompt has no place for a picture, each `<image 1>`, `<image 2>`, ... of the values becomes one.
+
         Raises:
             ValueError: A value that the prompt names is missing.
         """
+        filled = self._fill(values)
+        return filled if IMAGE_TOKEN in self.prompt else _NUMBERED.sub(IMAGE_TOKEN, filled)
+
+    def picture_numbers(self, **values: str) -> list[int]:
+        """Which pictures `fill` gives a place to, in their order: of `<image 2>` and `<image 1>`, [2, 1]."""
+        return [] if IMAGE_TOKEN in self.prompt else [int(number) for number in _NUMBERED.findall(self._fill(values))]
+
+    @property
+    def ending(self) -> str:
+        """What stands behind the question and its instruction: where the answer begins."""
+        return self.prompt[self.prompt.rindex("ASSISTANT:") :]
+
+    def _fill(self, values: dict[str, str]) -> str:
         try:
             return self.prompt.format(
                 **{name: value.replace(self.dropped, "") if self.dropped else value for name, value in values.items()}
@@ -61,4 +83,7 @@ EVALUATIONS: dict[str, Evaluation] = {
         {"max_new_tokens": 10},
         dropped=" Please answer yes or no.",
     ),
+    # Options are "A. ..." and so on, one a line. Upstream: here, and only here, no space ends the prompt.
+    "mmmu": Evaluation(f"USER: {{question}}\n{{options}}\n{_LETTER}".rstrip(), _MMMU),
+    "mmmu-open": Evaluation(f"USER: {{question}}\n{_SHORT}".rstrip(), _MMMU),
 }

@@ -278,10 +278,13 @@ class MplugOwl2Config(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
-        """As in transformers, which would warn of the other of the two names of this class's models."""
+        """As in transformers, which would warn of the other names of this class's models."""
         values, kwargs = super().get_config_dict(*args, **kwargs)
-        if values.get("model_type") in (MplugOwl2Config.model_type, DOCOWL_MODEL_TYPE):
+        found = values.get("model_type")
+        if found in (MplugOwl2Config.model_type, DOCOWL_MODEL_TYPE):
             values = {**values, "model_type": cls.model_type}
+        elif found == MplugOwl21Config.model_type != cls.model_type:
+            values = {**_from_qwen(values), "model_type": cls.model_type}
         return values, kwargs
 
     def to_diff_dict(self) -> dict[str, Any]:

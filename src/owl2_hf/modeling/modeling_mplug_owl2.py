@@ -97,8 +97,9 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
         """As in transformers, also from the original's layout, and from an adapter, whose base model is loaded first.
 
         Raises:
-            ValueError: The checkpoint lacks parameters, which transformers would make up. A missing head is none, and
-                whoever asks for `output_loading_info` finds them there instead. Or an adapter does not fit.
+            ValueError: The checkpoint lacks parameters, which transformers would make up, or has them in other shapes
+                than its configuration says. A missing head is none, and whoever asks for `output_loading_info` finds
+                what is missing there instead. Or an adapter does not fit.
         """
         adapter = find_adapter(pretrained_model_name_or_path, kwargs)
         if adapter is not None:
@@ -109,7 +110,17 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
             model.load_adapter(str(adapter.source), adapter_name, adapter_kwargs=adapter.hub)
             return loaded
         _check_index(pretrained_model_name_or_path)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: the weights have other shapes than config.json says, as the report "
+                "above shows: mend it. Of mPLUG-Owl2.1, `owl2-hf convert` takes vocab_size from the weights."
+            ) from error
         is_base = not hasattr(model, cls.base_model_prefix)
         lost = sorted(key for key in info["missing_keys"] if is_base or key.startswith(f"{cls.base_model_prefix}."))
         is_told = output_loading_info or pretrained_model_name_or_path is None or kwargs.get("state_dict") is not None
