@@ -206,7 +206,7 @@ def write_all(out: Path, seed: int) -> dict[str, int]:
                 instruct += [row(questions.about_emoji(emoji[i]), path) for path in views[:INSTRUCT_VIEWS]]
     new_views = [(i, drawn[style][i][-1]) for i in seen for style in TRAIN_STYLES if i in drawn[style]]
     other_style = [(i, drawn[TEST_STYLE][i][0]) for i in seen if i in drawn[TEST_STYLE]]
-    other_names = [(i, views[i][0]) for views in drawn.values() for i in held_out if i in views]
+    other_names = [(i, views[i][0]) for i in held_out for views in drawn.values() if i in views]
     for name, cases in (("seen", new_views), ("unseen-style", other_style), ("unseen-names", other_names)):
         files[f"captions.{name}.test"] = [row([(NAME_QUESTIONS[0], emoji[i].name)], path) for i, path in cases]
 
