@@ -3,7 +3,8 @@
 Does the modality-adaptive module help, how many queries does the abstractor need, how large must pictures be, are two
 stages better than one, and should the vision encoder train? Every variant differs from the base in one thing and is
 trained from the same beginnings with several seeds: a LLaMA of the embedded default model's size that has read text
-alone, and the default model's vision encoder. DATA_DIR is what `experiments.data` wrote. A finished run is not repeated.
+alone, and the default model's vision encoder. DATA_DIR is what `experiments.data` wrote. Finished runs
+are not repeated.
 
 Writes OUT/results.json (every run), OUT/table.md (means and spreads) and OUT/ablations.png.
 """
@@ -74,11 +75,11 @@ VARIANTS = {
 class Budget:
     """Steps of each stage, rows of a step, and questions of each test file."""
 
-    text_steps: int = 300
-    first_steps: int = 150
-    second_steps: int = 300
-    batch_size: int = 16
-    limit: int = 300
+    text_steps: int = 200
+    first_steps: int = 100
+    second_steps: int = 200
+    batch_size: int = 8
+    limit: int = 200
 
 
 def train_language_model(folder: Path, data: Path, budget: Budget) -> Path:
@@ -186,7 +187,9 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
 
     names = [name for name in VARIANTS if any(result["variant"] == name for result in results)]
     figure = Figure(figsize=(4 * len(SCORES), 0.4 * len(names) + 1.2), layout="constrained")
-    for axes, (title, (test, key, more)) in zip(figure.subplots(1, len(SCORES), sharey=True), SCORES.items(), strict=True):
+    for axes, (title, (test, key, more)) in zip(
+        figure.subplots(1, len(SCORES), sharey=True), SCORES.items(), strict=True
+    ):
         for place, name in enumerate(names):
             values = [result["scores"][test][key] for result in results if result["variant"] == name]
             axes.plot(values, [place] * len(values), "o", alpha=0.6, color="tab:blue" if place else "tab:orange")

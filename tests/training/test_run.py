@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,8 +134,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(recipe, tmp_path, monkeypatc
     broken = recipe(output_dir=str(tmp_path / "broken"), trainer=settings, adapter=adapter)
 
     class Mortal(Owl2Trainer):
-        def __init__(self, *args, callbacks, **kwargs):
-            super().__init__(*args, callbacks=[*callbacks, Dies(step)], **kwargs)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, callbacks=[Dies(step)], **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run_module, "Owl2Trainer", Mortal)
@@ -263,3 +264,14 @@ def test_two_ranks_compute_what_one_does(recipe, tmp_path, sharding):
     expected = weights(tmp_path / "one")
     for name, value in weights(tmp_path / "two").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_documentation_shows_what_runs(rows, tmp_path, monkeypatch, capsys):
+    docs = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    [block] = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
+    (tmp_path / "rows.jsonl").write_text(rows.read_text())
+    for picture in rows.parent.glob("*.png"):
+        shutil.copy(picture, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "training.md", "exec"), {})
+    assert "2 steps, training loss" in capsys.readouterr().out
