@@ -346,6 +346,9 @@ def train(
         list[str] | None,
         typer.Option(help="Rows to train on: .json, .jsonl, a saved data set or Hub id; repeatable."),
     ] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Where relative paths of pictures start; the folder of the file if not given.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of the recipe, for instance trainer.max_steps=100.")
@@ -367,6 +370,7 @@ def train(
 
     given: list[str] = [] if model is None else [f"model={json.dumps(model)}"]
     given += [f"data.train={json.dumps(data)}"] if data else []
+    given += [f"data.image_folder={json.dumps(str(image_folder))}"] if image_folder is not None else []
     given += [f"output_dir={json.dumps(str(out))}"] if out is not None else []
     loaded = load_recipe(recipe, [*(settings or []), *given])
     with redirect_stdout(sys.stderr):  # where the Trainer's log belongs

@@ -35,7 +35,6 @@ _FIXED: dict[str, Any] = {
     "accelerator_config": {"dispatch_batches": False, "split_batches": False},
     "logging_nan_inf_filter": False,
 }
-_DEFAULTS: dict[str, Any] = {"report_to": "none"}
 _PACKAGES = ("owl2_hf", "torch", "transformers", "accelerate", "peft", "tokenizers", "numpy", "pillow")
 
 
@@ -218,8 +217,9 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
             raise ValueError(f"trainer.{name} has to be {value} here, got {given[name]}.")
     if given.get("deepspeed") in ("zero2", "zero3"):
         given["deepspeed"] = str(Path(__file__).parent / "deepspeed" / f"{given['deepspeed']}.json")
+    defaults = {"report_to": "none", "logging_first_step": True, "use_cpu": not torch.accelerator.is_available()}
     try:
-        return TrainingArguments(output_dir=recipe.output_dir, **{**_DEFAULTS, **given, **_FIXED})
+        return TrainingArguments(output_dir=recipe.output_dir, **{**defaults, **given, **_FIXED})
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"trainer: {error}") from None
 
@@ -250,8 +250,7 @@ def _plot_losses(history: list[dict[str, float]], file: Path) -> None:
     axes = figure.subplots()
     for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
         points = [(row["step"], row[key]) for row in history if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label)
+        axes.plot([step for step, _ in points], [loss for _, loss in points], ".-", label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.legend()
