@@ -75,11 +75,11 @@ VARIANTS = {
 class Budget:
     """Steps of each stage, rows of a step, and questions of each test file."""
 
-    text_steps: int = 200
-    first_steps: int = 100
-    second_steps: int = 200
+    text_steps: int = 300
+    first_steps: int = 200
+    second_steps: int = 1000
     batch_size: int = 8
-    limit: int = 200
+    limit: int = 300
 
 
 def train_language_model(folder: Path, data: Path, budget: Budget) -> Path:
