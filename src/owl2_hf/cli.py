@@ -22,6 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+DEFAULT_MODEL = "default"  # the small model inside the package
+
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
@@ -109,9 +111,7 @@ def info(
     debug: Debug = False,
 ) -> None:
     """Show components, parameters, tokens of a picture or crop, preprocessing and dtype; the weights are not loaded."""
-    from .default import default_dir
-
-    facts = _facts(folder or str(default_dir()))
+    facts = _facts(_place(folder))
     if as_json:
         typer.echo(json.dumps(facts))
         return
@@ -477,7 +477,7 @@ def _load(model: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
-    if model is None:
+    if model in (None, DEFAULT_MODEL):
         from .default import load_default
 
         logging.disable_progress_bar()  # it takes no time
@@ -490,7 +490,14 @@ def _load_processor(model: str) -> Any:
     from transformers import AutoProcessor
 
     with _naming(model):
-        return AutoProcessor.from_pretrained(model)
+        return AutoProcessor.from_pretrained(_place(model))
+
+
+def _place(model: str | None) -> str:
+    """What `from_pretrained` takes for a model's name."""
+    from .default import default_dir
+
+    return str(default_dir()) if model in (None, DEFAULT_MODEL) else str(model)
 
 
 def _facts(folder: str) -> dict[str, Any]:

@@ -275,3 +275,16 @@ def test_the_documentation_shows_what_runs(rows, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "training.md", "exec"), {})
     assert "2 steps, training loss" in capsys.readouterr().out
+
+
+def test_a_bad_row_is_one_line_also_from_a_worker(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "7", "conversations": [{"from": "human", "value": "Hi"}]}]))
+    command = ["train", "lora", "--model", "default", "--data", str(tmp_path / "rows.json"), "--out"]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "run")])
+    assert result.exit_code == 1 and "Traceback" not in result.stderr
+    assert re.search(r"^owl2-hf: row '7': .* `owl2-hf data check` names all bad rows\.$", result.stderr, re.MULTILINE)
+
+
+def test_what_is_not_installed_is_named(recipe):
+    with pytest.raises(ValueError, match=r"^trainer: .*clearml"):
+        train(recipe(trainer={"report_to": "clearml"}))

@@ -7,7 +7,8 @@ recipe as it was run, the versions it was run with, the history of the losses an
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,7 +104,8 @@ def train(
     trainer = _trainer(recipe)
     record = RunRecord({"recipe.yaml": recipe.to_yaml(), "versions.json": _versions()}, keep)
     trainer.add_callback(record)
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with _naming_rows():
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     eval_loss = trainer.evaluate()["eval_loss"] if recipe.data.eval is not None else None
     trainer.save_model()
     trainer.save_state()
@@ -121,21 +123,38 @@ def train(
     )
 
 
+@contextmanager
+def _naming_rows() -> Iterator[None]:
+    """A bad row in one line, also from a worker of the DataLoader, which reports with its whole traceback."""
+    try:
+        yield
+    except ValueError as error:
+        if "DataLoader worker process" not in str(error):
+            raise
+        *_, last = str(error).strip().splitlines()
+        raise ValueError(f"{last.partition(': ')[2]} `owl2-hf data check` names all bad rows.") from error
+
+
 def _trainer(recipe: Recipe) -> Owl2Trainer:
     arguments = _arguments(recipe)
     # The Trainer seeds everything, but a fresh adapter is drawn before there is one.
     set_seed(arguments.seed)
     model, processor = load_for_training(recipe)
-    return Owl2Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=_rows(recipe.data, recipe.data.train),
-        eval_dataset=None if recipe.data.eval is None else _rows(recipe.data, recipe.data.eval),
-        data_collator=Collator(processor, recipe.data.max_length),
-        processing_class=processor,
-        learning_rates=recipe.learning_rates,
-        vision_layer_decay=recipe.vision_layer_decay,
-    )
+    rows = _rows(recipe.data, recipe.data.train)
+    eval_rows = None if recipe.data.eval is None else _rows(recipe.data, recipe.data.eval)
+    try:
+        return Owl2Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            data_collator=Collator(processor, recipe.data.max_length),
+            processing_class=processor,
+            learning_rates=recipe.learning_rates,
+            vision_layer_decay=recipe.vision_layer_decay,
+        )
+    except (RuntimeError, ImportError) as error:  # what a setting needs is not installed
+        raise ValueError(f"trainer: {error}") from error
 
 
 def load_for_training(recipe: Recipe) -> tuple[Any, Any]:
