@@ -177,8 +177,18 @@ def test_the_vocabulary_is_that_of_the_weights(source, converted, tmp_path):
         edit_config(folder, vocab_size=vocab_size)
         convert(folder, tmp_path / f"target{number}")
         assert_same_bits(load_state(converted), load_state(tmp_path / f"target{number}"))
+    direct = AutoModelForImageTextToText.from_pretrained(tmp_path / "source1")
+    model = AutoModelForImageTextToText.from_pretrained(converted)
+    num_tokens = model.config.output_vocab_size
+    assert direct.config.output_vocab_size == num_tokens < direct.config.image_token_id == 500
+    ids = torch.tensor([[5, 6, 7]])
+    logits, expected = direct(ids).logits, model(ids).logits
+    torch.testing.assert_close(logits[..., :num_tokens], expected[..., :num_tokens], rtol=0, atol=0)
+    assert logits[..., num_tokens:].max() < expected[..., :num_tokens].min()
+    shutil.copytree(source / "hf", tmp_path / "fewer", copy_function=shutil.copyfile)
+    edit_config(tmp_path / "fewer", vocab_size=num_tokens - 100)
     with pytest.raises(ValueError, match=r"other shapes than config\.json says.*vocab_size"):
-        AutoModelForImageTextToText.from_pretrained(tmp_path / "source1")
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "fewer")
     config = AutoConfig.from_pretrained(tmp_path / "source0")
     assert (config.image_token_id, config.text_config.eos_token_id) == (151851, 151643)
 

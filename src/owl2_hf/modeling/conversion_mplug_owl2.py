@@ -301,6 +301,9 @@ class PadVocabulary(ConversionOps):
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs) -> dict[str, Tensor]:
         (table,) = map(_single, input_dict.values())
+        if config.is_owl21 and table.shape[0] < config.output_vocab_size:
+            # Upstream: the released mPLUG-Owl2.1 has fewer rows than its configuration says.
+            config.output_vocab_size = table.shape[0]
         if table.shape[0] == config.output_vocab_size:
             table = resize_rows(table, config.text_config.vocab_size)
         return {target_patterns[0]: table}
