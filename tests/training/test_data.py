@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from owl2_hf.cli import app
 from owl2_hf.training.data import check_rows, load_rows
-from owl2_hf.training.messages import to_messages
+from owl2_hf.training.messages import pictures_of, to_messages
+
+from ..test_videos import make_video
 
 RED, BLUE = Image.new("RGB", (5, 3), "red"), Image.new("RGB", (3, 5), "blue")
 
@@ -175,7 +177,7 @@ BAD = [
     (llava("<image> a", "b", image="../a.png", image_folder="/x"), "'../a.png' leads out of the image folder '/x'"),
     (llava("<video> a", "b", video=[]), "expected a folder of frames or a list of at least one .* got an empty list"),
     (llava("<video> a", "b", video=3), "expected a folder of frames or a list of at least one .* got int"),
-    (llava("<video> a", "b", video="no.mp4"), "video 'no.mp4': expected a folder of frames"),
+    (llava("<video> a", "b", video="no.mp4"), "video 'no.mp4': expected a file, a folder of frames"),
     (llava("a", "b", video=[RED]), "the turns have 0 <video> for 1 videos"),
 ]
 
@@ -404,3 +406,12 @@ def test_the_rows_of_the_documentation_are_good(tmp_path):
         RED.save(tmp_path / name)
     report = check_rows(write(tmp_path / "rows.json", list(map(json.loads, EXAMPLES))))
     assert (report.rows, report.bad, report.images) == (6, [], 9)
+
+
+def test_a_video_file_is_one_frame_a_second(tmp_path):
+    make_video(tmp_path / "clip.mp4", 25, 10)
+    frames = pictures_of(to_messages(llava("<video> What happens?", "It moves.", video="clip.mp4"), tmp_path))
+    assert [frame.size for frame in frames] == [(32, 32)] * 2
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match=r"broken\.mp4' is neither a picture nor a video"):
+        to_messages(llava("<video> What happens?", "It moves.", video="broken.mp4"), tmp_path)

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ..scoring import expand_paths
+from ..videos import read_frames
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MARKERS = re.compile(r"<\|image\|>|<image>|<video>")
@@ -211,8 +212,12 @@ def _videos(row: Mapping[str, Any]) -> list[Any]:
 def _frames(video: Any, folder: str | Path | None) -> list[Any]:
     if isinstance(video, (str, Path)):
         path = _path(video, folder)
+        if path.is_file():
+            return read_frames(path)
         if not path.is_dir():
-            raise ValueError(f"video {str(video)!r}: expected a folder of frames, or a list of them; it is none.")
+            raise ValueError(
+                f"video {str(video)!r}: expected a file, a folder of frames, or a list of them; it is none."
+            )
         return [str(frame) for frame in expand_paths([str(path)])[1]]
     if not isinstance(video, (list, tuple)) or not video:
         got = "an empty list" if isinstance(video, (list, tuple)) else type(video).__name__
