@@ -216,7 +216,7 @@ def _frames(video: Any, folder: str | Path | None) -> list[Any]:
             return read_frames(path)
         if not path.is_dir():
             raise ValueError(
-                f"video {str(video)!r}: expected a file, a folder of frames, or a list of them; it is none."
+                f"video {str(video)!r}: expected a file, a folder of frames or a list of them."
             )
         return [str(frame) for frame in expand_paths([str(path)])[1]]
     if not isinstance(video, (list, tuple)) or not video:
