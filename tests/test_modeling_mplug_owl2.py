@@ -98,6 +98,52 @@ def test_equal_branches_make_llama(model, attn_implementation):
     torch.testing.assert_close(ours, llama.model(inputs_embeds=embeds).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("training", [False, True])
+@torch.no_grad()
+def test_without_modality_specific_parts_it_is_llama(attn_implementation, training):
+    config = tiny_config(modality_specific_projections=[], modality_specific_norms=False)
+    assert not config.is_modality_adaptive and tiny_config().is_modality_adaptive
+    model = MplugOwl2ForConditionalGeneration(config).train(training)
+    llama = llama_like(config.text_config).train(training)
+    llama.model.load_state_dict(model.model.language_model.state_dict())
+    llama.lm_head.load_state_dict(model.lm_head.state_dict())
+    model.set_attn_implementation(attn_implementation)
+    llama.set_attn_implementation(attn_implementation)
+    inputs = pad([[1, 5, *RUN, 7], [1, 9, 8]])
+    image = model.get_image_features(pictures(1)).pooler_output[0]
+    embeds = llama.get_input_embeddings()(inputs["input_ids"])
+    embeds[inputs["input_ids"].eq(IMAGE)] = image
+    mask = inputs["attention_mask"].bool()
+    ours = model(**inputs, pixel_values=pictures(1)).logits[..., :IMAGE]
+    theirs = llama(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits[..., :IMAGE]
+    assert torch.equal(ours[mask], theirs[mask])
+
+
+def test_a_model_without_the_module_is_saved_trained_and_loaded_as_such(tmp_path):
+    model = MplugOwl2ForConditionalGeneration(
+        tiny_config(modality_specific_projections=[], modality_specific_norms=False)
+    )
+    assert not any("visual_k" in rule or "visual_v_" in rule for rule in model.config.text_config.base_model_tp_plan)
+    inputs = {**pad([[1, 5, *RUN, 7]]), "pixel_values": pictures(1)}
+    model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    again = MplugOwl2ForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.config.text_config.modality_specific_projections == []
+    assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
+
+
+@torch.no_grad()
+def test_norms_alone_may_be_modality_specific():
+    model = MplugOwl2ForConditionalGeneration(tiny_config(modality_specific_projections=[])).eval()
+    assert model.config.is_modality_adaptive
+    inputs = {**pad([[1, 5, *RUN, 7]]), "pixel_values": pictures(1)}
+    before = model(**inputs).logits
+    model.model.language_model.layers[0].visual_input_layernorm.weight.mul_(2)
+    assert not torch.allclose(model(**inputs).logits[:, -1], before[:, -1])
+
+
 @torch.no_grad()
 def test_a_llama_state_dict_is_a_subset_of_ours(model):
     llama_keys = set(llama_like(model.config.text_config).model.state_dict())

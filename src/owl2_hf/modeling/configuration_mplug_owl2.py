@@ -163,7 +163,8 @@ class MplugOwl2TextConfig(LlamaConfig):
     The fields beyond LLaMA's describe other decoders of the family; at their defaults they are not saved.
 
     Args:
-        modality_specific_projections: Which projections visual tokens have of their own, of "q", "k" and "v".
+        modality_specific_projections: Which projections visual tokens have of their own: none, "k" and "v", or all of
+            "q", "k" and "v". Without any, and without `modality_specific_norms`, this is LLaMA.
         modality_specific_norms: Visual tokens have layer norms of their own.
         attention_out_bias: Bias of the output projection, where it is not that of queries, keys and values
             (`attention_bias`).
@@ -188,10 +189,12 @@ class MplugOwl2TextConfig(LlamaConfig):
     log_n_length: int | None = None
 
     def __post_init__(self, **kwargs):
-        if "q" in self.modality_specific_projections:
+        if self.modality_specific_projections != _default_of(MplugOwl2TextConfig, "modality_specific_projections"):
             # Of this configuration alone: a rule that fits no layer of a model makes transformers warn.
-            plan = {**type(self).base_model_tp_plan, "layers.*.self_attn.visual_q_proj": "colwise"}
-            self.base_model_tp_plan = plan
+            visual = {
+                f"layers.*.self_attn.visual_{name}_proj": "colwise" for name in self.modality_specific_projections
+            }
+            self.base_model_tp_plan = {**LlamaConfig.base_model_tp_plan, **visual}
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,9 +207,9 @@ class MplugOwl2TextConfig(LlamaConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        if self.modality_specific_projections not in (["k", "v"], ["q", "k", "v"]):
+        if self.modality_specific_projections not in ([], ["k", "v"], ["q", "k", "v"]):
             raise ValueError(
-                "modality_specific_projections must be ['k', 'v'] or ['q', 'k', 'v'], got "
+                "modality_specific_projections must be [], ['k', 'v'] or ['q', 'k', 'v'], got "
                 f"{self.modality_specific_projections}."
             )
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
@@ -392,6 +395,12 @@ class MplugOwl2Config(PreTrainedConfig):
     def is_owl21(self) -> bool:
         """The decoder is mPLUG-Owl2.1's."""
         return "q" in self.text_config.modality_specific_projections
+
+    @property
+    def is_modality_adaptive(self) -> bool:
+        """The decoder has parts of their own for visual tokens; without them it is LLaMA."""
+        text = self.text_config
+        return bool(text.modality_specific_projections) or text.modality_specific_norms
 
     @property
     def connector_config(self) -> MplugOwl2AbstractorConfig | MplugOwl2HReducerConfig:

@@ -153,13 +153,12 @@ class MplugOwl2Attention(nn.Module):
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, key_value_width, bias=bias)
         self.v_proj = nn.Linear(width, key_value_width, bias=bias)
+        visual = config.modality_specific_projections
         self.visual_q_proj = (
-            nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
-            if "q" in config.modality_specific_projections
-            else None
+            nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias) if "q" in visual else None
         )
-        self.visual_k_proj = nn.Linear(width, key_value_width, bias=bias)
-        self.visual_v_proj = nn.Linear(width, key_value_width, bias=bias)
+        self.visual_k_proj = nn.Linear(width, key_value_width, bias=bias) if "k" in visual else None
+        self.visual_v_proj = nn.Linear(width, key_value_width, bias=bias) if "v" in visual else None
         out_bias = bias if config.attention_out_bias is None else config.attention_out_bias
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=out_bias)
 
@@ -175,7 +174,7 @@ class MplugOwl2Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) -> (B, L, D) and, with eager attention, the (B, heads, L, past + L) weights."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        if routing is None:
+        if routing is None or self.visual_k_proj is None or self.visual_v_proj is None:
             query = self.q_proj(hidden_states)
             key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
         else:
