@@ -95,6 +95,25 @@ def test_the_new_call_runs(place, monkeypatch, capsys, name, code):
     assert capsys.readouterr().out.strip()
 
 
+def test_the_analysis_runs_as_shown(place, monkeypatch, capsys):
+    import shlex
+
+    from typer.testing import CliRunner
+
+    from owl2_hf.cli import app
+
+    monkeypatch.chdir(place)
+    page = (DOCS / "analysis.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(code, "analysis.md", "exec"), {})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["given", "unrelated", "none"]
+    (command,) = re.findall(r"\$ owl2-hf (analyze .*)", page)
+    result = CliRunner().invoke(app, [*shlex.split(command), "--without", "path/to/owl2"])
+    assert result.exit_code == 0, result.output
+    written = {path.name for path in (place / "analysis").iterdir()}
+    assert set(re.findall(r"`([\w]+\.(?:png|json))`", page)) <= written
+
+
 def test_the_presets_run_through_the_command(place, monkeypatch):
     from typer.testing import CliRunner
 

@@ -98,38 +98,52 @@ def test_equal_branches_make_llama(model, attn_implementation):
     torch.testing.assert_close(ours, llama.model(inputs_embeds=embeds).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("training", [False, True])
 @torch.no_grad()
-def test_without_the_module_the_decoder_is_llama(model, tmp_path):
-    plain = MplugOwl2ForConditionalGeneration(
+def test_without_modality_specific_parts_it_is_llama(attn_implementation, training):
+    config = tiny_config(modality_specific_projections=[], modality_specific_norms=False)
+    assert (
+        not config.text_config.has_modality_adaptive_module and tiny_config().text_config.has_modality_adaptive_module
+    )
+    model = MplugOwl2ForConditionalGeneration(config).train(training)
+    llama = llama_like(config.text_config).train(training)
+    llama.model.load_state_dict(model.model.language_model.state_dict())
+    llama.lm_head.load_state_dict(model.lm_head.state_dict())
+    model.set_attn_implementation(attn_implementation)
+    llama.set_attn_implementation(attn_implementation)
+    inputs = pad([[1, 5, *RUN, 7], [1, 9, 8]])
+    image = model.get_image_features(pictures(1)).pooler_output[0]
+    embeds = llama.get_input_embeddings()(inputs["input_ids"])
+    embeds[inputs["input_ids"].eq(IMAGE)] = image
+    mask = inputs["attention_mask"].bool()
+    ours = model(**inputs, pixel_values=pictures(1)).logits[..., :IMAGE]
+    theirs = llama(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits[..., :IMAGE]
+    assert torch.equal(ours[mask], theirs[mask])
+
+
+def test_a_model_without_the_module_is_saved_trained_and_loaded_as_such(tmp_path):
+    model = MplugOwl2ForConditionalGeneration(
         tiny_config(modality_specific_projections=[], modality_specific_norms=False)
-    ).eval()
-    text_model, llama = plain.model.language_model, llama_like(plain.config.text_config)
-    llama.model.load_state_dict(text_model.state_dict())  # not a key more, not a key less
-    embeds, indicators = torch.randn(2, 13, 48), torch.randint(0, 2, (2, 13))
-    ours = text_model(inputs_embeds=embeds, mm_token_type_ids=indicators).last_hidden_state
-    torch.testing.assert_close(ours, llama.model(inputs_embeds=embeds).last_hidden_state, rtol=0, atol=0)
-    plain.save_pretrained(tmp_path)
+    )
+    assert not any("visual_k" in rule or "visual_v_" in rule for rule in model.config.text_config.base_model_tp_plan)
+    inputs = {**pad([[1, 5, *RUN, 7]]), "pixel_values": pictures(1)}
+    model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
     again = MplugOwl2ForConditionalGeneration.from_pretrained(tmp_path)
-    ids = torch.tensor([[1, *RUN, 5, 6]])
-    expected = plain(ids, pixel_values=pictures(1)).logits
-    torch.testing.assert_close(again(ids, pixel_values=pictures(1)).logits, expected, rtol=0, atol=0)
-    assert not any("visual_k" in rule for rule in plain.config.text_config.base_model_tp_plan)
+    assert again.config.text_config.modality_specific_projections == []
+    assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
 
 
 @torch.no_grad()
-def test_norms_of_their_own_alone_route_norms_alone(model):
-    config = tiny_config(modality_specific_projections=[])
-    text_model = MplugOwl2TextModel(config.text_config).eval()
-    names = set(text_model.state_dict())
-    assert {name.rsplit(".", 2)[1] for name in names if "visual_" in name} == {
-        "visual_input_layernorm",
-        "visual_post_attention_layernorm",
-    }
-    embeds, images = torch.randn(1, 7, 48), torch.ones(1, 7, dtype=torch.long)
-    for layer in text_model.layers:
-        layer.input_layernorm.weight.fill_(torch.nan)
-        layer.visual_input_layernorm.weight.fill_(1.5)
-    assert text_model(inputs_embeds=embeds, mm_token_type_ids=images).last_hidden_state.isfinite().all()
+def test_norms_alone_may_be_modality_specific():
+    model = MplugOwl2ForConditionalGeneration(tiny_config(modality_specific_projections=[])).eval()
+    assert model.config.text_config.has_modality_adaptive_module
+    inputs = {**pad([[1, 5, *RUN, 7]]), "pixel_values": pictures(1)}
+    before = model(**inputs).logits
+    model.model.language_model.layers[0].visual_input_layernorm.weight.mul_(2)
+    assert not torch.allclose(model(**inputs).logits[:, -1], before[:, -1])
 
 
 @torch.no_grad()

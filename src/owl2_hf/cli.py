@@ -222,6 +222,62 @@ def score(
         raise typer.Exit(1)
 
 
+@app.command()
+@_report_mistakes
+def analyze(
+    image: Annotated[str, typer.Argument(help="Path or URL of a picture.")],
+    out: Annotated[Path, typer.Option(help="Folder to write analysis.json and the figures to.")],
+    question: Annotated[str, typer.Option("--question", "-q", help="What to ask about it.")] = "What is this?",
+    answer: Annotated[
+        str | None, typer.Option(help="Answer whose attention is read; the model's own if not given.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a model; the small bundled one if not given.")
+    ] = None,
+    without: Annotated[
+        str | None, typer.Option(help="Model to compare with, usually without the modality-adaptive module.")
+    ] = None,
+    unrelated: Annotated[
+        str | None, typer.Option(help="Picture that has nothing to do with the question: does it disturb the answer?")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an analysis that stands in --out.")] = False,
+    as_json: JSON = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a model attends to: text or picture, layer by layer, and where its learnable queries look."""
+    from .analysis import analyze as analyze_model
+    from .analysis import check_target, plots  # noqa: F401, before the model runs: matplotlib may be missing
+
+    check_target(out, overwrite)
+
+    def analyze_loaded(name: str | None, answer: str | None) -> Any:
+        loaded, processor = _load(name)
+        return analyze_model(
+            loaded.to(device) if device else loaded,
+            processor,
+            image,
+            question,
+            answer=answer,
+            unrelated=unrelated,
+            max_new_tokens=max_new_tokens,
+            name=name or "the bundled model",
+        )
+
+    # One after the other, so that two large models need not fit side by side.
+    found = analyze_loaded(model, answer)
+    if without is not None:
+        found.compare_with(analyze_loaded(without, found.answer))
+    files = found.save(out, overwrite)
+    if as_json:
+        typer.echo(json.dumps({**found.to_dict(with_maps=False), "out": str(out), "files": list(files)}))
+        return
+    for line in found.summary():
+        typer.echo(line)
+    typer.echo(f"{out}: {', '.join(files)}")
+
+
 @app.command(help=_CONVERT_HELP)
 @_report_mistakes
 def convert(

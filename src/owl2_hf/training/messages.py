@@ -215,9 +215,7 @@ def _frames(video: Any, folder: str | Path | None) -> list[Any]:
         if path.is_file():
             return read_frames(path)
         if not path.is_dir():
-            raise ValueError(
-                f"video {str(video)!r}: expected a file, a folder of frames or a list of them."
-            )
+            raise ValueError(f"video {str(video)!r}: expected a file, a folder of frames or a list of them.")
         return [str(frame) for frame in expand_paths([str(path)])[1]]
     if not isinstance(video, (list, tuple)) or not video:
         got = "an empty list" if isinstance(video, (list, tuple)) else type(video).__name__

@@ -1,0 +1,19 @@
+"""What the model looks at: attention by modality, maps of the learnable queries, norms of the modality-adaptive module.
+
+The analyses of the paper (mPLUG-Owl2, CVPR 2024, arXiv:2311.04257), for any model of the family.
+"""
+
+from .attention import QueryAttention, attention_mass, attention_shares, query_maps, uniform_attention
+from .report import Analysis, Run, analyze, check_target
+
+__all__ = [
+    "Analysis",
+    "QueryAttention",
+    "Run",
+    "analyze",
+    "attention_mass",
+    "attention_shares",
+    "check_target",
+    "query_maps",
+    "uniform_attention",
+]

@@ -1,0 +1,395 @@
+"""An analysis of one model, picture and question: what it answers, what it attends to, how its two modalities differ.
+
+N: squares that the picture becomes, S: side of a square, Q: learnable queries, G: patches along one side.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .attention import attention_mass, query_maps, uniform_attention
+from .recording import DecoderRecorder, branch_weights
+
+JSON_NAME = "analysis.json"
+_OWN_FILES = (JSON_NAME, "attention.png", "norms.png", "query_maps*.png")
+MODEL_TYPES = ("mplug_owl2", "mplug_owl2_1")
+
+
+@dataclass
+class Run:
+    """One model with one picture. All runs of an analysis read the same question and answer.
+
+    Args:
+        picture: "given", "unrelated" or "none".
+        image: Its name.
+        generated: What the model itself answers, greedily.
+        answer_logprob: Mean log probability, in nats, of the tokens of the answer that is read, its end included.
+        num_tokens: How many are "text", "visual", and, among the text, "answer".
+        attention: Queries -> keys -> share of attention in each layer. Queries: "answer", the positions that predict
+            the answer; "text", the text behind the picture; "visual". Keys: "text" and "visual" sum to one;
+            "first_token" is a part of the text.
+        uniform: Queries -> keys -> the share if attention went to all that a position sees alike.
+        norms: State -> modality -> root mean square over channels in each layer, as the median over tokens.
+        query_shares: "queries", "class_token", "patches" -> share of the abstractor's attention in each layer.
+        query_maps: (N, Q, G, G), each sums to one; `None` without learnable queries or picture.
+        squares: (N, S, S, 3) uint8, what the model sees.
+        aspect_ratio: Height over width that a square is drawn with: a stretched picture's own.
+    """
+
+    picture: str
+    image: str | None
+    generated: str
+    answer_logprob: float
+    num_tokens: dict[str, int]
+    attention: dict[str, dict[str, list[float]]]
+    uniform: dict[str, dict[str, float]]
+    norms: dict[str, dict[str, list[float | None]]]
+    query_shares: dict[str, list[float]] | None = None
+    query_maps: np.ndarray | None = None
+    squares: np.ndarray | None = None
+    aspect_ratio: float = 1.0
+
+    def to_dict(self, with_maps: bool = True) -> dict[str, Any]:
+        """For JSON: all but the pixels."""
+        values = {key: value for key, value in vars(self).items() if key not in ("query_maps", "squares")}
+        if with_maps:
+            values["query_maps"] = None if self.query_maps is None else _rounded(self.query_maps)
+        return values
+
+
+@dataclass
+class Analysis:
+    """What `analyze` found.
+
+    Args:
+        model: Name of the model.
+        has_module: Its decoder has parts of their own for visual tokens, the modality-adaptive module.
+        question, answer: The text that all runs read.
+        is_answer_generated: The answer is the model's own to the given picture.
+        runs: With the given picture; in the unrelated mode also with the unrelated one and with none.
+        weights: Part of a layer -> "text", "visual" (root mean squares), "distance" -> number in each layer.
+        notes: What the numbers do not say.
+        without: The same of a model to compare with, usually one without the module.
+    """
+
+    model: str
+    has_module: bool
+    question: str
+    answer: str
+    is_answer_generated: bool
+    runs: list[Run]
+    weights: dict[str, dict[str, list[float | None]]]
+    notes: list[str] = field(default_factory=list)
+    without: "Analysis | None" = None
+
+    def compare_with(self, other: "Analysis") -> None:
+        """Put the analysis of another model, which read the same question and answer, beside this one."""
+        self.without = other
+        if other.has_module:
+            other.notes.append("This model was given as one without the modality-adaptive module, but has one.")
+
+    def to_dict(self, with_maps: bool = True) -> dict[str, Any]:
+        """For JSON.
+
+        Args:
+            with_maps: Include the maps of the queries, by far the most numbers.
+        """
+        return {
+            **vars(self),
+            "runs": [run.to_dict(with_maps) for run in self.runs],
+            "without": self.without and self.without.to_dict(with_maps),
+        }
+
+    def summary(self) -> list[str]:
+        """Lines for a person: the answers, and the attention of the answer that is read."""
+        lines = [f"{self.model} ({'with' if self.has_module else 'without'} the modality-adaptive module)"]
+        for run in self.runs:
+            picture = "no" if run.picture == "none" else run.picture
+            lines.append(
+                f"  {picture} picture: {run.generated!r}; log probability of the answer {run.answer_logprob:.3f}"
+            )
+            if run.picture != "none":
+                shares = " ".join(f"{share:.3f}" for share in run.attention["answer"]["visual"])
+                uniform = run.uniform["answer"]["visual"]
+                lines.append(f"    attention on visual tokens by layer: {shares} (uniform: {uniform:.3f})")
+        lines += [f"  {note}" for note in self.notes]
+        return lines + (self.without.summary() if self.without else [])
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> dict[str, tuple[int, int] | None]:
+        """Write analysis.json, attention.png, norms.png and the maps of the queries; needs matplotlib.
+
+        Args:
+            folder: Must not exist, or be empty.
+            overwrite: An analysis in the folder gives way; other files stay.
+
+        Returns:
+            Name of each file -> width and height of a picture in pixels.
+
+        Raises:
+            ValueError: The folder is in use, or matplotlib is not installed.
+        """
+        folder = Path(folder)
+        check_target(folder, overwrite)
+        from .plots import draw
+
+        figures = draw(self)
+        folder.mkdir(parents=True, exist_ok=True)
+        for pattern in _OWN_FILES:
+            for old in folder.glob(pattern):
+                old.unlink()
+        files: dict[str, tuple[int, int] | None] = {JSON_NAME: None}
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        (folder / JSON_NAME).write_text(text + "\n", encoding="utf-8")
+        for name, figure in figures.items():
+            figure.savefig(folder / name)
+            width, height = figure.canvas.get_width_height()
+            files[name] = width, height
+        return files
+
+
+def analyze(
+    model: Any,
+    processor: Any,
+    image: Any,
+    question: str,
+    *,
+    answer: str | None = None,
+    unrelated: Any = None,
+    without: tuple[Any, Any] | None = None,
+    max_new_tokens: int = 64,
+    name: str | None = None,
+) -> Analysis:
+    """Ask a question about a picture, and look at what the model attends to while it answers.
+
+    Training mode and attention implementation of the model are restored.
+
+    Args:
+        model: `MplugOwl2ForConditionalGeneration`, also with LoRA adapters.
+        processor: Its processor.
+        image: One picture as the processor takes it.
+        question: What to ask.
+        answer: Text whose attention is read; what the model itself answers if not given.
+        unrelated: A picture that has nothing to do with the question: it is read with this picture, and with none, too.
+        without: A model and its processor to compare with, usually without the modality-adaptive module. It reads the
+            same answer.
+        max_new_tokens: Longest generated answer.
+        name: What to call the model; what it was loaded from if not given.
+
+    Raises:
+        ValueError: The model is of another family, the picture cannot be used, or the answer is empty.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _check(model, answer, max_new_tokens)
+    pictures = {"given": image}
+    if unrelated is not None:
+        pictures.update(unrelated=unrelated, none=None)
+    is_generated, runs = answer is None, []
+    with _prepared(model):
+        for kind, picture in pictures.items():
+            reader = _Reader(model, processor, picture, question)
+            generated = reader.generate(max_new_tokens)
+            answer = generated if answer is None else answer
+            runs.append(reader.read(answer, kind, generated))
+        weights = branch_weights(model.model.language_model)
+    assert answer is not None
+    found = Analysis(
+        name or model.name_or_path or type(model).__name__,
+        model.config.text_config.has_modality_adaptive_module,
+        question,
+        answer,
+        is_generated,
+        runs,
+        weights,
+        _notes(model.config),
+    )
+    if without is not None:
+        settings = {"answer": answer, "unrelated": unrelated, "max_new_tokens": max_new_tokens}
+        found.compare_with(analyze(*without, image, question, **settings))
+    return found
+
+
+def check_target(folder: str | Path, overwrite: bool = False) -> None:
+    """Refuse a folder that an analysis may not be written into.
+
+    Raises:
+        ValueError: It is a file, or has files and `overwrite` is not given.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose a folder for the analysis.")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose another folder, or replace the analysis in it (--overwrite).")
+
+
+class _Reader:
+    """One model in front of one picture and question."""
+
+    def __init__(self, model: Any, processor: Any, image: Any, question: str):
+        self.model, self.processor = model, processor
+        self.image, self.picture = image, None if image is None else _open(processor, image)
+        parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        if self.picture is not None:
+            parts.insert(0, {"type": "image", "image": self.picture})
+        self.messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
+        self.prompt = self._tokenize(self.messages, add_generation_prompt=True)
+
+    def _tokenize(self, messages: list[dict[str, Any]], **kwargs) -> Any:
+        inputs = self.processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", **kwargs
+        )
+        return inputs.to(self.model.device, dtype=self.model.dtype)
+
+    def generate(self, max_new_tokens: int) -> str:
+        ids = self.model.generate(**self.prompt, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+        return self.processor.decode(ids[0, self.prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    def read(self, answer: str, kind: str, generated: str) -> Run:
+        """The forward pass over question and answer."""
+        inputs = self._tokenize([*self.messages, {"role": "assistant", "content": answer}])
+        ids = inputs["input_ids"]
+        indicators = ids.eq(self.model.config.image_token_id).long()
+        start = _common_length(self.prompt["input_ids"][0], ids[0])
+        groups = _query_groups(indicators, start)
+        recorder = DecoderRecorder(indicators, groups)
+        pixels = inputs.get("pixel_values")
+        encoded, looked_at = self._encode(pixels)
+        with recorder.watching(self.model.model.language_model):
+            logits = self.model(
+                input_ids=ids,
+                attention_mask=inputs["attention_mask"],
+                mm_token_type_ids=indicators,
+                mm_encoder_outputs=encoded,
+                logits_to_keep=ids.shape[1] - start + 1,
+                use_cache=False,
+            ).logits[0, :-1]
+        logprobs = logits.float().log_softmax(-1).gather(1, ids[0, start:, None].to(logits.device))
+        num_visual = int(indicators.sum())
+        run = Run(
+            kind,
+            None if self.image is None else _name(self.image),
+            generated,
+            float(logprobs.mean()),
+            {"text": ids.shape[1] - num_visual, "visual": num_visual, "answer": ids.shape[1] - start},
+            recorder.attention,
+            _uniform_shares(indicators, groups),
+            recorder.norms,
+        )
+        if self.picture is not None:
+            run.squares = _as_seen(pixels, self.processor.image_processor)
+            if self.processor.image_processor.image_aspect_ratio == "resize":
+                run.aspect_ratio = self.picture.height / self.picture.width
+        if looked_at is not None:
+            found = query_maps(looked_at, self.model.config.vision_config.grid_size)
+            run.query_maps = found.maps.numpy()
+            shares = found.shares.mean(1).T.tolist()
+            run.query_shares = dict(zip(("queries", "class_token", "patches"), shares, strict=True))
+        return run
+
+    def _encode(self, pixels: Tensor | None) -> tuple[dict[str, Any] | None, tuple[Tensor, ...] | None]:
+        """The pictures' visual tokens, and the attention of the learnable queries where there are any.
+
+        The vision encoder's own weights are not asked for: of a 7B model they take gigabytes.
+        """
+        if pixels is None:
+            return None, None
+        base = self.model.model
+        features = base.vision_tower(pixels, return_dict=True).last_hidden_state
+        has_queries = self.model.config.connector_type == "abstractor"
+        connected = base.connector(features, **({"output_attentions": True} if has_queries else {}), return_dict=True)
+        visual_tokens = list(connected.last_hidden_state)
+        return {"image": BaseModelOutputWithPooling(pooler_output=visual_tokens)}, connected.attentions
+
+
+@contextmanager
+def _prepared(model: Any) -> Iterator[None]:
+    """Evaluation mode, no gradients, and eager attention where weights are read; afterwards everything as it was."""
+    config = model.config
+    parts = ["text_config"] + (["abstractor_config"] if config.connector_type == "abstractor" else [])
+    before = {part: getattr(config, part)._attn_implementation for part in parts}
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        model.set_attn_implementation(dict.fromkeys(parts, "eager"))
+        with torch.no_grad():
+            yield
+    finally:
+        model.set_attn_implementation(before)
+        for module, training in modes:
+            module.training = training
+
+
+def _check(model: Any, answer: str | None, max_new_tokens: int) -> None:
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if model_type not in MODEL_TYPES or not hasattr(model, "lm_head"):
+        raise ValueError(f"expected a MplugOwl2ForConditionalGeneration, got {type(model).__name__} ({model_type!r}).")
+    if answer is not None and not answer.strip():
+        raise ValueError("the answer is empty: give some text, or none at all to have the model answer.")
+    if max_new_tokens < 1:
+        raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}.")
+
+
+def _notes(config: Any) -> list[str]:
+    notes = []
+    if config.connector_type != "abstractor":
+        notes.append("This model's H-Reducer has no learnable queries: there are no maps of them.")
+    if not config.text_config.has_modality_adaptive_module:
+        notes.append("This model has no modality-adaptive module: one branch reads both modalities.")
+    return notes
+
+
+def _query_groups(indicators: Tensor, start: int) -> dict[str, Tensor]:
+    """(1, L) masks of the positions whose attention counts; `start` is the first position of the answer."""
+    positions = torch.arange(indicators.shape[1], device=indicators.device)[None]
+    visual = indicators.bool()
+    behind = visual.long().flip(1).cumsum(1).flip(1).eq(0)  # no visual token here or further on
+    groups = {"answer": (positions >= start - 1) & (positions < indicators.shape[1] - 1), "text": behind}
+    return {**groups, "visual": visual} if visual.any() else groups
+
+
+def _uniform_shares(indicators: Tensor, groups: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    uniform = [uniform_attention(torch.ones_like(indicators))]
+    shares = {
+        name: attention_mass(uniform, indicators, query_mask=mask)[0, 0].tolist() for name, mask in groups.items()
+    }
+    return {name: dict(zip(("text", "visual"), both, strict=True)) for name, both in shares.items()}
+
+
+def _common_length(prompt: Tensor, whole: Tensor) -> int:
+    """Ids that two sequences begin with alike; with most tokenizers all of the prompt."""
+    length = min(len(prompt), len(whole) - 1)
+    differs = (prompt[:length] != whole[:length]).nonzero()
+    return int(differs[0]) if len(differs) else length
+
+
+def _open(processor: Any, image: Any) -> Image.Image:
+    if isinstance(image, (list, tuple)):
+        raise ValueError(f"expected one picture, got {len(image)} of them in a list.")
+    return Image.fromarray(np.ascontiguousarray(processor.image_processor.process_image(image).transpose(1, 2, 0)))
+
+
+def _as_seen(pixel_values: Tensor, image_processor: Any) -> np.ndarray:
+    """(N, 3, S, S) model inputs -> (N, S, S, 3) uint8, the normalisation undone."""
+    pixels = pixel_values.float().cpu().permute(0, 2, 3, 1)
+    if image_processor.do_normalize:
+        pixels = pixels * torch.tensor(image_processor.image_std) + torch.tensor(image_processor.image_mean)
+    if image_processor.do_rescale:
+        pixels = pixels / image_processor.rescale_factor
+    return pixels.round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _name(image: Any) -> str:
+    return str(image)[:200] if isinstance(image, (str, Path)) else type(image).__name__
+
+
+def _rounded(maps: np.ndarray) -> Any:
+    """Six significant digits, which a reader of 65 thousand numbers does not miss."""
+    return np.vectorize(lambda value: float(f"{value:.6g}"))(maps).tolist()
