@@ -346,7 +346,8 @@ def test_the_command_writes_and_prints(found, without, tmp_path):
     )
     refused = run(TIGER, "--out", tmp_path / "out")
     assert refused.exit_code == 1 and "is not empty" in refused.stderr
-    lines = run(TIGER, "--out", tmp_path / "out", "--overwrite", "--unrelated", SHAPES, "--answer", "a tiger").stdout
+    settings = ["--model", tmp_path / "without", "--overwrite", "--answer", "a tiger", "--max-new-tokens", 2]
+    lines = run(TIGER, "--out", tmp_path / "out", "--unrelated", SHAPES, *settings).stdout
     assert "unrelated picture" in lines and "no picture" in lines and "query_maps_unrelated.png" in lines
 
 
