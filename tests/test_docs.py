@@ -106,7 +106,7 @@ def test_the_analysis_runs_as_shown(place, monkeypatch, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["given", "unrelated", "none"]
     (command,) = re.findall(r"\$ owl2-hf (analyze .*)", page)
     result = CliRunner().invoke(
-        app, [*shlex.split(command), *"--model path/to/owl2 --without path/to/owl2 --max-new-tokens 4".split()]
+        app, [*shlex.split(command), *["--model", "path/to/owl2", "--without", "path/to/owl2", "--max-new-tokens", "4"]]
     )
     assert result.exit_code == 0, result.output
     written = {path.name for path in (place / "analysis").iterdir()}
