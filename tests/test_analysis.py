@@ -346,7 +346,8 @@ def test_the_command_writes_and_prints(found, without, tmp_path):
     )
     refused = run(TIGER, "--out", tmp_path / "out")
     assert refused.exit_code == 1 and "is not empty" in refused.stderr
-    lines = run(TIGER, "--out", tmp_path / "out", "--overwrite", "--unrelated", SHAPES, "--answer", "a tiger").stdout
+    settings = ["--model", tmp_path / "without", "--overwrite", "--answer", "a tiger", "--max-new-tokens", 2]
+    lines = run(TIGER, "--out", tmp_path / "out", "--unrelated", SHAPES, *settings).stdout
     assert "unrelated picture" in lines and "no picture" in lines and "query_maps_unrelated.png" in lines
 
 
@@ -367,3 +368,14 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(arguments, message, tmp_p
     assert result.exit_code == 1 and message in result.stderr
     assert result.stderr.strip().count("\n") == 0 and "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_adapters_is_read_with_them(default, found):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["visual_k_proj"], r=2, init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(default[0]), config)
+    other = analyze(adapted, default[1], TIGER, QUESTION, answer="tiger face", max_new_tokens=1)
+    before, after = (one.runs[0].norms["key"] for one in (found, other))
+    assert after["text"][0] == pytest.approx(before["text"][0]) and after["visual"][0] != before["visual"][0]
+    assert other.weights["k_proj"] == found.weights["k_proj"]

@@ -108,7 +108,9 @@ def test_the_analysis_runs_as_shown(place, monkeypatch, capsys):
     exec(compile(code, "analysis.md", "exec"), {})
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["given", "unrelated", "none"]
     (command,) = re.findall(r"\$ owl2-hf (analyze .*)", page)
-    result = CliRunner().invoke(app, [*shlex.split(command), "--without", "path/to/owl2"])
+    result = CliRunner().invoke(
+        app, [*shlex.split(command), *["--model", "path/to/owl2", "--without", "path/to/owl2", "--max-new-tokens", "4"]]
+    )
     assert result.exit_code == 0, result.output
     written = {path.name for path in (place / "analysis").iterdir()}
     assert set(re.findall(r"`([\w]+\.(?:png|json))`", page)) <= written
