@@ -157,6 +157,9 @@ def test_batches_are_the_originals(golden_dir, mode):
 # Labels
 
 
+LLAMA, DOCOWL = make(), make_docowl()
+
+
 @pytest.mark.parametrize("make", [make, lambda: make(legacy=False), make_qwen, make_docowl])
 def test_labels_are_the_answers_and_their_ends(make):
     processor = make()
@@ -170,6 +173,12 @@ def test_labels_are_the_answers_and_their_ends(make):
     assert (first, second) == ("Adog.</s>A</s>cat</s>", "羊a</s>")
     assert (batch["labels"][batch["mm_token_type_ids"].bool()] == -100).all()
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_a_picture_inside_an_answer_is_not_learned():
+    batch = Collator(LLAMA)([row("Which?", "this <image> one", "and?", "<image> that", image=[RED, WIDE])])
+    assert learned(LLAMA, batch).replace(" ", "") == "thisone</s>that</s>"
+    assert batch["mm_token_type_ids"].sum() == 6
 
 
 @pytest.mark.parametrize("make", [make, make_docowl])
@@ -210,7 +219,6 @@ def test_padding(side):
 # Truncation
 
 
-LLAMA, DOCOWL = make(), make_docowl()
 PART = st.sampled_from(["<image>", "<image>", "some words", "text, more text"])
 
 

@@ -99,7 +99,10 @@ class Collator:
                 tokenize=True,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
-                processor_kwargs={"padding": False},
+                processor_kwargs={
+                    "padding": False,
+                    "verbose": False,
+                },  # rows may be longer than the model before truncation
             )
         squares = iter(batch.get("pixel_values", ()))
         return [
