@@ -238,9 +238,12 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
         given["deepspeed"] = str(Path(__file__).parent / "deepspeed" / f"{given['deepspeed']}.json")
     defaults = {"report_to": "none", "logging_first_step": True, "use_cpu": not torch.accelerator.is_available()}
     try:
-        return TrainingArguments(output_dir=recipe.output_dir, **{**defaults, **given, **_FIXED})
+        arguments = TrainingArguments(output_dir=recipe.output_dir, **{**defaults, **given, **_FIXED})
+        if recipe.data.streaming and arguments.max_steps <= 0:
+            raise ValueError("data.streaming has no length, so the recipe has to name max_steps.")
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"trainer: {error}") from None
+    return arguments
 
 
 def _rows(data: DataRecipe, sources: str | list[str]) -> Any:
