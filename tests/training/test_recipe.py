@@ -75,6 +75,9 @@ def test_a_recipe_survives_being_written(tmp_path):
             "vision_layer_decay: slow",
             "Field 'vision_layer_decay' with value 'slow'",
         ),
+        ("trainer: {max_steps: many}", "trainer.max_steps: expected a number, got 'many'"),
+        ("trainer: {learning_rate: true}", "trainer.learning_rate: expected a number, got True"),
+        ("trainer: {bf16: 1}", "trainer.bf16: expected true or false, got 1"),
         ("trainer: {output_dir: x}", "unknown key 'trainer.output_dir'"),
     ],
 )

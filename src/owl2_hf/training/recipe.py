@@ -90,8 +90,10 @@ class Recipe:
     def __post_init__(self):
         _check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         _check_choice("quantization", self.quantization, (None, "4bit", "8bit"))
-        known = {one.name for one in dataclasses.fields(TrainingArguments)} - {"output_dir", "resume_from_checkpoint"}
-        _check_known("trainer", self.trainer, known)
+        known = {one.name: one.default for one in dataclasses.fields(TrainingArguments)}
+        _check_known("trainer", self.trainer, known.keys() - {"output_dir", "resume_from_checkpoint"})
+        for name, value in self.trainer.items():
+            _check_kind(f"trainer.{name}", value, known[name])
         if self.quantization is not None and self.adapter is None:
             raise ValueError("quantization needs an adapter: quantised weights themselves cannot train.")
         if self.adapter is not None and self.image_size is not None:
@@ -184,6 +186,15 @@ def _check_known(where: str, values: Mapping[str, Any], known: Any) -> None:
             near = difflib.get_close_matches(str(name), list(known), n=1)
             meant = f", did you mean {near[0]!r}?" if near else f": expected some of {', '.join(sorted(known))}."
             raise ValueError(f"unknown key {f'{where}.{name}'.lstrip('.')!r}{meant}")
+
+
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """Numbers where the default is a number, true or false where it is one; the Trainer itself does not look."""
+    for kind, accepted, expected in ((bool, bool, "true or false"), ((int, float), (int, float), "a number")):
+        if isinstance(default, kind):
+            if not isinstance(value, accepted) or (accepted is not bool and isinstance(value, bool)):
+                raise ValueError(f"{name}: expected {expected}, got {value!r}.")
+            return
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
