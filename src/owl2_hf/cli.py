@@ -33,26 +33,22 @@ def _report_mistakes(command: Callable) -> Callable:
 
     @wraps(command)
     def wrapped(*args, **kwargs):
-        from huggingface_hub.errors import StrictDataclassError
-
         try:
             return command(*args, **kwargs)
-        except (ValueError, OSError, StrictDataclassError) as error:
-            if kwargs.get("debug"):
-                raise
-            typer.echo(f"owl2-hf: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(1) from None
         except typer.Exit:
             raise
-        except Exception as error:
-            if kwargs.get("debug"):
-                raise
-            message = f"unexpected {type(error).__name__}: {error}; --debug shows where"
-            typer.echo(f"owl2-hf: {' '.join(message.split())}", err=True)
-            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("owl2-hf: interrupted", err=True)
             raise typer.Exit(130) from None
+        except Exception as error:
+            if kwargs.get("debug"):
+                raise
+            from huggingface_hub.errors import StrictDataclassError
+
+            is_mistake = isinstance(error, (ValueError, OSError, StrictDataclassError))
+            message = str(error) if is_mistake else f"unexpected {type(error).__name__}: {error}; --debug shows where"
+            typer.echo(f"owl2-hf: {' '.join(message.split())}", err=True)
+            raise typer.Exit(1) from None
 
     return wrapped
 

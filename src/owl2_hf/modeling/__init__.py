@@ -1,5 +1,6 @@
 """Configuration and model; the same files travel to the Hub as remote code."""
 
+from ..registration import register
 from .configuration_mplug_owl2 import (
     MplugDocOwlConfig,
     MplugOwl2AbstractorConfig,
@@ -31,3 +32,5 @@ __all__ = [
     "MplugOwl2VisualAbstractor",
     "MplugOwl21Config",
 ]
+
+register()

@@ -1,0 +1,148 @@
+"""Our entries in the tables of transformers' Auto classes, made when somebody looks for them.
+
+Registering a class needs the class, so torch and transformers' modeling code: seconds that `import owl2_hf` should not
+take. Registering when transformers imports its Auto classes is no way either, for it does so in the middle of importing
+what our classes are made of. So `import owl2_hf` registers nothing, and everything happens at the first use:
+
+1. An import hook waits for the modules that hold the tables in which ours are looked up by a name: a model type, the
+   name of a processor's class. It imports nothing, it only makes the table's user entries lazy (`_LazyEntries`).
+2. The first look into them that could find ours imports `owl2_hf.modeling` and `owl2_hf.processing`.
+3. Each of the two, however it came to be imported, ends with `register()`, which is transformers' public way. The
+   tables of models need no hook: they are looked up by the configuration's class, which comes from `owl2_hf.modeling`.
+"""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from types import ModuleType
+from typing import Any
+
+MODEL_TYPES = ("mplug_owl2", "mplug_owl2_1", "mplug_docowl")
+# Module -> its table that is looked up by a name.
+TABLES = {
+    "transformers.models.auto.configuration_auto": "CONFIG_MAPPING",
+    "transformers.models.auto.image_processing_auto": "IMAGE_PROCESSOR_MAPPING",
+    "transformers.models.auto.processing_auto": "PROCESSOR_MAPPING",
+}
+
+
+def register() -> None:
+    """Enter our classes in the tables; they may stand there already."""
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
+
+    from .modeling import (
+        MplugDocOwlConfig,
+        MplugOwl2Config,
+        MplugOwl2ForConditionalGeneration,
+        MplugOwl2Model,
+        MplugOwl21Config,
+    )
+    from .processing import MplugOwl2ImageProcessor, MplugOwl2Processor
+
+    # The last two are the originals' names; what they read is an MplugOwl2Config, which finds the classes below.
+    for model_type, config in zip(MODEL_TYPES, (MplugOwl2Config, MplugOwl21Config, MplugDocOwlConfig), strict=True):
+        AutoConfig.register(model_type, config, exist_ok=True)
+    AutoModel.register(MplugOwl2Config, MplugOwl2Model, exist_ok=True)
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(MplugOwl2Config, MplugOwl2ForConditionalGeneration, exist_ok=True)
+    AutoImageProcessor.register(
+        MplugOwl2Config, image_processor_classes={"pil": MplugOwl2ImageProcessor}, exist_ok=True
+    )
+    AutoProcessor.register(MplugOwl2Config, MplugOwl2Processor, exist_ok=True)
+
+
+def register_when_looked_up() -> None:
+    """Make our entries lazy in the tables that are there, and in the others as soon as they are."""
+    if not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TableFinder())
+    for name in TABLES.keys() & sys.modules.keys():
+        if not _make_lazy(import_module(name)):  # which waits, should another thread be in the middle of importing it
+            register()
+
+
+def _make_lazy(module: ModuleType) -> bool:
+    """Whether the module's table is as we know it: what users register lies in a dict of its own."""
+    table = getattr(module, TABLES[module.__name__], None)
+    entries = getattr(table, "_extra_content", None)
+    if isinstance(entries, dict) and not isinstance(entries, _LazyEntries):
+        table._extra_content = _LazyEntries(entries)  # type: ignore[union-attr]
+    return isinstance(entries, dict)
+
+
+def _load() -> None:
+    """Import our classes, which registers them; another thread that does so is waited for."""
+    import_module("owl2_hf.modeling")
+    import_module("owl2_hf.processing")
+
+
+class _LazyEntries(dict):
+    """Entries that users of transformers registered in a table; ours come with the first look that could find them."""
+
+    def __contains__(self, key: object) -> bool:
+        return key in MODEL_TYPES or super().__contains__(key)
+
+    def __missing__(self, key: object) -> Any:
+        if key in MODEL_TYPES:
+            _load()
+        if super().__contains__(key):
+            return self[key]
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator:
+        _load()
+        return super().__iter__()
+
+    def keys(self):
+        _load()
+        return super().keys()
+
+    def values(self):
+        _load()
+        return super().values()
+
+    def items(self):
+        _load()
+        return super().items()
+
+
+class _TableFinder(MetaPathFinder):
+    """Finds the modules of `TABLES` as the other finders do, and has their tables made lazy."""
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname not in TABLES:
+            return None
+        others = (finder for finder in sys.meta_path if not isinstance(finder, _TableFinder))
+        spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _TableLoader(spec.loader)
+        return spec
+
+
+class _TableLoader(Loader):
+    """Loads a module as `loader` does, then makes its table lazy."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):
+        module.__loader__ = module.__spec__.loader = self.loader  # nobody has to know that we were here
+        self.loader.exec_module(module)
+        if not _make_lazy(module):  # and registering here would import what may be half imported
+            warnings.warn(
+                f"{module.__name__} of this transformers keeps users' classes in a way that owl2_hf does not know: "
+                "import owl2_hf.modeling before you use Auto classes with its models.",
+                stacklevel=2,
+            )
