@@ -458,6 +458,47 @@ def push(
     typer.echo(f"{total} would go to {report.repo_id}" if dry_run else f"{total}: {report.url}")
 
 
+@app.command()
+@_report_mistakes
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or Hub id of a model; the small bundled one if not given.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of the machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")] = 8000,
+    max_image_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Most pixels of all pictures of a request together; 89,478,485.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens; 1024.")] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(min=1, help="Largest body of a request; 32 MiB.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OWL2_HF_API_KEY", help="What clients must send; anyone may ask if not given.")
+    ] = None,
+    allow_image_urls: Annotated[
+        bool, typer.Option("--allow-image-urls", help="Also fetch pictures from http(s) URLs on public addresses.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Serve a model to OpenAI's clients; SIGTERM or Ctrl-C ends it."""
+    from .serving import ServerSettings, bind, build_app
+    from .serving import serve as run
+
+    limits = {
+        "max_image_pixels": max_image_pixels,
+        "max_new_tokens": max_new_tokens,
+        "max_body_bytes": max_body_bytes,
+    }
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    settings = ServerSettings(**given, allow_image_urls=allow_image_urls, api_key=api_key)
+    with bind(host, port) as sock:
+        _facts(_place(model))  # not any other family's model
+        loaded, processor = _load(model)
+        name = model or DEFAULT_MODEL
+        served = build_app(name, loaded.to(device) if device else loaded, processor, settings)
+        run(served, sock, lambda url: typer.echo(f"serving {name} at {url}"))
+
+
 data_app = typer.Typer(help="Training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 

@@ -1,0 +1,136 @@
+"""What a chat request may hold: OpenAI's fields, checked before anything is made of them.
+
+What would change the answer and is not supported is refused, not ignored: tools, several answers, log probabilities,
+sound, videos, and transformers' own `generation_config` and `chat_template_kwargs`, which reach into the server.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+MAX_STOP_STRINGS, MAX_STOP_LENGTH = 4, 64  # each is compared with the whole vocabulary
+ROLES = {"developer": "system"}  # OpenAI's newer name
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(_Strict):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None  # a picture is always seen in the model's own resolution
+
+
+class ImagePart(_Strict):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Limit = Annotated[int, Field(ge=1)]
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[Part], BeforeValidator(_as_parts)]
+    name: str | None = None
+    # An answer of the client library comes back with these.
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text"]
+
+
+class ChatRequest(_Strict):
+    """The body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    model: str | None = None
+    stream: bool | None = None
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None  # 1 + this is the repetition penalty
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
+        None
+    )
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[
+        Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None, BeforeValidator(_as_list)
+    ] = None
+    # Only where they ask for nothing.
+    n: Literal[1] | None = None
+    logprobs: Literal[False] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    # Without effect on the answer.
+    metadata: Any = None
+    prompt_cache_key: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    store: Any = None
+    stream_options: Any = None
+    user: Any = None
+
+    @property
+    def image_urls(self) -> list[str]:
+        """URLs of all pictures, in order."""
+        return [part.image_url.url for part in self._parts() if isinstance(part, ImagePart)]
+
+    @property
+    def num_characters(self) -> int:
+        return sum(len(part.text) for part in self._parts() if isinstance(part, TextPart))
+
+    def conversation(self, pictures: list[Any]) -> list[dict[str, Any]]:
+        """The messages as a chat template takes them, with `pictures` at the places of the URLs."""
+        rest = iter(pictures)
+        return [
+            {
+                "role": ROLES.get(message.role, message.role),
+                "content": [
+                    {"type": "text", "text": part.text}
+                    if isinstance(part, TextPart)
+                    else {"type": "image", "image": next(rest)}
+                    for part in message.content
+                ],
+            }
+            for message in self.messages
+        ]
+
+    def _parts(self) -> list[TextPart | ImagePart]:
+        return [part for message in self.messages for part in message.content]
+
+
+def parse_request(body: dict[str, Any]) -> ChatRequest:
+    """The body as a `ChatRequest`.
+
+    Raises:
+        ValueError: A field is unknown, not supported, of a wrong type or out of range; the message names it.
+    """
+    try:
+        return ChatRequest.model_validate(body)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        fields = [f"{'.'.join(map(str, one['loc']))[:100]}: {one['msg'][:200]}" for one in found[:3]]
+        raise ValueError("; ".join([*fields, *(["..."] if len(found) > 3 else [])])) from None

@@ -1,0 +1,293 @@
+"""transformers' application with one model in it, and the process that serves it.
+
+transformers' own server loads whatever model a request names, and knows only the model classes that come with it; it
+opens files of the server as pictures, ignores fields that it does not support, and generates to the end for clients
+that have gone. Its application, streaming and answers are used here, around a handler that does none of this.
+"""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import GenerateManager, GenerationState
+from transformers.utils import logging
+
+from ..processing.image_processing_mplug_owl2 import MAX_IMAGE_PIXELS
+from .gate import Gate, error_body
+from .pictures import open_pictures, read_pictures
+from .requests import ChatRequest, parse_request
+from .stopping import StopFilter, find_stop
+
+logger = logging.get_logger(__name__)
+
+FAILED = "generation failed; the server's log says why."
+SHUTDOWN_SECONDS = 2  # for answers under way, after a signal
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Limits of a server.
+
+    Args:
+        max_image_pixels: Pixels of all pictures of one request together.
+        max_new_tokens: Longest answer, in tokens; requests may ask for less.
+        max_body_bytes: Largest body of a request.
+        allow_image_urls: Whether pictures are also fetched from http(s) URLs on public addresses.
+        api_key: What clients must send, if not `None`.
+    """
+
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    max_new_tokens: int = 1024
+    max_body_bytes: int = 32 * 2**20
+    allow_image_urls: bool = False
+    api_key: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_image_pixels", "max_new_tokens", "max_body_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ValueError("the API key is empty: give one, or leave it out to serve everybody.")
+
+
+class PinnedModel(ModelManager):
+    """The one model that there is; no request loads or unloads another."""
+
+    def __init__(self, name: str, model: Any, processor: Any) -> None:
+        super().__init__()
+        self.name, self.model, self.processor = name, model, processor
+        self.card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "owl2_hf"}
+
+    def load_model_and_processor(self, *args, **kwargs) -> tuple[Any, Any]:
+        return self.model, self.processor
+
+    def get_gen_models(self, *args) -> list[dict]:
+        return [self.card]
+
+
+class Generator(GenerateManager):
+    """Generates for one request after the other, on a thread of its own; leaves out the text of stop strings."""
+
+    async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
+        text, *rest = await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
+        return text[: find_stop(text, gen_config.stop_strings or [])], *rest
+
+    def generate_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
+        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        return StopFilter(queue, gen_config.stop_strings or []), streamer
+
+    def async_submit(self, fn: Callable, *args, **kwargs) -> asyncio.Future:
+        # The thread sets the result in any case, which a cancelled future would not take.
+        return asyncio.shield(super().async_submit(fn, *args, **kwargs))
+
+
+class Run:
+    """What one request generates with: stands for the model in transformers' handlers."""
+
+    def __init__(self, model: Any, tokenizer: Any, seed: int | None) -> None:
+        self.model, self.config, self.tokenizer, self.seed = model, model.config, tokenizer, seed
+        self.is_cancelled = threading.Event()
+
+    def generate(self, **kwargs) -> torch.Tensor:
+        """As the model's `generate`, seeded here and not when the request came; ends where nobody waits for it.
+
+        Raises:
+            RuntimeError: Something went wrong, which the log says and the client need not know.
+        """
+        if self.is_cancelled.is_set():
+            raise RuntimeError("the client has gone.")
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        try:
+            return self.model.generate(**{**kwargs, "tokenizer": self.tokenizer, "stopping_criteria": [self._stops]})
+        except Exception as error:
+            if "streamer" in kwargs and kwargs["streamer"]._cancelled.is_set():
+                raise
+            logger.error("generation failed", exc_info=error)
+            raise RuntimeError(FAILED) from error
+
+    def _stops(self, input_ids: torch.Tensor, scores: Any, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.is_cancelled.is_set(), device=input_ids.device)
+
+
+class ChatHandler(ChatCompletionHandler):
+    """`POST /v1/chat/completions` for the pinned model."""
+
+    def __init__(self, pinned: PinnedModel, state: GenerationState, settings: ServerSettings) -> None:
+        super().__init__(pinned, state)
+        self.name, self.model, self.processor, self.settings = pinned.name, pinned.model, pinned.processor, settings
+        self.generator = Generator()
+        self.turn = asyncio.Lock()  # one request's pictures in memory at a time
+        text_config = self.model.config.get_text_config()
+        self.context = text_config.max_position_embeddings
+        self.num_outputs = self.model.config.output_vocab_size or text_config.vocab_size
+        self.longest_token = max(map(len, self.processor.tokenizer.get_vocab()))
+
+    async def handle_request(self, body: dict, request_id: str) -> Any:
+        try:
+            request = parse_request(body)
+            self._check(request)
+            files = await asyncio.to_thread(read_pictures, request.image_urls, self.settings.allow_image_urls)
+            async with self.turn:
+                inputs = await asyncio.to_thread(self._prepare, request, files)
+            config = self._configure(request, inputs["input_ids"].shape[1])
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+        run = Run(self.model, self.processor.tokenizer, request.seed)
+        arguments = (request_id, run, self.processor, self.name, inputs.to(self.model.device), config, self.generator)
+        if request.stream:
+            response = self._streaming(*arguments)
+            response.body_iterator = _finish(response.body_iterator)
+            return response
+        try:
+            return await self._non_streaming(*arguments)
+        finally:
+            run.is_cancelled.set()
+
+    def _check(self, request: ChatRequest) -> None:
+        """What can be said before pictures are opened and text is cut into tokens."""
+        if request.model not in (None, self.name):
+            raise HTTPException(404, f"the model {ascii(request.model)[:200]} is not here; this is {self.name!r}.")
+        if request.logit_bias and max(map(int, request.logit_bias)) >= self.num_outputs:
+            raise ValueError(f"logit_bias: token ids must be below {self.num_outputs}.")
+        num_images = len(request.image_urls) * self.processor.num_image_tokens
+        if num_images + request.num_characters / self.longest_token > self.context:
+            raise ValueError(f"the messages are longer than the context of {self.context} tokens; shorten them.")
+
+    def _prepare(self, request: ChatRequest, files: list[bytes]) -> Any:
+        pictures = open_pictures(files, self.settings.max_image_pixels)
+        return self.processor.apply_chat_template(
+            request.conversation(pictures),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+
+    def _configure(self, request: ChatRequest, num_prompt_tokens: int) -> Any:
+        """The generation config, for an answer that fits the context."""
+        room = self.context - num_prompt_tokens
+        if room < 1:
+            raise ValueError(
+                f"the messages have {num_prompt_tokens} tokens, which leaves no room for an answer in the context of "
+                f"{self.context}; shorten them."
+            )
+        names = {"temperature", "top_p", "frequency_penalty", "logit_bias", "stop"}
+        wanted = {name: value for name, value in request.model_dump(include=names).items() if value}
+        config = self._build_generation_config(wanted, self.model.generation_config)
+        asked = request.max_completion_tokens or request.max_tokens or self.settings.max_new_tokens
+        config.max_new_tokens = min(asked, self.settings.max_new_tokens, room)
+        if request.temperature is not None or request.top_p is not None:
+            config.do_sample = request.temperature != 0
+        return config
+
+
+async def _finish(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The events of a stream with an error in OpenAI's shape and with OpenAI's last line."""
+    async with aclosing(events) as open_events:  # type: ignore[type-var]
+        async for event in open_events:
+            yield event.replace(f'{{"error": "{FAILED}"}}', json.dumps(error_body(500, FAILED, "internal_error")))
+    yield "data: [DONE]\n\n"
+
+
+def build_app(name: str, model: Any, processor: Any, settings: ServerSettings | None = None) -> Gate:
+    """The ASGI application that serves a model.
+
+    Args:
+        name: What requests call it.
+        model: An `MplugOwl2ForConditionalGeneration`, on the device where it is to run.
+        processor: Its processor.
+    """
+    settings = settings or ServerSettings()
+    pinned, state = PinnedModel(name, model, processor), GenerationState()
+    app = build_server(pinned, ChatHandler(pinned, state, settings), None, None, None, None, state)
+
+    @app.get("/v1/models/{model:path}")
+    def retrieve_model(model: str) -> dict:
+        if model != name:
+            raise HTTPException(404, f"the model {ascii(model)[:200]} is not here; this is {name!r}.")
+        return pinned.card
+
+    _shape_errors(app)
+    return Gate(app, settings.api_key, settings.max_body_bytes)
+
+
+def _shape_errors(app: FastAPI) -> None:
+    codes = {400: "invalid_request", 404: "model_not_found"}
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        return JSONResponse(
+            error_body(error.status_code, str(error.detail), codes.get(error.status_code)), error.status_code
+        )
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        message = "expected a JSON object with Content-Type: application/json."
+        return JSONResponse(error_body(400, message, "invalid_json"), 400)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        message = FAILED if str(error) == FAILED else "the server failed; its log says why."
+        return JSONResponse(error_body(500, message, "internal_error"), 500)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, before the model is loaded: a port that is taken should not be found out later.
+
+    Raises:
+        OSError: The address cannot be had.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise OSError(f"cannot serve at {host} port {port}: {error.strerror}; choose another --port.") from None
+    return sock
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_ready()
+
+
+def serve(app: Gate, sock: socket.socket, on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT; answers that take longer are cut off.
+
+    Args:
+        on_ready: Called with the URL as soon as requests are taken.
+    """
+    host, port = sock.getsockname()[:2]
+    url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+    _Server(config, lambda: on_ready(url)).run(sockets=[sock])
