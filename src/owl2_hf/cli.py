@@ -492,7 +492,6 @@ def serve(
     given = {name: limit for name, limit in limits.items() if limit is not None}
     settings = ServerSettings(**given, allow_image_urls=allow_image_urls, api_key=api_key)
     with bind(host, port) as sock:
-        _facts(_place(model))  # not any other family's model
         loaded, processor = _load(model)
         name = model or DEFAULT_MODEL
         served = build_app(name, loaded.to(device) if device else loaded, processor, settings)

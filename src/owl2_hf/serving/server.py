@@ -27,6 +27,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 from transformers.utils import logging
 
+from ..modeling import MplugOwl2ForConditionalGeneration
 from ..processing.image_processing_mplug_owl2 import MAX_IMAGE_PIXELS
 from .gate import Gate, error_body
 from .pictures import open_pictures, read_pictures
@@ -212,7 +213,12 @@ def build_app(name: str, model: Any, processor: Any, settings: ServerSettings | 
         name: What requests call it.
         model: An `MplugOwl2ForConditionalGeneration`, on the device where it is to run.
         processor: Its processor.
+
+    Raises:
+        ValueError: It is another family's model.
     """
+    if not isinstance(model, MplugOwl2ForConditionalGeneration):
+        raise ValueError(f"expected an MplugOwl2ForConditionalGeneration to serve, {name} is a {type(model).__name__}.")
     settings = settings or ServerSettings()
     pinned, state = PinnedModel(name, model, processor), GenerationState()
     app = build_server(pinned, ChatHandler(pinned, state, settings), None, None, None, None, state)
