@@ -559,9 +559,9 @@ def test_only_public_addresses_are_public(address, expected):
         ("http://public.test:{port}/to-file", "expected an http or https URL"),
         ("http://public.test:{port}/loop", "redirects more than 4 times"),
         ("http://public.test:{port}/large", "more than 1,000,000 bytes"),
-        ("http://public.test:{port}/slow-header", "did not answer within 0.5 seconds"),
-        ("http://public.test:{port}/slow-body", "did not answer within 0.5 seconds"),
-        ("https://public.test:{port}/ok", "could not be fetched|did not answer"),
+        ("http://public.test:{port}/slow-header", "did not arrive within the 0.5 seconds"),
+        ("http://public.test:{port}/slow-body", "did not arrive within the 0.5 seconds"),
+        ("https://public.test:{port}/ok", "could not be fetched|did not arrive"),
     ],
 )
 def test_urls_that_are_not_fetched(web, url, expected):
@@ -573,7 +573,14 @@ def test_urls_that_are_not_fetched(web, url, expected):
 
 def test_a_public_url_is_fetched(web):
     url = f"http://public.test:{web}/redirect?a=b"
-    assert pictures.read_pictures([url], allow_http=True) == [b"the picture"]
+    assert pictures.read_pictures([url, url.replace("http", "HTTP")], allow_http=True) == [b"the picture"] * 2
+
+
+def test_the_downloads_of_a_request_have_one_limit(web, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_DOWNLOAD_BYTES", 21)
+    url = f"http://public.test:{web}/ok"
+    with pytest.raises(ValueError, match="picture 2 of 2: the downloads of a request have more than 21 bytes"):
+        pictures.read_pictures([url, url], allow_http=True)
 
 
 @pytest.fixture
@@ -654,7 +661,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(socket.socket, "connect", connect)
     with pytest.raises(ValueError, match=r"could not be fetched \(ConnectionRefusedError\)"):
-        pictures.download("http://rebinding.test/picture.png")
+        pictures.read_pictures(["http://rebinding.test/picture.png"], allow_http=True)
     assert (looked_up, connected) == (["rebinding.test"], [("93.184.215.14", 80)])
 
 
@@ -662,7 +669,7 @@ def test_a_name_with_one_private_address_is_refused(monkeypatch):
     found = [(socket.AF_INET, 1, 6, "", (address, 80)) for address in ("93.184.215.14", "10.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
     with pytest.raises(ValueError, match="not public"):
-        pictures.download("http://both.test/")
+        pictures.read_pictures(["http://both.test/"], allow_http=True)
 
 
 def run_cli(*arguments, **environment):

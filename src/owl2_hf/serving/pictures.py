@@ -18,9 +18,9 @@ from PIL import Image
 from ..processing.image_processing_mplug_owl2 import open_image
 
 DATA_URL = re.compile(r"data:image/[\w.+-]{1,40};base64", re.IGNORECASE)
-MAX_DOWNLOAD_BYTES = 20 * 2**20
+MAX_DOWNLOAD_BYTES = 20 * 2**20  # of a request
 MAX_REDIRECTS = 4
-DOWNLOAD_SECONDS = 15.0  # for everything: redirects, headers and content
+DOWNLOAD_SECONDS = 15.0  # for all downloads of a request with their redirects
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -30,10 +30,15 @@ def read_pictures(urls: Sequence[str], allow_http: bool) -> list[bytes]:
     Raises:
         ValueError: A URL is none of those taken, or its content cannot be had; the message says which.
     """
+    deadline, max_bytes = time.monotonic() + DOWNLOAD_SECONDS, MAX_DOWNLOAD_BYTES
     files = []
     for index, url in enumerate(urls, start=1):
         try:
-            files.append(_read(url, allow_http))
+            if is_http(url) and allow_http:
+                files.append(download(url, deadline, max_bytes))
+                max_bytes -= len(files[-1])
+            else:
+                files.append(_decode(url))
         except ValueError as error:
             raise ValueError(f"picture {index} of {len(urls)}: {error}") from None
     return files
@@ -57,33 +62,38 @@ def open_pictures(files: Sequence[bytes], max_pixels: int) -> list[Image.Image]:
     return pictures
 
 
-def _read(url: str, allow_http: bool) -> bytes:
+def is_http(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
+
+
+def _decode(url: str) -> bytes:
+    """The content of a data URL."""
     header, _, content = url.partition(",")
-    if DATA_URL.fullmatch(header):
-        try:
-            return base64.b64decode(content, validate=True)
-        except (binascii.Error, ValueError):
-            raise ValueError("what stands behind 'base64,' is not base64.") from None
-    if not url.lower().startswith(("http://", "https://")):
-        raise ValueError("expected a data URL such as 'data:image/png;base64,...'; paths and bare base64 are not read.")
-    if not allow_http:
+    if is_http(url):
         raise ValueError("this server fetches no URLs; send the picture as 'data:image/png;base64,...'.")
-    return download(url)
+    if not DATA_URL.fullmatch(header):
+        raise ValueError("expected a data URL such as 'data:image/png;base64,...'; paths and bare base64 are not read.")
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("what stands behind 'base64,' is not base64.") from None
 
 
-def download(url: str) -> bytes:
+def download(url: str, deadline: float, max_bytes: int) -> bytes:
     """The content behind an http(s) URL on a public address.
 
     The connection goes to the very address that was checked, so that a name cannot point elsewhere a moment later, and
     no proxy stands between. Redirects are followed and checked alike.
 
+    Args:
+        deadline: When it must be here, as `time.monotonic` tells the time.
+
     Raises:
         ValueError: An address is not public, or the content is too large, too slow or not to be had.
     """
-    deadline = time.monotonic() + DOWNLOAD_SECONDS
     try:
         for _ in range(MAX_REDIRECTS + 1):
-            status, location, content = _get(url, deadline)
+            status, location, content = _get(url, deadline, max_bytes)
             if status == 200:
                 return content
             if status not in (301, 302, 303, 307, 308) or not location:
@@ -92,11 +102,11 @@ def download(url: str) -> bytes:
         raise ValueError(f"the URL redirects more than {MAX_REDIRECTS} times.")
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         if time.monotonic() >= deadline:
-            raise ValueError(f"the URL did not answer within {DOWNLOAD_SECONDS:g} seconds.") from None
+            raise ValueError(f"it did not arrive within the {DOWNLOAD_SECONDS:g} seconds of a request.") from None
         raise ValueError(f"the URL could not be fetched ({type(error).__name__}).") from None
 
 
-def _get(url: str, deadline: float) -> tuple[int, str | None, bytes]:
+def _get(url: str, deadline: float, max_bytes: int) -> tuple[int, str | None, bytes]:
     """Status, target of a redirect, and content."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -120,9 +130,9 @@ def _get(url: str, deadline: float) -> tuple[int, str | None, bytes]:
         )
         connection.request("GET", path, headers={"User-Agent": "owl2-hf", "Accept": "image/*"})
         response = connection.getresponse()
-        content = response.read(MAX_DOWNLOAD_BYTES + 1) if response.status == 200 else b""
-        if len(content) > MAX_DOWNLOAD_BYTES:
-            raise ValueError(f"the URL has more than {MAX_DOWNLOAD_BYTES:,} bytes.")
+        content = response.read(max_bytes + 1) if response.status == 200 else b""
+        if len(content) > max_bytes:
+            raise ValueError(f"the downloads of a request have more than {MAX_DOWNLOAD_BYTES:,} bytes.")
         if time.monotonic() >= deadline:
             raise TimeoutError
         return response.status, response.headers.get("Location"), content

@@ -11,7 +11,8 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from concurrent.futures import Future
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +31,14 @@ from transformers.utils import logging
 from ..modeling import MplugOwl2ForConditionalGeneration
 from ..processing.image_processing_mplug_owl2 import MAX_IMAGE_PIXELS
 from .gate import Gate, error_body
-from .pictures import open_pictures, read_pictures
+from .pictures import is_http, open_pictures, read_pictures
 from .requests import ChatRequest, parse_request
 from .stopping import StopFilter, find_stop
 
 logger = logging.get_logger(__name__)
 
 FAILED = "generation failed; the server's log says why."
+MAX_DOWNLOADS = 4  # requests that download at the same time
 SHUTDOWN_SECONDS = 2  # for answers under way, after a signal
 
 
@@ -126,6 +128,21 @@ class Run:
         return torch.full((len(input_ids),), self.is_cancelled.is_set(), device=input_ids.device)
 
 
+def in_thread(function: Callable, *args) -> asyncio.Future:
+    """As `asyncio.to_thread`, but the end of the process does not wait for the thread."""
+    future: Future = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return asyncio.wrap_future(future)
+
+
 class ChatHandler(ChatCompletionHandler):
     """`POST /v1/chat/completions` for the pinned model."""
 
@@ -133,6 +150,7 @@ class ChatHandler(ChatCompletionHandler):
         super().__init__(pinned, state)
         self.name, self.model, self.processor, self.settings = pinned.name, pinned.model, pinned.processor, settings
         self.generator = Generator()
+        self.downloads = asyncio.Semaphore(MAX_DOWNLOADS)
         self.turn = asyncio.Lock()  # one request's pictures in memory at a time
         text_config = self.model.config.get_text_config()
         self.context = text_config.max_position_embeddings
@@ -143,9 +161,10 @@ class ChatHandler(ChatCompletionHandler):
         try:
             request = parse_request(body)
             self._check(request)
-            files = await asyncio.to_thread(read_pictures, request.image_urls, self.settings.allow_image_urls)
+            async with self.downloads if any(map(is_http, request.image_urls)) else nullcontext():
+                files = await in_thread(read_pictures, request.image_urls, self.settings.allow_image_urls)
             async with self.turn:
-                inputs = await asyncio.to_thread(self._prepare, request, files)
+                inputs = await in_thread(self._prepare, request, files)
             config = self._configure(request, inputs["input_ids"].shape[1])
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
