@@ -50,6 +50,13 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        has_begun = False
+
+        async def tracked_send(message: MutableMapping[str, Any]) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
         try:
             self._check(scope)
             if scope["method"] == "POST" and self.num_waiting >= MAX_WAITING:
@@ -59,11 +66,14 @@ class Gate:
             self.num_waiting += 1
             try:
                 body = await self._read_body(receive)
-                await _run_while_connected(self.app, scope, body, receive, send)
+                await _run_while_connected(self.app, scope, body, receive, tracked_send)
             finally:
                 self.num_waiting -= 1
         except Refusal as refusal:
-            await _refuse(refusal, receive, send)
+            await _refuse(refusal, send, receive)
+        except asyncio.CancelledError:  # by the server, whose task for this request ends here
+            if not has_begun:
+                await _refuse(Refusal(503, "the server is going down.", "shutting_down"), send)
 
     def _check(self, scope: Scope) -> None:
         path, headers = scope["path"], dict(scope["headers"])
@@ -126,7 +136,7 @@ async def _run_while_connected(app: Any, scope: Scope, body: bytes, receive: Rec
         await asyncio.gather(answer, gone, return_exceptions=True)
 
 
-async def _refuse(refusal: Refusal, receive: Receive, send: Send) -> None:
+async def _refuse(refusal: Refusal, send: Send, receive: Receive | None = None) -> None:
     """Answer with an error; what the client still sends is read for a while, so that it comes to read the answer."""
     content = json.dumps(error_body(refusal.status, str(refusal), refusal.code)).encode()
     headers = {
@@ -139,10 +149,11 @@ async def _refuse(refusal: Refusal, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.start", "status": refusal.status, "headers": encoded})
     await send({"type": "http.response.body", "body": content, "more_body": True})
 
-    async def drain() -> None:
+    async def drain(receive: Receive) -> None:
         while (await receive()).get("more_body"):
             pass
 
-    with suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(drain(), DRAIN_SECONDS)
+    if receive is not None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(drain(receive), DRAIN_SECONDS)
     await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -7,6 +7,7 @@ that have gone. Its application, streaming and answers are used here, around a h
 
 import asyncio
 import json
+import os
 import socket
 import threading
 import time
@@ -40,6 +41,8 @@ logger = logging.get_logger(__name__)
 FAILED = "generation failed; the server's log says why."
 MAX_DOWNLOADS = 4  # requests that download at the same time
 SHUTDOWN_SECONDS = 2  # for answers under way, after a signal
+INTERRUPTED = 130  # exit code of the command after Ctrl-C
+IDLE_SECONDS = 1.5  # then, for the model to end those that were cut off
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,17 @@ class Generator(GenerateManager):
 
     def async_submit(self, fn: Callable, *args, **kwargs) -> asyncio.Future:
         # The thread sets the result in any case, which a cancelled future would not take.
-        return asyncio.shield(super().async_submit(fn, *args, **kwargs))
+        future = super().async_submit(fn, *args, **kwargs)
+        future.add_done_callback(lambda done: done.exception())  # which is not lost where nobody waits for it any more
+        return asyncio.shield(future)
+
+    async def is_idle(self, seconds: float) -> bool:
+        """Wait until everything that was submitted has ended; `False` if it has not."""
+        try:
+            await asyncio.wait_for(self.async_submit(lambda: None), seconds)
+        except asyncio.TimeoutError:
+            return False
+        return True
 
 
 class Run:
@@ -225,7 +238,15 @@ async def _finish(events: AsyncIterator[str]) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-def build_app(name: str, model: Any, processor: Any, settings: ServerSettings | None = None) -> Gate:
+class ServedModel(Gate):
+    """A gate with a model behind it."""
+
+    def __init__(self, app: FastAPI, settings: ServerSettings, generator: Generator) -> None:
+        super().__init__(app, settings.api_key, settings.max_body_bytes)
+        self.generator = generator
+
+
+def build_app(name: str, model: Any, processor: Any, settings: ServerSettings | None = None) -> ServedModel:
     """The ASGI application that serves a model.
 
     Args:
@@ -240,7 +261,8 @@ def build_app(name: str, model: Any, processor: Any, settings: ServerSettings | 
         raise ValueError(f"expected an MplugOwl2ForConditionalGeneration to serve, {name} is a {type(model).__name__}.")
     settings = settings or ServerSettings()
     pinned, state = PinnedModel(name, model, processor), GenerationState()
-    app = build_server(pinned, ChatHandler(pinned, state, settings), None, None, None, None, state)
+    handler = ChatHandler(pinned, state, settings)
+    app = build_server(pinned, handler, None, None, None, None, state)
 
     @app.get("/v1/models/{model:path}")
     def retrieve_model(model: str) -> dict:
@@ -249,7 +271,7 @@ def build_app(name: str, model: Any, processor: Any, settings: ServerSettings | 
         return pinned.card
 
     _shape_errors(app)
-    return Gate(app, settings.api_key, settings.max_body_bytes)
+    return ServedModel(app, settings, handler.generator)
 
 
 def _shape_errors(app: FastAPI) -> None:
@@ -290,16 +312,22 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    is_idle = True
+
+    def __init__(self, config: uvicorn.Config, generator: Generator, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self.on_ready = on_ready
+        self.generator, self.on_ready = generator, on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.on_ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self.is_idle = await self.generator.is_idle(IDLE_SECONDS)
 
-def serve(app: Gate, sock: socket.socket, on_ready: Callable[[str], None]) -> None:
+
+def serve(app: ServedModel, sock: socket.socket, on_ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; answers that take longer are cut off.
 
     Args:
@@ -315,4 +343,11 @@ def serve(app: Gate, sock: socket.socket, on_ready: Callable[[str], None]) -> No
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
-    _Server(config, lambda: on_ready(url)).run(sockets=[sock])
+    server = _Server(config, app.generator, lambda: on_ready(url))
+    try:
+        server.run(sockets=[sock])
+    except KeyboardInterrupt:
+        if server.is_idle:
+            raise
+        # The interpreter cannot end in an orderly way while a thread is in the middle of the model.
+        os._exit(INTERRUPTED)
