@@ -1,24 +1,24 @@
 """Make the default model: `python -m training.default_model.train --out DIR`.
 
-A plain loop: rows share one picture among several questions through a four-dimensional attention mask, and batches of
-three tasks are drawn on the fly, which Trainer's collators and samplers would only be in the way of.
+transformers' Trainer, a batch for each step: rows share one picture among several questions through a four-dimensional
+attention mask, and batches of three tasks are drawn by the number of the step alone.
 """
 
 import argparse
-import copy
-import json
 import random
-import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch.utils.data import Dataset
+from transformers import GenerationConfig, TrainingArguments
 
 from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration
 from owl2_hf.modeling.configuration_mplug_owl2 import padded_vocab_size
 from owl2_hf.modeling.modeling_mplug_owl2_abstractor import image_position_table
 from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
+from owl2_hf.training.trainer import Owl2Trainer, last_checkpoint
 
 from .data import (
     COLORS,
@@ -164,9 +164,34 @@ def each_patch(patches: Tensor, drawn: Tensor, classes: Tensor) -> tuple[Tensor,
     return patches[drawn][:, None], classes[:, None].expand(-1, drawn.shape[1], -1)[drawn]
 
 
-def weighted(losses: Tensor, step: int) -> Tensor:
+class ModelWithClassifiers(MplugOwl2ForConditionalGeneration):
+    """The model with the heads that its training needs on top."""
+
+    _auto_class = None  # a checkpoint is not to be loaded as one of the package's models
+
+    def __init__(self, config: MplugOwl2Config, num_classes: tuple[int, ...]):
+        super().__init__(config)
+        widths = {"encoded": config.vision_config.hidden_size, "tokens": config.text_config.hidden_size}
+        self.classifier = nn.ModuleDict({name: Classifier(width, num_classes) for name, width in widths.items()})
+
+    def loss_of_classes(self, pixel_values: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
+        """What is descended at first: the classes of pictures (N, 3, H, W), with the weights (4,) of the heads."""
+        patches, drawn = encode_busiest(self.model.vision_tower, pixel_values, KEPT_PATCHES)
+        return weighted(self.classifier["encoded"](*each_patch(patches, drawn, classes)), weights)
+
+    def loss_of_answers(self, pixel_values: Tensor, classes: Tensor, weights: Tensor, **row: Tensor) -> Tensor:
+        """What is descended then: the answers, and the classes less."""
+        features = self.get_image_features(pixel_values)
+        drawn = patch_contrast(pixel_values, self.config.vision_config.patch_size) > MIN_CONTRAST
+        patches = each_patch(features.last_hidden_state[:, 1:], drawn, classes)
+        loss = weighted(self.classifier["encoded"](*patches), weights)
+        loss = loss + weighted(self.classifier["tokens"](torch.stack(features.pooler_output), classes), weights)
+        return self(**row, mm_encoder_outputs={"image": features}).loss + 0.2 * loss
+
+
+def weighted(losses: Tensor, weights: Tensor) -> Tensor:
     """The losses of the heads (colour, shape, group, name), some of them without a target, as one."""
-    return (losses * torch.tensor([1.0, 1.0, 1.0, 0.3 if step < SHAPE_STEPS else 1.0])).nansum()
+    return (losses * weights).nansum()
 
 
 @torch.no_grad()
@@ -188,11 +213,17 @@ def initialise_embeddings(model: MplugOwl2ForConditionalGeneration, pixel_values
     embeddings.position_embedding.copy_(image_position_table(model.config.abstractor_config))
 
 
-class Batches:
-    """Draws the batch of a step; the step number alone decides what is drawn."""
+class Batches(Dataset):
+    """The batches of all steps; the number of the step alone decides what is drawn.
 
-    def __init__(self, emoji: list[Emoji], encoder: RowEncoder, seed: int):
+    Args:
+        num_steps: Steps in all.
+        num_vision_steps: First steps, on classes of pictures alone.
+    """
+
+    def __init__(self, emoji: list[Emoji], encoder: RowEncoder, seed: int, num_steps: int, num_vision_steps: int):
         self.emoji, self.encoder, self.seed = emoji, encoder, seed
+        self.num_steps, self.num_vision_steps = num_steps, num_vision_steps
         self.shapes, self.shape_pairs = load_easy_vqa("train")
         self.shape_classes = torch.tensor([shape_classes(pairs) for pairs in self.shape_pairs])
         self.styles = [load_style(style) for style in STYLES]
@@ -211,6 +242,17 @@ class Batches:
             ],
             dim=1,
         ).flatten()  # (emoji * styles,)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        weights = torch.tensor([1.0, 1.0, 1.0, 0.3 if step < SHAPE_STEPS else 1.0])
+        if step < self.num_vision_steps:
+            pixel_values, classes, _, _ = self.pictures(step)
+            return {"pixel_values": pixel_values, "classes": classes, "weights": weights}
+        row, pixel_values, classes = self.rows(step)
+        return {**row, "pixel_values": pixel_values, "classes": classes, "weights": weights}
 
     def pictures(self, step: int) -> tuple[Tensor, Tensor, list[int], list[int]]:
         """Pixel values (N, 3, H, W), classes (N, 4), and which shape and emoji pictures were drawn."""
@@ -247,9 +289,9 @@ def shape_classes(pairs: list[tuple[str, str]]) -> list[int]:
     return [*(color or [-100])[:1], *(shape or [-100])[:1], -100, -100]
 
 
-def learning_rate(step: int, steps: int, decay_steps: int, peak: float, warmup: int = 150) -> float:
+def rate_factor(step: int, steps: int, decay_steps: int, warmup: int = 150) -> float:
     """Warm-up, plateau, and a decay to zero over the last steps."""
-    return peak * min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / decay_steps))
+    return min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / decay_steps))
 
 
 @torch.no_grad()
@@ -297,98 +339,86 @@ def quick_scores(model, encoder: RowEncoder, emoji: list[Emoji]) -> dict[str, fl
     return {name: round(sum(right) / len(right), 4) for name, right in results.items()}
 
 
-def export(model: MplugOwl2ForConditionalGeneration, tokenizer, folder: Path) -> None:
+def export(trained: ModelWithClassifiers, tokenizer, folder: Path) -> None:
     """Write model and processor as the package holds them, weights rounded to 16 bits."""
-    rounded = copy.deepcopy(model).to(torch.bfloat16)
-    rounded.generation_config = GenerationConfig(
+    model = MplugOwl2ForConditionalGeneration(trained.config).to(torch.bfloat16)
+    weights = {name: value for name, value in trained.state_dict().items() if not name.startswith("classifier.")}
+    model.load_state_dict(weights)
+    model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=24, bos_token_id=1, eos_token_id=2, pad_token_id=0
     )
-    rounded.save_pretrained(folder)
+    model.save_pretrained(folder)
     image_processor = MplugOwl2ImageProcessor(size={"height": SIDE, "width": SIDE})
     num_image_tokens = model.config.num_image_tokens
     MplugOwl2Processor(image_processor, tokenizer, num_image_tokens=num_image_tokens).save_pretrained(folder)
 
 
-def train(args: argparse.Namespace) -> None:
+class DefaultModelTrainer(Owl2Trainer):
+    """A Trainer whose batches are those of `Batches`, and whose evaluation is a part of the test sets."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        return model.loss_of_answers(**inputs) if "input_ids" in inputs else model.loss_of_classes(**inputs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        batches = self.train_dataset
+        scores = quick_scores(self.model, batches.encoder, batches.emoji)
+        self.log(scores)
+        return scores
+
+
+def optimizer_of(model: nn.Module, peak: float) -> torch.optim.Optimizer:
+    """AdamW that decays matrices only."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-6)
+
+
+def build_trainer(args: argparse.Namespace) -> DefaultModelTrainer:
+    """Model, data and optimizer as the arguments say."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
     emoji = load_emoji()
     tokenizer = train_tokenizer(emoji, load_easy_vqa("train")[1], args.vocab_size)
     config = build_config(tokenizer)
-    model = MplugOwl2ForConditionalGeneration(config)
-    encoder = RowEncoder(tokenizer, config.num_image_tokens)
-    batches = Batches(emoji, encoder, args.seed)
+    batches = Batches(emoji, RowEncoder(tokenizer, config.num_image_tokens), args.seed, args.steps, args.vision_steps)
+    model = ModelWithClassifiers(config, batches.num_classes)
     initialise_embeddings(model, torch.cat([batches.pictures(step)[0] for step in range(40)]))
-    widths = {"encoded": config.vision_config.hidden_size, "tokens": config.text_config.hidden_size}
-    classifier = nn.ModuleDict({name: Classifier(width, batches.num_classes) for name, width in widths.items()})
-    parameters = [*model.parameters(), *classifier.parameters()]
-    decayed = [p for p in parameters if p.ndim == 2]
-    others = [p for p in parameters if p.ndim != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-        lr=args.lr,
-        betas=(0.9, 0.98),
-        eps=1e-6,
+    optimizer = optimizer_of(model, args.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_factor(step, args.steps, args.decay_steps)
     )
-    first = 0
-    if (state_file := args.out / "state.pt").exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        classifier.load_state_dict(state["classifier"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, step {first}", flush=True
+    arguments = TrainingArguments(
+        output_dir=str(args.out),
+        max_steps=args.steps,
+        per_device_train_batch_size=1,  # a batch of rows
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        max_grad_norm=1.0,
+        logging_steps=args.log_every,
+        save_steps=args.save_every,
+        save_total_limit=1,
+        eval_strategy="steps",
+        eval_steps=args.save_every,
+        report_to="none",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        seed=args.seed,
     )
-
-    def save(step: int) -> None:
-        states = {"model": model, "classifier": classifier, "optimizer": optimizer}
-        torch.save({**{name: one.state_dict() for name, one in states.items()}, "step": step}, state_file)
-
-    def loss_of(step: int) -> tuple[Tensor, Tensor]:
-        """The loss to descend and what to report: first classes alone (loss of each head), then the answers' loss."""
-        if step < args.vision_steps:
-            pixel_values, classes, _, _ = batches.pictures(step)
-            patches, drawn = encode_busiest(model.model.vision_tower, pixel_values, KEPT_PATCHES)
-            losses = classifier["encoded"](*each_patch(patches, drawn, classes))
-            return weighted(losses, step), losses.detach()
-        batch, pixel_values, classes = batches.rows(step)
-        features = model.get_image_features(pixel_values)
-        patches = features.last_hidden_state[:, 1:]
-        drawn = patch_contrast(pixel_values, config.vision_config.patch_size) > MIN_CONTRAST
-        loss = weighted(classifier["encoded"](*each_patch(patches, drawn, classes)), step)
-        loss = loss + weighted(classifier["tokens"](torch.stack(features.pooler_output), classes), step)
-        output = model(**batch, mm_encoder_outputs={"image": features})
-        return output.loss + 0.2 * loss, output.loss.detach()[None]
-
-    model.train()
-    started, history = time.time(), []
-    for step in range(first, args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.decay_steps, args.lr)
-        loss, reported = loss_of(step)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        history.append(reported)
-        if (step + 1) % args.log_every == 0:
-            mean = "  ".join(f"{value:.3f}" for value in torch.stack(history).nanmean(0).tolist())
-            rate = (time.time() - started) / (step + 1 - first)
-            print(f"step {step + 1}  loss {mean}  {rate:.3f} s/step", flush=True)
-            history = []
-        if step + 1 == args.vision_steps:
-            history = []
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save(step + 1)
-            export(model, tokenizer, args.out / "model")
-            print(f"step {step + 1}  {json.dumps(quick_scores(model, encoder, emoji))}", flush=True)
+    return DefaultModelTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=batches,
+        eval_dataset=batches,
+        data_collator=lambda batch: batch[0],
+        processing_class=tokenizer,
+        optimizers=(optimizer, schedule),
+    )
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the model and of the state to resume from")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model and of checkpoints to go on from")
     parser.add_argument("--steps", type=int, default=7500)
     parser.add_argument("--vision-steps", type=int, default=6500, help="first steps, on classes of pictures alone")
     parser.add_argument("--decay-steps", type=int, default=650)
@@ -401,5 +431,19 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run(args: argparse.Namespace) -> DefaultModelTrainer:
+    """Train from the last checkpoint in the folder, if there is one, and write the model."""
+    trainer = build_trainer(args)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.out))
+    export(trainer.model, trainer.processing_class, args.out / "model")
+    return trainer
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    run(args)
+
+
 if __name__ == "__main__":
-    train(parse_args())
+    main()
