@@ -1,0 +1,140 @@
+"""The full-size model on a processor: loading against torch.load of the original shards, prefill, and decoding.
+
+    python -m benchmarks.full_size make ORIGINAL --tokenizer tokenizer.model
+    owl2-hf convert ORIGINAL CONVERTED
+    python -m benchmarks.full_size_speed ORIGINAL CONVERTED --json full_size_speed.json
+
+needs 20 GB of memory and 33 GB of disk. Loading runs in processes of its own, from a cold cache where that may be
+dropped. A decoded token has to read every weight that it passes; the floor is the time that plain reading of the same
+weights takes, measured in turns with decoding.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+
+from .full_size import _drop_caches
+from .timing import in_turns, parser, seconds, write
+
+LOADERS = {
+    "torch.load": """
+import sys, pathlib, torch
+shards = [torch.load(path, weights_only=True) for path in sorted(pathlib.Path(sys.argv[1]).glob("*.bin"))]
+""",
+    "from_pretrained": """
+import sys, torch
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+for parameter in model.parameters():
+    parameter.detach().flatten()[::1024].sum()
+""",
+}
+MEASURE = """
+import resource, time
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+"""
+NUM_DECODED = 12
+
+
+def load(folders: dict[str, Path], rounds: int) -> dict[str, Any]:
+    """Loader -> seconds and peak MB of each process, imports included."""
+    found: dict[str, Any] = {name: {"seconds": [], "peak_mb": []} for name in LOADERS}
+    for _ in range(rounds):
+        for name, code in LOADERS.items():
+            _drop_caches()
+            program = f"import time\nstart = time.perf_counter()\n{code}\n{MEASURE}"
+            command = [sys.executable, "-c", program, str(folders[name])]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            taken, peak = (float(value) for value in output.split())
+            found[name]["seconds"].append(taken)
+            found[name]["peak_mb"].append(peak)
+            print(f"  {name}: {taken:.1f} s, peak {peak:,.0f} MB", flush=True)
+    return found
+
+
+def passed_weights(model: Any) -> list[torch.Tensor]:
+    """What a token of text reads in decoding: the decoder's text branch and the head."""
+    names = ("vision_tower", "visual_", "embed_tokens", "h_reducer")
+    tied = model.config.tie_word_embeddings
+    return [
+        value
+        for name, value in model.named_parameters()
+        if not any(part in name for part in names) or (tied and "embed_tokens" in name)
+    ]
+
+
+def read_all(weights: list[torch.Tensor]) -> None:
+    """Every byte once, as float32 whatever it stands for."""
+    for weight in weights:
+        weight.view(torch.float32).sum()
+
+
+@torch.no_grad()
+def speed(folder: Path, rounds: int) -> dict[str, Any]:
+    """Prefill of one picture with a short question, then single tokens in turns with plain reading."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    picture = Image.radial_gradient("L").convert("RGB").resize((640, 480))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "Describe this picture in detail."}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    pixels = inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    prefills = [seconds(lambda: model(**inputs, use_cache=False, logits_to_keep=1)) for _ in range(rounds + 1)][1:]
+    encodings = [seconds(lambda: model.get_image_features(pixels)) for _ in range(rounds)]
+    cache = DynamicCache(config=model.config.get_text_config())
+    model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token = torch.tensor([[29871]])
+    weights = passed_weights(model)
+    times = in_turns(
+        {
+            "decode": lambda: model(token, past_key_values=cache, use_cache=True),
+            "read": lambda: read_all(weights),
+        },
+        rounds=NUM_DECODED,
+        warmup=2,
+    )
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+    decode, read = (statistics.median(times[name]) for name in ("decode", "read"))
+    return {
+        "positions": inputs["input_ids"].shape[1],
+        "prefill_seconds": statistics.median(prefills),
+        "encoding_seconds": statistics.median(encodings),
+        "decode_seconds": decode,
+        "bytes_of_a_token": num_bytes,
+        "read_seconds": read,
+        "bandwidth_gb_per_second": num_bytes / read / 1e9,
+        "decode_over_floor": statistics.median(
+            one / other for one, other in zip(times["decode"], times["read"], strict=True)
+        ),
+    }
+
+
+def main() -> None:
+    options = parser(__doc__, rounds=3)
+    options.add_argument("original", type=Path)
+    options.add_argument("converted", type=Path)
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    start = time.perf_counter()
+    loading = load({"torch.load": args.original, "from_pretrained": args.converted}, args.rounds)
+    found = speed(args.converted, args.rounds)
+    print(json.dumps(found, indent=1))
+    print(f"{time.perf_counter() - start:.0f} s in all")
+    write(args.json, args, {"loading": loading, "speed": found})
+
+
+if __name__ == "__main__":
+    main()

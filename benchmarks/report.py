@@ -1,0 +1,138 @@
+"""Writes the tables of docs/performance.md from the JSON files in benchmarks/results.
+
+    python -m benchmarks.report
+
+Everything between `<!-- table: NAME -->` and `<!-- end -->` is written anew; the sentences around are left alone.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from .decoder import LIMITS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def ratio(result: dict[str, float]) -> str:
+    """Median and quartiles of a ratio."""
+    return f"{result['ratio']:.3f} ({result['low']:.3f} to {result['high']:.3f})"
+
+
+def milliseconds(result: dict[str, float]) -> str:
+    return f"{1000 * result['seconds']:,.1f} ms"
+
+
+def decoder() -> str:
+    found = read("decoder")
+    rows = []
+    for what, limit in LIMITS.items():
+        rows.append([what, f"{limit}", *(ratio(one[what]["ours"]) for one in found.values())])
+    memory = [one["training memory, MB"] for one in found.values()]
+    rows.append(["memory of the training step", "1.03", *(f"{one['ours'] / one['llama']:.3f}" for one in memory)])
+    return table(["", "at most", *found], rows)
+
+
+def times_of(found: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
+    """One row for each thing that was timed, with its dtypes side by side; `found` by dtype."""
+    names = next(iter(found.values()))
+    return [[name, *(f"{milliseconds(one[name])}, {ratio(one[name])}" for one in found.values())] for name in names]
+
+
+def generation() -> str:
+    found = read("generation")
+    rows = []
+    for part in next(iter(found.values())):
+        rows += times_of({dtype: parts[part]["times"] for dtype, parts in found.items()})
+    return table(["", *found], rows)
+
+
+def vision() -> str:
+    found = read("vision")
+    rows = []
+    for part in next(iter(found.values())):
+        rows += times_of({dtype: parts[part] for dtype, parts in found.items()})
+    return table(["", *found], rows)
+
+
+def growth() -> str:
+    found = read("growth")
+    rows = []
+    for what in ("pictures", "positions"):
+        for count, times in found[what]["times"].items():
+            both = [milliseconds(times["llama"]), milliseconds(times["ours"])]
+            rows.append([f"{count} {what}", *both, ratio(times["ours"])])
+    return table(["prompt", "LlamaModel", "ours", "ratio"], rows)
+
+
+def start() -> str:
+    found = json.loads((RESULTS / "start.json").read_text(encoding="utf-8"))
+    clocks = [[name, *(f"{one[clock]['median']:.2f} s" for clock in ("wall", "cpu"))] for name, one in found.items()]
+    ratios = [f"{one['wall']['ratio']:.2f}" for one in found.values()]
+    head = ["", "wall clock", "CPU", "wall clock over `import transformers`"]
+    return table(head, [[*row, one] for row, one in zip(clocks, ratios, strict=True)])
+
+
+def loading() -> str:
+    found = read("full_size_speed")["loading"]
+    rows = []
+    for name, runs in found.items():
+        spread = f"{min(runs['seconds']):.1f} to {max(runs['seconds']):.1f}"
+        peak = f"{statistics.median(runs['peak_mb']):,.0f} MB"
+        rows.append([f"`{name}`", f"{statistics.median(runs['seconds']):.1f} s ({spread})", peak])
+    return table(["", "time", "peak memory"], rows)
+
+
+def full_size() -> str:
+    found = read("full_size_speed")["speed"]
+    rows = [
+        [f"prefill, one picture, {found['positions']} positions", f"{found['prefill_seconds']:.2f} s"],
+        ["of it the encoding of the picture", f"{found['encoding_seconds']:.2f} s"],
+        ["a decoded token", f"{found['decode_seconds']:.3f} s"],
+        [
+            f"reading the {found['bytes_of_a_token'] / 1e9:.1f} GB that it passes",
+            f"{found['read_seconds']:.3f} s ({found['bandwidth_gb_per_second']:.1f} GB/s)",
+        ],
+        ["decoding over reading", f"{found['decode_over_floor']:.2f}"],
+    ]
+    return table(["", ""], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "decoder": decoder,
+    "generation": generation,
+    "vision": vision,
+    "growth": growth,
+    "start": start,
+    "loading": loading,
+    "full_size": full_size,
+}
+
+
+def render(page: str) -> str:
+    """The page with its tables as the results say."""
+    return TABLE.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}", page)
+
+
+def main() -> None:
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
