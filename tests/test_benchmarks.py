@@ -1,6 +1,7 @@
 """What the benchmarks measure on."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,12 @@ from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.full_size import make, original_shapes
+from benchmarks.full_size_speed import passed_weights
+from benchmarks.growth import fit
+from benchmarks.report import PAGE, TABLES, read, render
 from benchmarks.start import summarize, time_process
+from benchmarks.timing import in_turns
+from benchmarks.timing import summarize as summarize_turns
 
 
 def test_the_full_size_checkpoint_has_the_published_keys(golden_dir):
@@ -45,3 +51,37 @@ def test_a_process_is_timed_from_its_start_to_its_end():
     assert slept["wall"] > 0.2 and 0 < slept["cpu"] < slept["wall"]
     with pytest.raises(SystemExit, match="failed with status"):
         time_process([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_ratios_are_taken_turn_by_turn():
+    taken = summarize_turns([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
+    assert taken == {"seconds": 4.0, "ratio": 2.0, "low": 1.0, "high": 3.0}
+
+
+def test_runs_take_turns_and_warm_up_is_left_out():
+    order = []
+    times = in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warmup=1)
+    assert order == ["a", "b"] * 3 and {name: len(taken) for name, taken in times.items()} == {"a": 2, "b": 2}
+
+
+def test_a_fit_finds_the_curve_that_was_put_in():
+    lengths = [100, 300, 1000, 2000]
+    times = [(5 + 20 * n / 1000 + 3 * (n / 1000) ** 2) / 1000 for n in lengths]
+    assert fit(lengths, times) == pytest.approx([5, 20, 3])
+
+
+def test_bytes_of_a_token_are_those_of_the_text_branch_and_the_head(golden_dir):
+    model = MplugOwl2ForConditionalGeneration.from_pretrained(golden_dir("A") / "hf")
+    text = model.config.text_config
+    width, inner = text.hidden_size, text.intermediate_size
+    keys = text.num_key_value_heads * text.head_dim
+    layer = 2 * width * width + 2 * width * keys + 3 * width * inner + 2 * width
+    expected = text.num_hidden_layers * layer + width + width * text.vocab_size
+    assert sum(weight.numel() for weight in passed_weights(model)) == expected
+
+
+def test_the_page_on_performance_says_what_was_measured():
+    page = PAGE.read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- table: (\w+) -->", page)) == TABLES.keys()
+    assert render(page) == page
+
