@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.full_size import make, original_shapes
 from benchmarks.full_size_speed import passed_weights
 from benchmarks.growth import fit
-from benchmarks.report import PAGE, TABLES, read, render
+from benchmarks.report import PAGE, TABLES, render
 from benchmarks.start import summarize, time_process
 from benchmarks.timing import in_turns
 from benchmarks.timing import summarize as summarize_turns
@@ -84,4 +84,3 @@ def test_the_page_on_performance_says_what_was_measured():
     page = PAGE.read_text(encoding="utf-8")
     assert set(re.findall(r"<!-- table: (\w+) -->", page)) == TABLES.keys()
     assert render(page) == page
-

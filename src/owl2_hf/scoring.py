@@ -268,7 +268,7 @@ def _try_open(processor: Any, image: Any, is_video: bool) -> Any:
 
 
 def _open(processor: Any, image: Any) -> Image.Image:
-    return Image.fromarray(processor.image_processor.process_image(image).transpose(1, 2, 0))
+    return processor.image_processor.process_image(image)
 
 
 def custom_preset(name: str, task: str, prompt: str | None = None, levels: Sequence[str] | None = None) -> Preset:

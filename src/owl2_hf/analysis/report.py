@@ -373,7 +373,7 @@ def _common_length(prompt: Tensor, whole: Tensor) -> int:
 def _open(processor: Any, image: Any) -> Image.Image:
     if isinstance(image, (list, tuple)):
         raise ValueError(f"expected one picture, got {len(image)} of them in a list.")
-    return Image.fromarray(np.ascontiguousarray(processor.image_processor.process_image(image).transpose(1, 2, 0)))
+    return processor.image_processor.process_image(image)
 
 
 def _as_seen(pixel_values: Tensor, image_processor: Any) -> np.ndarray:

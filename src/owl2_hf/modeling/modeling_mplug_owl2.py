@@ -5,6 +5,7 @@ The connector is the visual abstractor, or the H-Reducer of DocOwl 1.5; Q + 1 ar
 B: batch, L: positions, N: pictures of the whole batch, D: width of the language model, V: embedding rows.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 
@@ -32,6 +34,10 @@ logger = logging.get_logger(__name__)
 # Logit of ids that are never predicted. Its probability is exactly 0 in float32, so it neither wins nor changes a loss;
 # it is finite in float16, so that entropies (p * log p), beam scores and repetition penalties stay finite.
 RESERVED_LOGIT = -1e4
+
+# What quantisation leaves alone unless told otherwise, as regular expressions: it is small beside the decoder, and what
+# is lost of a picture is not won back.
+UNQUANTIZED = [r"(model\.)?vision_tower", r"(model\.)?visual_abstractor", r"(model\.)?h_reducer", "lm_head"]
 
 
 @dataclass
@@ -96,6 +102,9 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers, also from the original's layout, and from an adapter, whose base model is loaded first.
 
+        Quantisation leaves the vision encoder, the connector and the head as they are, unless its configuration names
+        other modules to leave.
+
         Raises:
             ValueError: The checkpoint lacks parameters, which transformers would make up, or has them in other shapes
                 than its configuration says. A missing head is none, and whoever asks for `output_loading_info` finds
@@ -110,6 +119,8 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
             model.load_adapter(str(adapter.source), adapter_name, adapter_kwargs=adapter.hub)
             return loaded
         _check_index(pretrained_model_name_or_path)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _spare_vision_side(kwargs["quantization_config"])
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -166,6 +177,17 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
         if save_original_format:
             self._weight_conversions = None  # transformers takes the whole mapping, not what loading needed of it
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+def _spare_vision_side(quantization_config: Any) -> Any:
+    """The same quantisation, with `UNQUANTIZED` where it does not say what it leaves alone."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if getattr(quantization_config, name, "") is None:
+            quantization_config = copy.copy(quantization_config)
+            setattr(quantization_config, name, list(UNQUANTIZED))
+    return quantization_config
 
 
 def _check_index(folder: Any) -> None:

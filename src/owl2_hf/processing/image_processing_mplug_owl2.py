@@ -153,7 +153,7 @@ class MplugOwl2ImageProcessor(PilBackend):
             return open_image(images, self.max_image_pixels)
         return images
 
-    def _prepare_image_like_inputs(self, images: Any, *args, **kwargs) -> list[np.ndarray]:
+    def _prepare_image_like_inputs(self, images: Any, *args, **kwargs) -> list[Image.Image]:
         flat = flatten_images(images)
         if not flat:
             raise ValueError("No picture came: give at least one.")
@@ -164,8 +164,8 @@ class MplugOwl2ImageProcessor(PilBackend):
 
     def process_image(
         self, image: Any, *, input_data_format=None, max_image_pixels=None, do_rescale=True, **kwargs
-    ) -> np.ndarray:
-        """One picture of any kind -> (3, H, W) uint8."""
+    ) -> Image.Image:
+        """One picture of any kind -> RGB."""
         max_image_pixels = max_image_pixels or self.max_image_pixels
         if isinstance(image, (str, Path, bytes)):
             image = open_image(image, max_image_pixels)
@@ -175,11 +175,11 @@ class MplugOwl2ImageProcessor(PilBackend):
             raise ValueError("floats from 0 to 1 become 0 to 255 first; leave do_rescale on.")
         picture = to_rgb(image, input_data_format)
         _check_size(picture, max_image_pixels)
-        return np.asarray(picture).transpose(2, 0, 1)
+        return picture
 
     def _preprocess(
         self,
-        images: list[np.ndarray],
+        images: list[Image.Image],
         do_resize: bool,
         size: SizeDict,
         resample: PILImageResampling | None,
@@ -195,7 +195,7 @@ class MplugOwl2ImageProcessor(PilBackend):
         add_global_image: bool = True,
         **kwargs,
     ) -> BatchFeature:
-        """N times (3, H, W) uint8 -> `pixel_values` (squares, 3, S, S) float32, N squares or with "anchors" more.
+        """N RGB pictures -> `pixel_values` (squares, 3, S, S) float32, N squares or with "anchors" more.
 
         With "anchors" also `crop_grid` (N, 2), rows and columns of each picture's crops.
         """
@@ -205,25 +205,21 @@ class MplugOwl2ImageProcessor(PilBackend):
             if not do_resize:
                 raise ValueError("'anchors' cuts pictures after resizing them; leave do_resize on.")
             anchors = CROP_ANCHORS[crop_anchors]
-            data["crop_grid"] = [best_anchor(image.shape[1], image.shape[2], size.height, anchors) for image in images]
+            data["crop_grid"] = [best_anchor(image.height, image.width, size.height, anchors) for image in images]
         for index, image in enumerate(images):
-            squares = [image]
-            if do_resize:
-                picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-                if image_aspect_ratio == "anchors":
-                    cut: Iterable[Image.Image] = _cut(
-                        picture, size.height, resample, data["crop_grid"][index], add_global_image
-                    )
-                else:
-                    make_square = {"resize": _stretch, "pad": _pad, "crop": _crop}[image_aspect_ratio]
-                    cut = [make_square(picture, size.height, resample, max_image_pixels, image_mean)]
-                squares = [np.asarray(square).transpose(2, 0, 1) for square in cut]
+            squares: Iterable[Image.Image] = [image]
+            if do_resize and image_aspect_ratio == "anchors":
+                squares = _cut(image, size.height, resample, data["crop_grid"][index], add_global_image)
+            elif do_resize:
+                make_square = {"resize": _stretch, "pad": _pad, "crop": _crop}[image_aspect_ratio]
+                squares = [make_square(image, size.height, resample, max_image_pixels, image_mean)]
             for square in squares:
+                pixels = np.asarray(square).transpose(2, 0, 1)
                 if do_rescale:
-                    square = self.rescale(square, rescale_factor)
+                    pixels = self.rescale(pixels, rescale_factor)
                 if do_normalize:
-                    square = self.normalize(square, image_mean, image_std)
-                data["pixel_values"].append(square)
+                    pixels = self.normalize(pixels, image_mean, image_std)
+                data["pixel_values"].append(pixels)
         return BatchFeature(data, tensor_type=return_tensors)
 
 
@@ -419,7 +415,7 @@ def _check_size(picture: Image.Image, max_pixels: int) -> None:
 
 
 def to_rgb(image: Any, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
-    """A PIL image, array or tensor as an RGB PIL image; what is given stays as it is."""
+    """A PIL image, array or tensor as an RGB PIL image, which may be the very one that came."""
     if isinstance(image, Image.Image):
         return _pil_to_rgb(image)
     if hasattr(image, "detach"):  # a tensor, which has channels first unless its shape says otherwise
@@ -435,6 +431,8 @@ def _pil_to_rgb(image: Image.Image) -> Image.Image:
     if image.width == 0 or image.height == 0:
         raise ValueError(f"it has no pixels ({image.width} x {image.height}).")
     _load(image)
+    if image.mode == "RGB":
+        return image
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         if image.mode != "I" or values.max() > 255:

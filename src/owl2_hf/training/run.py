@@ -186,17 +186,14 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
             f"quantization: {recipe.quantization} needs bitsandbytes: pip install 'owl2_hf[qlora]', or train the "
             "recipe lora, which keeps the weights as they are."
         )
-    # The vision side and the head stay as they are: they are small, and what they lose is not won back.
-    skipped = ["vision_tower", "visual_abstractor", "h_reducer", "lm_head"]
     if recipe.quantization == "8bit":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)}
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     # QLoRA (arXiv:2305.14314): NF4, doubly quantised.
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=skipped,
     )
     return {"quantization_config": settings}
 
