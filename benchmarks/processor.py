@@ -4,20 +4,23 @@
 
 The base is what the original does: PIL stretches the picture to the square of its longer edge, CLIPImageProcessor
 (PIL) resizes, rescales and normalises it; the pixels that come out are compared. Memory is the peak of a process that
-prepares one picture of 12,000 x 9,000 pixels, beyond that of a picture of 224. Prompts go through the processor,
-against its tokenizer alone on the same texts.
+prepares one picture of 12,000 x 9,000 pixels, beyond that of a picture of 224. Prompts go through the processor, and
+through transformers' LlavaProcessor with the same tokenizer, against that tokenizer alone.
 """
 
 import argparse
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.processing_llava import LlavaProcessor
 
 from owl2_hf.default import default_dir
 from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
@@ -26,6 +29,7 @@ from .timing import compare, parser, row, write
 
 SIZES = ("224 x 224", "224 x 168", "1000 x 750", "1000 x 1000", "4000 x 3000")
 SIDE = 448
+REPEATS = 10
 HUGE, SMALL = (12_000, 9_000), (224, 168)
 MAX_PIXELS = 150_000_000
 NUM_PROMPTS = 10_000
@@ -53,13 +57,21 @@ def pictures(rounds: int) -> dict[str, Any]:
     found = {}
     for size in SIZES:
         image = picture(*map(int, size.split(" x ")))
-        runs = {
+        prepare: dict[str, Callable[[], torch.Tensor]] = {
             "CLIPImageProcessor": lambda image=image: original(clip, image),
             "ours": lambda image=image: ours(image, return_tensors="pt")["pixel_values"],
         }
-        same = bool(runs["ours"]().equal(runs["CLIPImageProcessor"]()))
-        found[size] = {**compare(runs, "CLIPImageProcessor", rounds, warmup=2), "same pixels": same}
+        same = bool(prepare["ours"]().equal(prepare["CLIPImageProcessor"]()))
+        runs = {name: partial(several, one) for name, one in prepare.items()}
+        times = compare(runs, "CLIPImageProcessor", rounds, warmup=2)
+        rates = {name: REPEATS / one["seconds"] for name, one in times.items()}
+        found[size] = {**times, "pictures per second": rates, "same pixels": same}
     return found
+
+
+def several(prepare: Callable[[], torch.Tensor]) -> None:
+    for _ in range(REPEATS):
+        prepare()
 
 
 def peak(name: str, size: tuple[int, int]) -> float:
@@ -85,10 +97,15 @@ def memory() -> dict[str, float]:
 
 
 def prompts(rounds: int) -> dict[str, Any]:
-    """The same texts through the tokenizer alone and through the processor."""
+    """The same texts through the tokenizer alone, a processor of transformers' around it, and ours."""
     processor = MplugOwl2Processor.from_pretrained(default_dir())
     texts = [f"USER: What is picture number {number} of this long series? ASSISTANT:" for number in range(NUM_PROMPTS)]
-    runs = {"tokenizer": lambda: processor.tokenizer(texts), "processor": lambda: processor(text=texts)}
+    llava = LlavaProcessor(processors()[0], processor.tokenizer, patch_size=14)
+    runs = {
+        "tokenizer": lambda: processor.tokenizer(texts),
+        "LlavaProcessor": lambda: llava(text=texts),
+        "ours": lambda: processor(text=texts),
+    }
     return compare(runs, "tokenizer", rounds)
 
 

@@ -81,6 +81,41 @@ def growth() -> str:
     return table(["prompt", "LlamaModel", "ours", "ratio"], rows)
 
 
+def processor() -> str:
+    found = read("processor")
+    rows = [
+        [
+            size,
+            *(f"{times['pictures per second'][name]:.0f}" for name in ("CLIPImageProcessor", "ours")),
+            ratio(times["ours"]),
+        ]
+        for size, times in found["pictures"].items()
+    ]
+    memory = found["memory, MB"]
+    both = [f"{memory[name]:,.0f} MB" for name in ("CLIPImageProcessor", "ours")]
+    rows.append(["memory of 12000 x 9000", *both, f"{memory['ours'] / memory['CLIPImageProcessor']:.2f}"])
+    return table(["picture", "CLIPImageProcessor, a second", "ours, a second", "time or memory, ratio"], rows)
+
+
+def prompts() -> str:
+    rows = [[name, f"{found['seconds']:.2f} s", ratio(found)] for name, found in read("processor")["prompts"].items()]
+    return table(["10,000 prompts", "time", "ratio"], rows)
+
+
+def quantized() -> str:
+    found = read("quantized")
+    speed, agreement = found["speed"], found["agreement"]
+    rows = []
+    for name, size in speed["bytes"].items():
+        times = [ratio(speed[how][name]) for how in ("eager", "compiled")]
+        error = agreement[name]
+        rows.append(
+            [name, f"{size / 1e6:.0f} MB", *times, f"{error['same answer']:.3f}", f"{error['logit error']:.4f}"]
+        )
+    head = ["", "linear weights", "answer, eager", "answer, compiled", "greedy answers as float32's", "error of logits"]
+    return table(head, rows)
+
+
 def start() -> str:
     found = json.loads((RESULTS / "start.json").read_text(encoding="utf-8"))
     clocks = [[name, *(f"{one[clock]['median']:.2f} s" for clock in ("wall", "cpu"))] for name, one in found.items()]
@@ -119,6 +154,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation": generation,
     "vision": vision,
     "growth": growth,
+    "processor": processor,
+    "prompts": prompts,
+    "quantized": quantized,
     "start": start,
     "loading": loading,
     "full_size": full_size,
