@@ -137,3 +137,25 @@ def test_scores_of_batches_are_those_of_single_pictures_with_every_preset(place)
         together = Scorer(model, processor, name)(pictures)
         alone = [Scorer(model, processor, name)(picture)[0] for picture in pictures]
         assert [one.score for one in together] == pytest.approx([one.score for one in alone], abs=1e-5)
+
+
+def test_the_examples_of_the_page_on_performance_run():
+    pytest.importorskip("torchao")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / "performance.md").read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, "performance.md", "exec"), names)
+    said = [message["content"] for message in names["chat"] if message["role"] == "assistant"]
+    assert said[0].strip() == "banana" and len(said) == 3
+    assert type(names["model"].model.language_model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
+
+
+def test_a_picture_of_an_earlier_turn_is_not_encoded_again(monkeypatch):
+    model, processor = owl2_hf.load_default(dtype=torch.float32)
+    picture = str(owl2_hf.default_pictures()["emoji-banana"])
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}]
+    inputs = processor.apply_chat_template(chat, **options)
+    expected = model.generate(**inputs)
+    features = {"image": model.get_image_features(inputs.pop("pixel_values"))}
+    monkeypatch.setattr(model.model.vision_tower, "forward", None)  # whoever calls it fails
+    assert model.generate(**inputs, mm_encoder_outputs=features).equal(expected)
