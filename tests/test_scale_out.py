@@ -185,6 +185,13 @@ def test_device_map_auto_puts_on_the_disk_what_has_no_room(tmp_path, share):
     assert_answers(model, expected)
 
 
+def test_the_documentation_shows_how_weights_are_put_on_the_disk(tmp_path, monkeypatch, capsys):
+    [script] = re.findall(r"```python\n(import owl2_hf\n\nmodel, .*?)```", DOCS, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    assert "disk" in capsys.readouterr().out
+
+
 def test_device_map_auto_with_room_moves_nothing():
     model, _ = owl2_hf.load_default(device_map="auto")
     assert not any(parameter.is_meta for parameter in model.parameters())

@@ -7,11 +7,11 @@ which positions are visual. Here vLLM keeps the raw token ids as well, and the m
 T: tokens of all requests of a step, one after another; D: width of the language model; V: embedding rows.
 """
 
-from typing import Any
+import dataclasses
 
-import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.inputs import MultiModalInput
 from vllm.model_executor.models.transformers import (
     MultiModalDummyInputsBuilder,
     MultiModalProcessingInfo,
@@ -21,34 +21,41 @@ from vllm.model_executor.models.transformers import (
 from vllm.model_executor.models.transformers.multimodal import MultiModalMixin
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
+from vllm.multimodal.processing import ProcessorInputs, TimingContext
 from vllm.sequence import IntermediateTensors
 
 from .modeling import MplugOwl2ForConditionalGeneration
-from .processing.image_processing_mplug_owl2 import CROP_ANCHORS
 
 
 class MplugOwl2ProcessingInfo(MultiModalProcessingInfo):
     """What vLLM asks about pictures before it has seen one."""
 
     def get_image_size_with_most_features(self) -> ImageSize:
-        """The smallest picture that takes the most positions; vLLM's own guess has more pixels than are accepted."""
-        image_processor = self.get_hf_processor().image_processor
-        settings = self.ctx.get_merged_mm_kwargs({})
-        side = image_processor.size["height"]
-        sizes = {(rows * side, columns * side) for grids in CROP_ANCHORS.values() for rows, columns in grids}
-        height, width = max(sorted(sizes), key=lambda size: image_processor.num_crops(*size, **settings))
-        return ImageSize(width=width, height=height)
+        """The picture that nothing is done to, as all take the same; vLLM's guess has more pixels than are accepted."""
+        size = self.get_hf_processor().image_processor.size
+        return ImageSize(width=size["width"], height=size["height"])
+
+
+class MplugOwl2MultiModalProcessor(MultiModalProcessor):
+    """vLLM's expansion of placeholders."""
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        """As in vLLM, with the tokenizer's first token in front, which vLLM's chats leave out."""
+        first = self.info.get_tokenizer().bos_token_id
+        if first is not None and inputs.prompt[:1] != [first]:
+            inputs = dataclasses.replace(inputs, prompt=[first, *inputs.prompt])
+        return super().apply(inputs, timing_ctx)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    MultiModalProcessor, info=MplugOwl2ProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
+    MplugOwl2MultiModalProcessor, info=MplugOwl2ProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
 )
 class MplugOwl2ForVllm(TransformersMultiModalForCausalLM):
     """vLLM's wrapper of any transformers model, with the modality indicators of this one.
 
     Raises:
-        ValueError: vLLM was asked for what would give other text than transformers: several pipeline stages, or
-            prompts so long that the rotary base would change.
+        ValueError: vLLM was asked for what would give other text than transformers: several pipeline stages, DocOwl's
+            crops, or prompts so long that the rotary base would change.
     """
 
     requires_raw_input_tokens = True
@@ -92,10 +99,6 @@ class MplugOwl2ForVllm(TransformersMultiModalForCausalLM):
             input_ids, positions, intermediate_tensors, inputs_embeds, mm_token_type_ids=indicators
         )
 
-    def _get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """(N, 3, H, W) -> (N * (Q + 1), D), which vLLM splits by picture: DocOwl's have several crops each."""
-        return torch.cat(list(super()._get_image_features(pixel_values, **kwargs)))
-
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """(T, D) -> (T, V), with the ids that are never predicted made unreachable."""
         logits = super().compute_logits(hidden_states)
@@ -103,13 +106,19 @@ class MplugOwl2ForVllm(TransformersMultiModalForCausalLM):
 
 
 def _check_settings(vllm_config: VllmConfig) -> None:
+    config, longest = vllm_config.model_config.hf_config, vllm_config.model_config.max_model_len
     if (num_stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
         raise ValueError(
-            f"pipeline_parallel_size must be 1, got {num_stages}: vLLM tells the token ids to the first stage alone, and "
-            "every layer needs to know which are visual. Use tensor_parallel_size."
+            f"pipeline_parallel_size must be 1, got {num_stages}: vLLM tells the token ids to the first stage alone, "
+            "and every layer needs to know which are visual. Use tensor_parallel_size."
         )
-    ntk_length = vllm_config.model_config.hf_config.get_text_config().rope_dynamic_ntk_length
-    if ntk_length is not None and (longest := vllm_config.model_config.max_model_len) > ntk_length:
+    if config.connector_type != "abstractor":
+        raise ValueError(
+            f"vLLM runs models with a visual abstractor, got connector_type {config.connector_type!r}: it tokenizes "
+            "the names of DocOwl's crops apart from the prompt, which makes other ids. Use owl2-hf serve."
+        )
+    ntk_length = config.text_config.rope_dynamic_ntk_length
+    if ntk_length is not None and longest > ntk_length:
         raise ValueError(
             f"max_model_len must be at most {ntk_length}, got {longest}: longer prompts change the rotary base, which "
             f"vLLM's batches of several requests share. Pass --max-model-len {ntk_length}."
