@@ -61,6 +61,13 @@ def register() -> None:
     AutoProcessor.register(MplugOwl2Config, MplugOwl2Processor, exist_ok=True)
 
 
+def register_in_vllm() -> None:
+    """Name our class to vLLM, which calls this in each of its processes; the class is imported when it is needed."""
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model("MplugOwl2ForConditionalGeneration", "owl2_hf.vllm_plugin:MplugOwl2ForVllm")
+
+
 def register_when_looked_up() -> None:
     """Make our entries lazy in the tables that are there, and in the others as soon as they are."""
     if not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):

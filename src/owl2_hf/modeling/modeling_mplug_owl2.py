@@ -142,6 +142,19 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
+    @classmethod
+    def maybe_distribute_model(cls, model: "MplugOwl2PreTrainedModel", distributed_config, mesh_manager):
+        """As in transformers; attention whose heads the processes cannot share evenly stays whole in each of them."""
+        text, size = model.config.get_text_config(), distributed_config.tp_size
+        if text.num_attention_heads % size or text.num_key_value_heads % size:
+            model._tp_plan = {rule: style for rule, style in model.tp_plan.items() if ".self_attn." not in rule}
+            logger.warning_once(
+                f"{text.num_attention_heads} attention and {text.num_key_value_heads} key-value heads cannot be shared "
+                f"evenly by {size} tensor-parallel processes: each of them computes the whole attention, and its part "
+                "of everything else. A tp_size that divides both numbers shares the attention as well."
+            )
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs):
         """As in transformers; what was trained beside a converted adapter goes into the model as well.
 
