@@ -55,6 +55,13 @@ def times_of(found: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
     return [[name, *(f"{milliseconds(one[name])}, {ratio(one[name])}" for one in found.values())] for name in names]
 
 
+def compiled() -> str:
+    rows = []
+    for what, found in read("compiled").items():
+        rows += [[f"{what}: {name}", milliseconds(result), ratio(result)] for name, result in found.items()]
+    return table(["", "time", "ratio"], rows)
+
+
 def generation() -> str:
     found = read("generation")
     rows = []
@@ -151,6 +158,7 @@ def full_size() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "decoder": decoder,
+    "compiled": compiled,
     "generation": generation,
     "vision": vision,
     "growth": growth,
