@@ -2,9 +2,10 @@
 
     python -m benchmarks.compiled --json compiled.json
 
-A compiled graph needs shapes that do not depend on the data, so there keys and values of both modalities are computed at
-every position and a mask selects. The prompt is that of `benchmarks.decoder`. "projection" is the keys of one layer alone:
-dense as the model does, or sorted by modality and multiplied by group (`torch.nn.functional.grouped_mm`, bfloat16 alone).
+A compiled graph needs shapes that do not depend on the data, so there keys and values of both modalities are computed
+at every position and a mask selects. The prompt is that of `benchmarks.decoder`. "projection" is the keys of one layer
+alone: dense as the model does, or sorted by modality and multiplied by group (`torch.nn.functional.grouped_mm`, which
+compiled takes bfloat16 alone).
 """
 
 from typing import Any
