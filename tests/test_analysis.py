@@ -21,7 +21,7 @@ from .test_modeling_mplug_owl2 import IMAGE, RUN, pictures, tiny_config
 
 QUESTION = "What is this?"
 PICTURES = owl2_hf.default_pictures()
-TIGER, SHAPES = str(PICTURES["emoji-wide-tiger-face"]), str(PICTURES["shapes-0"])
+CAT, SHAPES = str(PICTURES["emoji-wide-cat-face"]), str(PICTURES["shapes-0"])
 
 
 def left_pad(rows):
@@ -150,16 +150,16 @@ def without():
 
 @pytest.fixture(scope="module")
 def found(default, without):
-    return analyze(*default, TIGER, QUESTION, unrelated=SHAPES, without=without, name="bundled")
+    return analyze(*default, CAT, QUESTION, unrelated=SHAPES, without=without, name="bundled")
 
 
 def test_the_analysis_reads_what_the_model_computes(default, found):
     model, processor = default
     run = found.runs[0]
-    assert found.answer == run.generated == "tiger face" and found.is_answer_generated and found.has_module
+    assert found.answer == run.generated == "cat face" and found.is_answer_generated and found.has_module
     messages = [
-        {"role": "user", "content": [{"type": "image", "image": TIGER}, {"type": "text", "text": QUESTION}]},
-        {"role": "assistant", "content": "tiger face"},
+        {"role": "user", "content": [{"type": "image", "image": CAT}, {"type": "text", "text": QUESTION}]},
+        {"role": "assistant", "content": "cat face"},
     ]
     settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     inputs = processor.apply_chat_template(messages, **settings)
@@ -191,9 +191,7 @@ def test_the_analysis_reads_what_the_model_computes(default, found):
 
 
 def test_squares_are_the_picture_as_the_model_sees_it(default, found):
-    pixels = default[1].image_processor(TIGER, do_normalize=False, do_rescale=False, return_tensors="np")[
-        "pixel_values"
-    ]
+    pixels = default[1].image_processor(CAT, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"]
     assert np.array_equal(found.runs[0].squares[0], pixels[0].transpose(1, 2, 0))
 
 
@@ -220,7 +218,7 @@ def test_a_model_without_the_module_is_told_from_one_with_it(default, found):
     expected = float((text - visual).norm() / text.norm())
     assert found.weights["k_proj"]["distance"][2] == pytest.approx(expected, rel=1e-5)
     assert found.weights["q_proj"]["distance"] == [None] * 3
-    again = analyze(*default, TIGER, QUESTION, answer="tiger face", without=default)
+    again = analyze(*default, CAT, QUESTION, answer="cat face", without=default)
     assert "but has one" in again.without.notes[0] and not again.is_answer_generated
     for queries, keys in found.runs[0].attention.items():
         assert again.runs[0].attention[queries]["visual"] == pytest.approx(keys["visual"])
@@ -231,13 +229,13 @@ def test_the_model_is_left_as_it_was():
     model.train()
     model.model.vision_tower.eval()
     model.model.language_model.set_attn_implementation("eager")
-    analyze(model, processor, TIGER, QUESTION, max_new_tokens=2)
+    analyze(model, processor, CAT, QUESTION, max_new_tokens=2)
     assert model.training and model.model.language_model.training and not model.model.vision_tower.training
     config = model.config
     assert config.abstractor_config._attn_implementation == config.vision_config._attn_implementation == "sdpa"
     assert config.text_config._attn_implementation == "eager"
     with pytest.raises(ValueError, match="2 of them in a list"):
-        analyze(model, processor, [TIGER, TIGER], QUESTION)
+        analyze(model, processor, [CAT, CAT], QUESTION)
     assert model.training and config.abstractor_config._attn_implementation == "sdpa"
     hooks = [
         hook
@@ -258,7 +256,7 @@ def test_docowls_crops_have_masses_but_no_query_maps(default, tmp_path):
     processor.num_image_tokens = model.config.num_image_tokens
     processor.image_processor.size = {"height": 28, "width": 28}
     processor.image_processor.image_aspect_ratio = "anchors"
-    found = analyze(model, processor, Image.new("RGB", (80, 30)), QUESTION, max_new_tokens=2, answer="a tiger")
+    found = analyze(model, processor, Image.new("RGB", (80, 30)), QUESTION, max_new_tokens=2, answer="a cat")
     (run,) = found.runs
     assert "no learnable queries" in found.notes[0] and run.query_maps is None
     assert len(run.squares) > 2 and run.num_tokens["visual"] == len(run.squares) * 5
@@ -269,11 +267,11 @@ def test_docowls_crops_have_masses_but_no_query_maps(default, tmp_path):
 def test_what_cannot_be_analysed_is_refused(default):
     model, processor = default
     with pytest.raises(ValueError, match="expected a MplugOwl2ForConditionalGeneration, got MplugOwl2TextModel"):
-        analyze(model.model.language_model, processor, TIGER, QUESTION)
+        analyze(model.model.language_model, processor, CAT, QUESTION)
     with pytest.raises(ValueError, match="the answer is empty"):
-        analyze(model, processor, TIGER, QUESTION, answer=" ")
+        analyze(model, processor, CAT, QUESTION, answer=" ")
     with pytest.raises(ValueError, match="max_new_tokens of at least 1"):
-        analyze(model, processor, TIGER, QUESTION, max_new_tokens=0)
+        analyze(model, processor, CAT, QUESTION, max_new_tokens=0)
 
 
 def test_files_have_the_said_sizes_and_keys_and_replace_only_their_own(found, tmp_path):
@@ -331,11 +329,11 @@ def run(*arguments):
 def test_the_command_writes_and_prints(found, without, tmp_path):
     for part in without:
         part.save_pretrained(tmp_path / "without")
-    result = run(TIGER, "-q", QUESTION, "--out", tmp_path / "out", "--without", tmp_path / "without", "--json")
+    result = run(CAT, "-q", QUESTION, "--out", tmp_path / "out", "--without", tmp_path / "without", "--json")
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     assert set(values["files"]) == {path.name for path in (tmp_path / "out").iterdir()}
-    assert values["answer"] == "tiger face" and values["without"]["has_module"] is False
+    assert values["answer"] == "cat face" and values["without"]["has_module"] is False
     for runs in (values["runs"], values["without"]["runs"]):
         shares = runs[0]["attention"]["answer"]
         assert [text + visual for text, visual in zip(shares["text"], shares["visual"], strict=True)] == [
@@ -344,10 +342,10 @@ def test_the_command_writes_and_prints(found, without, tmp_path):
     assert values["runs"][0]["attention"]["answer"]["visual"] == pytest.approx(
         found.runs[0].attention["answer"]["visual"], abs=0.02
     )
-    refused = run(TIGER, "--out", tmp_path / "out")
+    refused = run(CAT, "--out", tmp_path / "out")
     assert refused.exit_code == 1 and "is not empty" in refused.stderr
-    settings = ["--model", tmp_path / "without", "--overwrite", "--answer", "a tiger", "--max-new-tokens", 2]
-    lines = run(TIGER, "--out", tmp_path / "out", "--unrelated", SHAPES, *settings).stdout
+    settings = ["--model", tmp_path / "without", "--overwrite", "--answer", "a cat", "--max-new-tokens", 2]
+    lines = run(CAT, "--out", tmp_path / "out", "--unrelated", SHAPES, *settings).stdout
     assert "unrelated picture" in lines and "no picture" in lines and "query_maps_unrelated.png" in lines
 
 
@@ -355,10 +353,10 @@ def test_the_command_writes_and_prints(found, without, tmp_path):
     ("arguments", "message"),
     [
         (["no-such-picture.png"], "no-such-picture.png"),
-        ([TIGER, "--unrelated", "no-such-picture.png"], "no-such-picture.png"),
-        ([TIGER, "--model", "path/to/no-such-folder"], "path/to/no-such-folder"),
-        ([TIGER, "--without", "path/to/no-such-folder"], "path/to/no-such-folder"),
-        ([TIGER, "--answer", ""], "the answer is empty"),
+        ([CAT, "--unrelated", "no-such-picture.png"], "no-such-picture.png"),
+        ([CAT, "--model", "path/to/no-such-folder"], "path/to/no-such-folder"),
+        ([CAT, "--without", "path/to/no-such-folder"], "path/to/no-such-folder"),
+        ([CAT, "--answer", ""], "the answer is empty"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_writes_nothing(arguments, message, tmp_path, monkeypatch):
@@ -375,7 +373,7 @@ def test_a_model_with_adapters_is_read_with_them(default, found):
 
     config = LoraConfig(target_modules=["visual_k_proj"], r=2, init_lora_weights=False)
     adapted = get_peft_model(copy.deepcopy(default[0]), config)
-    other = analyze(adapted, default[1], TIGER, QUESTION, answer="tiger face", max_new_tokens=1)
+    other = analyze(adapted, default[1], CAT, QUESTION, answer="cat face", max_new_tokens=1)
     before, after = (one.runs[0].norms["key"] for one in (found, other))
     assert after["text"][0] == pytest.approx(before["text"][0]) and after["visual"][0] != before["visual"][0]
     assert other.weights["k_proj"] == found.weights["k_proj"]

@@ -107,8 +107,8 @@ def post(url, body, headers=None, path="/v1/chat/completions"):
 QUESTIONS = [
     ("What is this?", "emoji-banana"),
     ("What is this?", "emoji-strawberry"),
-    ("What is this?", "emoji-red-apple"),
-    ("What is this?", "emoji-wide-tiger-face"),
+    ("What is this?", "emoji-tiger-face"),
+    ("What is this?", "emoji-wide-cat-face"),
     ("What color is the shape?", "shapes-0"),
     ("What kind of thing is a banana?", None),
     ("Is a tiger an animal?", None),
