@@ -11,7 +11,6 @@ own.
 import argparse
 import math
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from owl2_hf.modeling import MplugOwl2TextConfig, MplugOwl2TextModel
 
-from .timing import DTYPES, Run, in_turns, parser, row, summarize, write
+from .timing import DTYPES, Run, in_turns, parser, peak_memory, row, summarize, write
 
 SHAPES = {
     "1024 x 8": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 8, "num_attention_heads": 16},
@@ -108,7 +107,7 @@ def training_memory(name: str, shape: str, dtype: torch.dtype) -> float:
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     for _ in range(3):
         train_step(model, embeds, {"mm_token_type_ids": indicators()} if name == "ours" else {})
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6
+    return (peak_memory() - before) / 1e6
 
 
 def _memory_in_a_process(name: str, shape: str, dtype: str) -> float:

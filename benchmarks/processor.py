@@ -9,7 +9,6 @@ through transformers' LlavaProcessor with the same tokenizer, against that token
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 from owl2_hf.default import default_dir
 from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 
-from .timing import compare, parser, row, write
+from .timing import compare, parser, peak_memory, row, write
 
 SIZES = ("224 x 224", "224 x 168", "1000 x 750", "1000 x 1000", "4000 x 3000")
 SIDE = 448
@@ -83,7 +82,7 @@ def peak(name: str, size: tuple[int, int]) -> float:
         ours(image, return_tensors="pt")
     else:
         original(clip, image)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return peak_memory() / 1e6
 
 
 def memory() -> dict[str, float]:

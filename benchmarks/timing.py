@@ -40,6 +40,15 @@ def compare(runs: Mapping[str, Run], base: str, rounds: int, warmup: int = 1) ->
     return {name: summarize(taken, times[base]) for name, taken in times.items()}
 
 
+def peak_memory() -> int:
+    """Bytes of the largest resident set of this process.
+
+    Not `ru_maxrss`: on Linux a process starts with that of the one that started it.
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def summarize(taken: list[float], base: list[float]) -> dict[str, float]:
     ratios = [one / other for one, other in zip(taken, base, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from owl2_hf.conversion import convert
 from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import processor, timing
 from benchmarks.full_size import make, original_shapes
 from benchmarks.full_size_speed import passed_weights
 from benchmarks.growth import fit
@@ -78,6 +80,36 @@ def test_bytes_of_a_token_are_those_of_the_text_branch_and_the_head(golden_dir):
     layer = 2 * width * width + 2 * width * keys + 3 * width * inner + 2 * width
     expected = text.num_hidden_layers * layer + width + width * text.vocab_size
     assert sum(weight.numel() for weight in passed_weights(model)) == expected
+
+
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    code = "from benchmarks.timing import peak_memory; print(peak_memory())"
+    alone, large = (_peak_of_a_child(code, megabytes) for megabytes in (0, 600))
+    assert alone > 10e6 and large == pytest.approx(alone, rel=0.1)
+    assert timing.peak_memory() > 100e6
+
+
+def _peak_of_a_child(code: str, megabytes: int) -> float:
+    """What `code` prints in a child of a process that filled so much memory."""
+    parent = f"""
+import subprocess, sys
+filled = b"1" * ({megabytes} * 2**20)
+print(subprocess.run([sys.executable, "-c", {code!r}], check=True, capture_output=True, text=True).stdout)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", parent], check=True, capture_output=True, text=True, cwd=PAGE.parents[1]
+    )
+    return float(done.stdout)
+
+
+def test_pictures_and_prompts_are_measured(monkeypatch):
+    monkeypatch.setattr(processor, "SIZES", ("40 x 31", "31 x 40", "33 x 33"))
+    monkeypatch.setattr(processor, "REPEATS", 1)
+    monkeypatch.setattr(processor, "NUM_PROMPTS", 3)
+    found = processor.pictures(rounds=1)
+    assert list(found) == ["40 x 31", "31 x 40", "33 x 33"] and all(one["same pixels"] for one in found.values())
+    assert processor.prompts(rounds=1)["ours"]["ratio"] > 0
+    assert processor.peak("ours", (40, 31)) > 0
 
 
 def test_the_page_on_performance_says_what_was_measured():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import owl2_hf
 from owl2_hf.comparison import COMPARE2SCORE
@@ -149,13 +150,45 @@ def test_the_examples_of_the_page_on_performance_run():
     assert type(names["model"].model.language_model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
 
 
-def test_a_picture_of_an_earlier_turn_is_not_encoded_again(monkeypatch):
+@pytest.fixture
+def encoded():
+    """The default model, its processor, and how many pictures each call of the vision encoder took."""
+    calls: list[int] = []
     model, processor = owl2_hf.load_default(dtype=torch.float32)
-    picture = str(owl2_hf.default_pictures()["emoji-banana"])
+    model.model.vision_tower.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    return model, processor, calls
+
+
+def question(text, picture=None):
+    image = [{"type": "image", "image": str(owl2_hf.default_pictures()[picture])}] if picture else []
+    return {"role": "user", "content": [*image, {"type": "text", "text": text}]}
+
+
+def test_a_picture_of_an_earlier_turn_is_not_encoded_again(encoded):
+    model, processor, calls = encoded
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}]
-    inputs = processor.apply_chat_template(chat, **options)
-    expected = model.generate(**inputs)
-    features = {"image": model.get_image_features(inputs.pop("pixel_values"))}
-    monkeypatch.setattr(model.model.vision_tower, "forward", None)  # whoever calls it fails
-    assert model.generate(**inputs, mm_encoder_outputs=features).equal(expected)
+    first, second = list(owl2_hf.default_pictures())[:2]
+    chat, features = [], []
+    for asked in (question("What is it?", first), question("Is it an animal?"), question("And this?", second)):
+        chat.append(asked)
+        inputs = processor.apply_chat_template(chat, **options)
+        expected = model.generate(**inputs)
+        new = inputs.pop("pixel_values")[len(features) :]
+        calls.clear()
+        if len(new):
+            features += model.get_image_features(new).pooler_output
+        known = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        assert model.generate(**inputs, mm_encoder_outputs=known).equal(expected)
+        assert calls == [len(new)] * bool(len(new))
+        answer = processor.decode(expected[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        chat.append({"role": "assistant", "content": answer})
+
+
+def test_pictures_in_one_call_are_encoded_as_one_by_one(encoded):
+    model, processor, calls = encoded
+    pictures = [str(path) for path in list(owl2_hf.default_pictures().values())[:3]]
+    pixels = processor.image_processor(pictures, return_tensors="pt").pixel_values
+    together = model.get_image_features(pixels).pooler_output
+    assert calls == [3]
+    for one, features in zip(pixels, together, strict=True):
+        torch.testing.assert_close(model.get_image_features(one[None]).pooler_output[0], features)

@@ -54,6 +54,49 @@ def test_pixels_are_the_originals_in_the_wider_set(golden_dir):
             assert torch.equal(actual[0], expected), key
 
 
+FILTERS = ("NEAREST", "BOX", "BILINEAR", "HAMMING", "BICUBIC", "LANCZOS")
+ALL_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")
+SIZES = [(1, 1), (9, 9), (28, 28), (41, 41), (28, 17), (17, 28), (41, 3), (3, 41)]
+
+
+def noise(size, mode="RGB"):
+    array = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(array).convert(mode)
+
+
+@pytest.mark.parametrize("resample", FILTERS)
+@pytest.mark.parametrize("size", SIZES)
+def test_skipping_what_changes_nothing_gives_the_pixels_of_both_resamplings(size, resample):
+    edge, mean = max(size), tuple(int(channel * 255) for channel in module.OPENAI_CLIP_MEAN)
+    for mode in ALL_MODES:
+        picture = noise(size, mode)
+        rgb = picture.convert("RGB")
+        padded = Image.new("RGB", (edge, edge), mean)
+        padded.paste(rgb, ((edge - size[0]) // 2, (edge - size[1]) // 2))
+        squares = {"resize": rgb.resize((edge, edge), module.BICUBIC), "pad": padded}
+        for ratio, square in squares.items():
+            options = {"resample": Image.Resampling[resample], "image_aspect_ratio": ratio}
+            actual = pixels(picture, do_rescale=False, do_normalize=False, **options)[0]
+            expected = np.asarray(square.resize((28, 28), Image.Resampling[resample])).transpose(2, 0, 1)
+            assert np.array_equal(actual, expected), (mode, ratio)
+
+
+@pytest.mark.parametrize(("size", "resamplings"), [((41, 41), 1), ((28, 28), 1), ((41, 20), 2), ((20, 41), 2)])
+def test_a_square_picture_is_resampled_once(size, resamplings, monkeypatch):
+    calls, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, *args, **kw: calls.append(args) or resize(self, *args, **kw)
+    )
+    pixels(noise(size))
+    assert len(calls) == resamplings
+
+
+@pytest.mark.parametrize("size", [(41, 20), (20, 41), (41, 40)])
+def test_the_two_resamplings_of_other_pictures_are_not_one(size):
+    joined = noise(size).resize((28, 28), module.BICUBIC)
+    assert not torch.equal(pixels(noise(size)), pixels(joined))
+
+
 def test_every_way_to_give_a_picture_is_the_same(photo, tmp_path):
     expected = pixels(photo)
     path = tmp_path / "a picture.png"

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.processing_utils import ProcessorMixin
 
 from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 from owl2_hf.processing.processing_mplug_owl2 import ESCAPE, NO_PREFIX
@@ -222,6 +223,15 @@ def test_one_placeholder_becomes_the_positions_of_one_picture(processor):
         == {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values"}
         == set(processor.model_input_names)
     )
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_indicators_are_those_of_transformers(processor, kind):
+    image = processor.image_token_id
+    for rows in ([[image, 4, image], [4, 5, 6]], [[image]], [[]]):
+        expected = ProcessorMixin.create_mm_token_type_ids(processor, kind(rows))
+        assert processor.create_mm_token_type_ids(kind(rows)) == expected
+    assert processor.create_mm_token_type_ids([[image, 4], [image]]) == [[1, 0], [1]]
 
 
 def test_text_only_needs_no_picture(processor):

@@ -260,7 +260,7 @@ def _cut(
 
 def _stretch(picture: Image.Image, side: int, resample: int, max_pixels: int, mean: list[float]) -> Image.Image:
     edge = max(picture.size)
-    if edge**2 <= max_pixels:
+    if picture.size != (edge, edge) and edge**2 <= max_pixels:  # PIL would copy a square
         picture = picture.resize((edge, edge), BICUBIC)
     return picture.resize((side, side), resample)
 
@@ -271,6 +271,8 @@ def _pad(picture: Image.Image, side: int, resample: int, max_pixels: int, mean: 
         scale = side / edge
         picture = picture.resize([max(1, round(length * scale)) for length in picture.size], resample)
         edge = side
+    if picture.size == (edge, edge):
+        return picture.resize((side, side), resample)
     square = Image.new("RGB", (edge, edge), tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3)))
     square.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
     return square.resize((side, side), resample)

@@ -6,7 +6,7 @@ DocOwl 1.5, whose pictures are cut into crops, it becomes the positions of each 
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +264,11 @@ class MplugOwl2Processor(ProcessorMixin):
             expanded.append("".join([*pieces, prompt[last:]]))
             all_offsets.append(offsets)
         return expanded, all_offsets
+
+    def create_mm_token_type_ids(self, input_ids: Iterable) -> list[list[int]]:
+        """As in transformers, for the one modality that there is: 1 at visual tokens, 0 elsewhere."""
+        rows = (row if isinstance(row, list) else row.tolist() for row in input_ids)
+        return [[int(token == self.image_token_id) for token in row] for row in rows]
 
     def apply_chat_template(self, conversation, *args, sanitize_control_tokens: bool = True, **kwargs):
         """As in transformers, with the text of every message taken as text, and lists of frames as `video` parts.
