@@ -38,8 +38,8 @@ for parameter in model.parameters():
 """,
 }
 MEASURE = """
-import resource, time
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+from benchmarks.timing import peak_memory
+print(time.perf_counter() - start, peak_memory() / 1e6)
 """
 NUM_DECODED = 12
 
