@@ -1,6 +1,6 @@
 """Names, options and fields that users write down change only on purpose.
 
-After a change that is meant, `python -m tests.test_public_interface` writes public_interface.json anew; CHANGELOG says it.
+A change that is meant goes into CHANGELOG, and `python -m tests.test_public_interface` writes public_interface.json.
 """
 
 import dataclasses
