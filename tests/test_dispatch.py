@@ -69,6 +69,34 @@ def test_positions_of_pictures_are_looked_up_once_for_all_layers(models):
     assert counts["nonzero"] == 2 and not counts["_local_scalar_dense"]  # positions of text, positions of pictures
 
 
+def saved_bytes(model, **inputs) -> int:
+    """Bytes that a forward keeps for the gradients, weights aside."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.train()(use_cache=False, **inputs)
+    model.eval()
+    assert output.last_hidden_state.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_gradients_keep_what_llamas_do_and_the_order_of_the_tokens(models):
+    ours, llama = models[0].model.language_model, models[1].model
+    indicators = torch.tensor([[0, 1, 1, 0, 1, 0], [0, 0, 1, 1, 1, 0]])
+    embeds = torch.randn(2, 6, 48)
+    extra = saved_bytes(ours, inputs_embeds=embeds, mm_token_type_ids=indicators) - saved_bytes(
+        llama, inputs_embeds=embeds
+    )
+    assert 0 < extra <= 2 * 8 * indicators.numel()
+
+
 @torch.no_grad()
 def test_compiled_decoding_neither_breaks_nor_compiles_again(models):
     """A static cache, one compilation for the first step, none for the others."""

@@ -32,43 +32,55 @@ from .configuration_mplug_owl2 import MplugOwl2TextConfig
 class ModalityRouting(NamedTuple):
     """Where the text and the visual tokens of a batch stand; made once per forward and shared by all layers.
 
-    Each token is computed by its own branch alone. A compiled graph needs shapes that do not depend on the data: there
-    the index tensors are `None`, both branches compute every token, and the mask selects.
+    Tokens are sorted by modality, so that each is computed by its own branch alone and no second copy of it is kept for
+    the gradients. A compiled graph needs shapes that do not depend on the data: there the order is `None`, nothing is
+    sorted, both branches compute every token, and the mask selects.
     """
 
     visual_mask: Tensor  # (B, L, 1), True at visual tokens
-    text_index: Tensor | None  # (T,) into the flattened batch
-    visual_index: Tensor | None  # (V,)
+    order: Tensor | None  # (T + V,) into the flattened batch, text first
+    inverse: Tensor | None  # (T + V,) into the sorted tokens
+    num_text: int
 
     @classmethod
     def from_indicators(cls, mm_token_type_ids: Tensor, training: bool) -> "ModalityRouting | None":
         """Args: mm_token_type_ids (B, L), 0 text and 1 image. Returns `None` where the text branch alone is needed."""
         visual_mask = mm_token_type_ids.bool()
         if torch.compiler.is_compiling() or visual_mask.is_meta:
-            return cls(visual_mask.unsqueeze(-1), None, None)
+            return cls(visual_mask.unsqueeze(-1), None, None, 0)
         flat_mask = visual_mask.flatten()
         visual_index = flat_mask.nonzero().squeeze(1)
         # In training both branches always take part, so that data-parallel ranks reduce the same gradients.
         if visual_index.numel() == 0 and not training:
             return None
-        return cls(visual_mask.unsqueeze(-1), (~flat_mask).nonzero().squeeze(1), visual_index)
+        text_index = (~flat_mask).nonzero().squeeze(1)
+        order = torch.cat([text_index, visual_index])
+        return cls(visual_mask.unsqueeze(-1), order, torch.argsort(order), text_index.numel())
 
-    def split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, D) -> what the text branch reads, (T, D), and what the visual branch reads, (V, D)."""
-        if self.text_index is None or self.visual_index is None:
-            return hidden_states, hidden_states
-        flat = hidden_states.flatten(0, 1)
-        # Not flat[index]: on processors its gradient takes several times as long.
-        return flat.index_select(0, self.text_index), flat.index_select(0, self.visual_index)
+    def sort(self, hidden_states: Tensor) -> Tensor:
+        """(B, L, D) -> (T + V, D), text first."""
+        if self.order is None:
+            return hidden_states
+        return hidden_states.flatten(0, 1).index_select(0, self.order)
+
+    def unsort(self, tokens: Tensor) -> Tensor:
+        """Inverse of `sort`, for outputs of any width."""
+        if self.inverse is None:
+            return tokens
+        return tokens.index_select(0, self.inverse).view(*self.visual_mask.shape[:2], -1)
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Sorted tokens -> what the text branch reads, (T, D), and what the visual branch reads, (V, D)."""
+        if self.order is None:
+            return tokens, tokens
+        text, visual = tokens.split([self.num_text, len(tokens) - self.num_text])
+        return text, visual
 
     def merge(self, text: Tensor, visual: Tensor) -> Tensor:
-        """Inverse of `split`, for outputs of any width."""
-        if self.text_index is None or self.visual_index is None:
+        """What both branches made of a split -> (B, L, D')."""
+        if self.order is None:
             return torch.where(self.visual_mask, visual, text)
-        merged = text.new_empty(self.visual_mask.numel(), text.shape[-1])
-        merged.index_copy_(0, self.text_index, text)
-        merged.index_copy_(0, self.visual_index, visual.to(text.dtype))
-        return merged.view(*self.visual_mask.shape[:2], -1)
+        return self.unsort(torch.cat([text, visual.to(text.dtype)]))
 
 
 def route(
@@ -77,7 +89,7 @@ def route(
     """(B, L, D) -> (B, L, D'), each token through the branch of its modality; all through one where it stands alone."""
     if routing is None or visual_branch is None:
         return text_branch(x)
-    text, visual = routing.split(x)
+    text, visual = routing.split(routing.sort(x))
     return routing.merge(text_branch(text), visual_branch(visual))
 
 
@@ -177,12 +189,15 @@ class MplugOwl2Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) -> (B, L, D) and, with eager attention, the (B, heads, L, past + L) weights."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        parts = None if routing is None else routing.split(hidden_states)
+        tokens = hidden_states if routing is None else routing.sort(hidden_states)
 
         def project(text_branch: nn.Module, visual_branch: nn.Module | None) -> Tensor:
-            if routing is None or parts is None or visual_branch is None:
-                return text_branch(hidden_states)
-            return routing.merge(text_branch(parts[0]), visual_branch(parts[1]))
+            if routing is None:
+                return text_branch(tokens)
+            if visual_branch is None:
+                return routing.unsort(text_branch(tokens))
+            text, visual = routing.split(tokens)
+            return routing.merge(text_branch(text), visual_branch(visual))
 
         query = project(self.q_proj, self.visual_q_proj)
         key = project(self.k_proj, self.visual_k_proj)
