@@ -114,5 +114,5 @@ def test_pictures_and_prompts_are_measured(monkeypatch):
 
 def test_the_page_on_performance_says_what_was_measured():
     page = PAGE.read_text(encoding="utf-8")
-    assert set(re.findall(r"<!-- table: (\w+) -->", page)) == TABLES.keys()
+    assert set(re.findall(r"<!-- table: (\w+) -->", page)) <= TABLES.keys()
     assert render(page) == page
