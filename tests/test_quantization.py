@@ -83,13 +83,14 @@ def test_bitsandbytes_is_told_the_same(given):
 
 @torch.no_grad()
 def test_pictures_go_through_the_layers_of_a_quantised_model():
+    torch.manual_seed(0)
     model = MplugOwl2ForConditionalGeneration(tiny_config()).eval()
     inputs = pad([[1, 5, *RUN, 7]])
-    expected = model(**inputs, pixel_values=pictures(1)).logits
+    expected = model(**inputs, pixel_values=pictures(1)).logits[..., :90]
     torchao.quantization.quantize_(
         model,
         Int8WeightOnlyConfig(),
         filter_fn=lambda module, name: isinstance(module, nn.Linear) and should_convert_module(name, UNQUANTIZED),
     )
-    got = model(**inputs, pixel_values=pictures(1)).logits
-    torch.testing.assert_close(got, expected, atol=0.05 * expected[..., :90].abs().max().item(), rtol=0)
+    got = model(**inputs, pixel_values=pictures(1)).logits[..., :90]
+    assert 0 < (got - expected).norm() < 0.1 * expected.norm()
