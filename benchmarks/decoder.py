@@ -13,20 +13,20 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from owl2_hf.modeling import MplugOwl2TextConfig, MplugOwl2TextModel
 
-from .timing import DTYPES, Run, in_turns, parser, peak_memory, row, summarize, write
+from .timing import DTYPES, Run, in_turns, parser, peak_memory, resident_memory, row, summarize, write
 
 SHAPES = {
     "1024 x 8": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 8, "num_attention_heads": 16},
     "4096 x 2": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 2, "num_attention_heads": 32},
 }
 LIMITS = {"prefill, mixed": 1.05, "prefill, text": 1.02, "decode": 1.02, "training step": 1.06}
+MEMORY_LIMIT = 1.03
 BUILDS = 3
 POSITIONS, PICTURE, STARTS = 512, 65, (10, 120, 250, 400)
 
@@ -104,7 +104,7 @@ def training_memory(name: str, shape: str, dtype: torch.dtype) -> float:
     embeds = torch.randn(1, POSITIONS, model.config.hidden_size, dtype=dtype)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)  # ones, for memory that is only reserved does not count yet
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = resident_memory()
     for _ in range(3):
         train_step(model, embeds, {"mm_token_type_ids": indicators()} if name == "ours" else {})
     return (peak_memory() - before) / 1e6
@@ -112,7 +112,9 @@ def training_memory(name: str, shape: str, dtype: torch.dtype) -> float:
 
 def _memory_in_a_process(name: str, shape: str, dtype: str) -> float:
     command = [sys.executable, "-m", "benchmarks.decoder", "--memory-of", name, "--shapes", shape, "--dtypes", dtype]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # Freed tensors go back to the system at once; otherwise holes of the heap count, which differ by a quarter.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
 def main() -> None:
@@ -133,7 +135,8 @@ def main() -> None:
             for what, names in found.items():
                 print(row(what, names["ours"], LIMITS[what]), flush=True)
             memory = {name: _memory_in_a_process(name, shape, dtype) for name in ("llama", "ours")}
-            print(f"  training memory: {memory['ours']:.0f} MB, {memory['ours'] / memory['llama']:.3f} (at most 1.03)")
+            ratio = memory["ours"] / memory["llama"]
+            print(f"  training memory: {memory['ours']:.0f} MB, {ratio:.3f} (at most {MEMORY_LIMIT})")
             results[f"{shape}, {dtype}"] = {**found, "training memory, MB": memory}
     write(args.json, args, results)
 

@@ -76,9 +76,12 @@ def _random(key: str, shape: torch.Size, dtype: torch.dtype, generator: torch.Ge
     return torch.empty(shape, dtype=dtype).normal_(0.0, 0.02, generator=generator)
 
 
-def _timed(command: list[str], log: Path | None = None) -> dict[str, float]:
-    """Seconds, and MB of the largest resident set, of a process of its own."""
-    _drop_caches()
+def timed(command: list[str], log: Path | None = None) -> dict[str, float]:
+    """Seconds, and MB of the largest resident set, of a process of its own, from a cold cache.
+
+    A process starts with the peak of the one that started it, so what is smaller than this one is not told.
+    """
+    drop_caches()
     start = time.perf_counter()
     with (log or Path(os.devnull)).open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -88,7 +91,7 @@ def _timed(command: list[str], log: Path | None = None) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "peak_mb": usage.ru_maxrss / 1024}
 
 
-def _drop_caches() -> None:
+def drop_caches() -> None:
     """So that each run reads from the disk; without the right to do so, all of them may find the files in memory."""
     subprocess.run(["sync"], check=True)
     if os.geteuid() == 0 and Path("/proc/sys/vm/drop_caches").exists():
@@ -101,9 +104,9 @@ def run(source: Path, work: Path, repeats: int = 3) -> dict:
     cli = [sys.executable, "-m", "owl2_hf"]
     copies, conversions = [], []
     for turn in range(repeats):
-        copies.append(_timed(["cp", "-r", str(source), str(work / "copy")]))
+        copies.append(timed(["cp", "-r", str(source), str(work / "copy")]))
         shutil.rmtree(work / "copy")
-        conversions.append(_timed([*cli, "convert", str(source), str(work / "converted")], work / "convert.log"))
+        conversions.append(timed([*cli, "convert", str(source), str(work / "converted")], work / "convert.log"))
         if turn < repeats - 1:
             shutil.rmtree(work / "converted")
         print(f"cp {copies[-1]}, convert {conversions[-1]}", flush=True)
@@ -131,7 +134,7 @@ def run(source: Path, work: Path, repeats: int = 3) -> dict:
 def _answer(cli: list[str], work: Path, num_tokens: int) -> dict[str, float]:
     """A picture described by the converted model in a process of its own, greedily."""
     question = ["describe", "--model", str(work / "converted"), "-q", "What is this?"]
-    return _timed([*cli, *question, "--max-new-tokens", str(num_tokens)], work / "describe.log")
+    return timed([*cli, *question, "--max-new-tokens", str(num_tokens)], work / "describe.log")
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ weights takes, measured in turns with decoding.
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
-from .full_size import _drop_caches
+from .full_size import timed
 from .timing import in_turns, parser, seconds, write
 
 LOADERS = {
@@ -37,26 +36,16 @@ for parameter in model.parameters():
     parameter.detach().flatten()[::1024].sum()
 """,
 }
-MEASURE = """
-from benchmarks.timing import peak_memory
-print(time.perf_counter() - start, peak_memory() / 1e6)
-"""
 NUM_DECODED = 12
 
 
-def load(folders: dict[str, Path], rounds: int) -> dict[str, Any]:
+def load(folders: dict[str, Path], rounds: int) -> dict[str, list[dict[str, float]]]:
     """Loader -> seconds and peak MB of each process, imports included."""
-    found: dict[str, Any] = {name: {"seconds": [], "peak_mb": []} for name in LOADERS}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in LOADERS}
     for _ in range(rounds):
         for name, code in LOADERS.items():
-            _drop_caches()
-            program = f"import time\nstart = time.perf_counter()\n{code}\n{MEASURE}"
-            command = [sys.executable, "-c", program, str(folders[name])]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            taken, peak = (float(value) for value in output.split())
-            found[name]["seconds"].append(taken)
-            found[name]["peak_mb"].append(peak)
-            print(f"  {name}: {taken:.1f} s, peak {peak:,.0f} MB", flush=True)
+            found[name].append(timed([sys.executable, "-c", code, str(folders[name])]))
+            print(f"  {name}: {found[name][-1]}", flush=True)
     return found
 
 

@@ -51,7 +51,8 @@ def num_bytes(tensor: torch.Tensor) -> int:
     return sum(num_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
-def decoder_bytes(model: nn.Module) -> int:
+def linear_bytes(model: nn.Module) -> int:
+    """Bytes of all linear weights, head and vision side included."""
     linears = [module for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return sum(num_bytes(module.weight.data) for module in linears)
 
@@ -61,7 +62,7 @@ def speed(rounds: int, num_tokens: int = 24) -> dict[str, Any]:
     whole = build(torch.bfloat16)
     models = {"bfloat16": whole, **{name: quantise(whole, name) for name in CONFIGS}}
     inputs = prompt(whole)
-    found: dict[str, Any] = {"bytes": {name: decoder_bytes(model) for name, model in models.items()}}
+    found: dict[str, Any] = {"bytes": {name: linear_bytes(model) for name, model in models.items()}}
     for how, kwargs in {"eager": {}, "compiled": compiled_config()}.items():
         runs = {name: partial(answer, model, inputs, num_tokens, **kwargs) for name, model in models.items()}
         found[how] = compare(runs, "bfloat16", rounds)
@@ -69,7 +70,7 @@ def speed(rounds: int, num_tokens: int = 24) -> dict[str, Any]:
 
 
 def prompts(processor: Any) -> list[Any]:
-    """Questions about every picture that comes with the default model, and some without a picture."""
+    """Questions about every picture that comes with the default model."""
     chats = [
         [{"role": "user", "content": [{"type": "image", "image": str(path)}, {"type": "text", "text": question}]}]
         for path in owl2_hf.default_pictures().values()

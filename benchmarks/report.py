@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .decoder import LIMITS
+from .decoder import LIMITS, MEMORY_LIMIT
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,7 +45,9 @@ def decoder() -> str:
     for what, limit in LIMITS.items():
         rows.append([what, f"{limit}", *(ratio(one[what]["ours"]) for one in found.values())])
     memory = [one["training memory, MB"] for one in found.values()]
-    rows.append(["memory of the training step", "1.03", *(f"{one['ours'] / one['llama']:.3f}" for one in memory)])
+    rows.append(
+        ["memory of the training step", f"{MEMORY_LIMIT}", *(f"{one['ours'] / one['llama']:.3f}" for one in memory)]
+    )
     return table(["", "at most", *found], rows)
 
 
@@ -124,7 +126,7 @@ def quantized() -> str:
 
 
 def start() -> str:
-    found = json.loads((RESULTS / "start.json").read_text(encoding="utf-8"))
+    found = read("start")
     clocks = [[name, *(f"{one[clock]['median']:.2f} s" for clock in ("wall", "cpu"))] for name, one in found.items()]
     ratios = [f"{one['wall']['ratio']:.2f}" for one in found.values()]
     head = ["", "wall clock", "CPU", "wall clock over `import transformers`"]
@@ -135,9 +137,9 @@ def loading() -> str:
     found = read("full_size_speed")["loading"]
     rows = []
     for name, runs in found.items():
-        spread = f"{min(runs['seconds']):.1f} to {max(runs['seconds']):.1f}"
-        peak = f"{statistics.median(runs['peak_mb']):,.0f} MB"
-        rows.append([f"`{name}`", f"{statistics.median(runs['seconds']):.1f} s ({spread})", peak])
+        taken = [run["seconds"] for run in runs]
+        peak = f"{max(run['peak_mb'] for run in runs):,.0f} MB"
+        rows.append([f"`{name}`", f"{statistics.median(taken):.1f} s ({min(taken):.1f} to {max(taken):.1f})", peak])
     return table(["", "time", "peak memory"], rows)
 
 

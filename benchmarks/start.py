@@ -8,13 +8,14 @@ Seconds of the wall clock count what a user waits for, seconds of the CPU are st
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from .timing import write
 
 COMMANDS = {
     "python": [sys.executable, "-c", ""],
@@ -69,8 +70,7 @@ def main() -> None:
         for clock in ("wall", "cpu"):
             values = summary[clock]
             print(f"{name:20} {clock:>5} {values['median']:9.3f} {values['spread']:9.3f} {values['ratio']:22.2f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    write(arguments.json, arguments, results)
 
 
 if __name__ == "__main__":

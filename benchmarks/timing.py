@@ -45,8 +45,17 @@ def peak_memory() -> int:
 
     Not `ru_maxrss`: on Linux a process starts with that of the one that started it.
     """
+    return _status("VmHWM")
+
+
+def resident_memory() -> int:
+    """Bytes of the resident set of this process."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
 
 
 def summarize(taken: list[float], base: list[float]) -> dict[str, float]:
@@ -68,9 +77,9 @@ def write(path: Path | None, args: argparse.Namespace, results: Any) -> None:
     """The results with what they were measured on."""
     if path is None:
         return
+    settings = {name: value for name, value in vars(args).items() if name in ("threads", "rounds", "repeats")}
     machine = {
-        "threads": args.threads,
-        "rounds": args.rounds,
+        **settings,
         "processor": _processor(),
         "cores": os.cpu_count(),
         "torch": version("torch"),

@@ -256,19 +256,16 @@ def score_each(scorer: Scorer, images: Sequence[Any], task: str = "quality") -> 
 
 def _try_open(processor: Any, image: Any, is_video: bool) -> Any:
     """A decoded picture, the list of a video's frames, or what is wrong with it."""
+    open_image = processor.image_processor.process_image
     try:
         if not is_video:
-            return _open(processor, image)
+            return open_image(image)
         frames = read_frames(image) if isinstance(image, (str, Path)) else image
         if is_many(frames) and len(frames) == 0:
             raise ValueError("expected at least one frame, got a list without any.")
-        return [_open(processor, frame) for frame in (frames if is_many(frames) else [frames])]
+        return [open_image(frame) for frame in (frames if is_many(frames) else [frames])]
     except (ValueError, OSError) as error:
         return ValueError(str(error))
-
-
-def _open(processor: Any, image: Any) -> Image.Image:
-    return processor.image_processor.process_image(image)
 
 
 def custom_preset(name: str, task: str, prompt: str | None = None, levels: Sequence[str] | None = None) -> Preset:
