@@ -1,5 +1,8 @@
 """Weight-only quantisation: what it touches, what it costs in numbers, and that it is saved."""
 
+import json
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from owl2_hf.default import default_dir
 from owl2_hf.modeling.modeling_mplug_owl2 import UNQUANTIZED, MplugOwl2ForConditionalGeneration, _spare_vision_side
+from owl2_hf.training.adapters import lora_config
 
 from .original import pad
 from .test_modeling_mplug_owl2 import RUN, pictures, tiny_config
@@ -52,6 +56,24 @@ def test_what_is_named_is_left_alone_instead(whole):
     assert names and all(name.startswith(("model.vision_tower.", "model.visual_abstractor.")) for name in names)
 
 
+@pytest.mark.filterwarnings("ignore:Config Deprecation")
+def test_a_configuration_that_names_what_it_takes_is_left_as_it_is():
+    one = r"re:model\.vision_tower\..*\.fc1"
+    for names, is_spared in (({one: Int8WeightOnlyConfig()}, False), ({"_default": Int8WeightOnlyConfig()}, True)):
+        config = TorchAoConfig(torchao.quantization.FqnToConfig(names))
+        assert (_spare_vision_side(config).modules_to_not_convert == UNQUANTIZED) == is_spared
+        assert config.modules_to_not_convert is None
+
+
+def test_saved_names_are_plain_for_readers_that_know_no_patterns(int8, tmp_path):
+    int8.config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert all(re.fullmatch(r"[\w.]+", name) for name in saved)
+    linears = {name for name, module in int8.named_modules() if isinstance(module, nn.Linear)}
+    taken = {f"{name}.weight" for name in linears if not any(f".{one}." in f".{name}." for one in saved)}
+    assert taken == quantized_names(int8)
+
+
 def test_logits_with_a_picture_stay_close(whole, int8):
     config = whole.config
     ids = torch.tensor([[1, 20, *[config.image_token_id] * config.num_image_tokens, 30, 40, 50]])
@@ -93,4 +115,45 @@ def test_pictures_go_through_the_layers_of_a_quantised_model():
         filter_fn=lambda module, name: isinstance(module, nn.Linear) and should_convert_module(name, UNQUANTIZED),
     )
     got = model(**inputs, pixel_values=pictures(1)).logits[..., :90]
-    assert 0 < (got - expected).norm() < 0.1 * expected.norm()
+    # Twelve seeds gave 0.015 to 0.030; a visual token in the wrong branch gives 0.7 and more.
+    assert 0 < (got - expected).norm() < 0.06 * expected.norm()
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_bitsandbytes_replaces_the_decoders_linears_alone(bits):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'owl2_hf[qlora]'")
+    config = BitsAndBytesConfig(**{bits: True})
+    model = AutoModelForImageTextToText.from_pretrained(default_dir(), dtype=torch.bfloat16, quantization_config=config)
+    modules = dict(model.named_modules())
+    replaced = {f"{name}.weight" for name in modules if type(modules[name]).__module__.startswith("bitsandbytes")}
+    assert replaced == decoder_linears(model)
+
+
+def test_an_adapter_trains_over_int8_weights():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForImageTextToText.from_pretrained(default_dir(), dtype=torch.bfloat16, quantization_config=config)
+    adapted = peft.get_peft_model(model, lora_config(r=4, lora_alpha=4, lora_dropout=0.0))
+    ids = torch.tensor([[1, 20, 30, 40]])
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = adapted(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_agreement_with_float32_is_measured(monkeypatch):
+    from benchmarks import quantized
+
+    monkeypatch.setattr(quantized, "CONFIGS", {name: quantized.CONFIGS[name] for name in ("int8", "int4")})
+    model, asked = quantized.default_model()
+    found = quantized.agreement(model, asked[:3])
+    errors = {name: values["logit error"] for name, values in found["models"].items()}
+    assert 0 < errors["bfloat16"] < errors["int8"] < errors["int4"] < 0.2
+    assert found["prompts"] == 3 and found["models"]["bfloat16"]["same token"] == 1

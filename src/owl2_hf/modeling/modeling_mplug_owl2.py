@@ -35,9 +35,11 @@ logger = logging.get_logger(__name__)
 # it is finite in float16, so that entropies (p * log p), beam scores and repetition penalties stay finite.
 RESERVED_LOGIT = -1e4
 
-# What quantisation leaves alone unless told otherwise, as regular expressions: it is small beside the decoder, and what
-# is lost of a picture is not won back.
-UNQUANTIZED = [r"(model\.)?vision_tower", r"(model\.)?visual_abstractor", r"(model\.)?h_reducer", "lm_head"]
+# What quantisation leaves alone unless told otherwise: it is small beside the decoder, and what is lost of a picture is
+# not won back. Plain names, with and without a head on top: they are saved in config.json, where others compare them
+# literally (vLLM) though transformers reads patterns.
+_VISION_SIDE = ("vision_tower", "visual_abstractor", "h_reducer")
+UNQUANTIZED = [*_VISION_SIDE, *(f"model.{name}" for name in _VISION_SIDE), "lm_head"]
 
 
 @dataclass
@@ -193,9 +195,13 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
 
 
 def _spare_vision_side(quantization_config: Any) -> Any:
-    """The same quantisation, with `UNQUANTIZED` where it does not say what it leaves alone."""
+    """The same quantisation, with `UNQUANTIZED` where it says neither what it leaves alone nor what it takes."""
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    # torchao's FqnToConfig: "_default" stands for all that it does not name.
+    taken = getattr(getattr(quantization_config, "quant_type", None), "fqn_to_config", {"_default"})
+    if "_default" not in taken:
+        return quantization_config
     for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
         if getattr(quantization_config, name, "") is None:
             quantization_config = copy.copy(quantization_config)
