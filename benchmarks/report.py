@@ -113,16 +113,22 @@ def prompts() -> str:
 
 def quantized() -> str:
     found = read("quantized")
-    speed, agreement = found["speed"], found["agreement"]
+    speed = found["speed"]
     rows = []
     for name, size in speed["bytes"].items():
         times = [ratio(speed[how][name]) for how in ("eager", "compiled")]
-        error = agreement[name]
-        rows.append(
-            [name, f"{size / 1e6:.0f} MB", *times, f"{error['same answer']:.3f}", f"{error['logit error']:.4f}"]
-        )
-    head = ["", "linear weights", "answer, eager", "answer, compiled", "greedy answers as float32's", "error of logits"]
-    return table(head, rows)
+        rows.append([name, f"{size / 1e6:.0f} MB", *times])
+    return table(["", "linear weights", "answer, eager", "answer, compiled"], rows)
+
+
+def agreement() -> str:
+    rows = []
+    for what, one in read("quantized")["agreement"].items():
+        for name, values in one["models"].items():
+            shares = [f"{values[key]:.3f}" for key in ("same answer", "same token")]
+            errors = [f"{values[key]:.4f}" for key in ("logit error", "mean logit error", "largest logit error")]
+            rows.append([f"{what}, {name}", *shares, *errors])
+    return table(["", "same answer", "same token", "error of logits", "mean", "largest"], rows)
 
 
 def start() -> str:
@@ -167,6 +173,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "processor": processor,
     "prompts": prompts,
     "quantized": quantized,
+    "agreement": agreement,
     "start": start,
     "loading": loading,
     "full_size": full_size,
