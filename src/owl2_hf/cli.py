@@ -498,6 +498,37 @@ def serve(
         run(served, sock, lambda url: typer.echo(f"serving {name} at {url}"))
 
 
+@app.command()
+@_report_mistakes
+def demo(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or Hub id of a model; the small bundled one if not given.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of the machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")] = 7860,
+    share: Annotated[
+        bool, typer.Option("--share", help="Also ask Gradio's servers for a public address, open to everybody.")
+    ] = False,
+    max_image_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Most pixels of all pictures of a chat together; 89,478,485.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens; 1024.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Open a web page to chat about pictures, score them, and see what a model attends to; Ctrl-C ends it."""
+    from .demo import DemoSettings, build_page, show
+    from .limits import bind
+
+    limits = {"max_image_pixels": max_image_pixels, "max_new_tokens": max_new_tokens}
+    settings = DemoSettings(**{name: limit for name, limit in limits.items() if limit is not None})
+    with bind(host, port) as sock:
+        loaded, processor = _load(model)
+        name = model or DEFAULT_MODEL
+        page = build_page(loaded.to(device) if device else loaded, processor, name, settings)
+        show(page, sock, share, lambda url: typer.echo(f"showing {name} at {url}"))
+
+
 data_app = typer.Typer(help="Training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 

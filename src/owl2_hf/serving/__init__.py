@@ -9,6 +9,7 @@ from transformers.utils.import_utils import is_serve_available
 if not is_serve_available():
     raise ValueError("the server needs fastapi, uvicorn and openai: pip install 'owl2_hf[serve]'.")
 
-from .server import ServerSettings, bind, build_app, serve
+from ..limits import bind
+from .server import ServerSettings, build_app, serve
 
 __all__ = ["ServerSettings", "bind", "build_app", "serve"]

@@ -13,10 +13,6 @@ import urllib.parse
 from collections.abc import Sequence
 from contextlib import suppress
 
-from PIL import Image
-
-from ..processing.image_processing_mplug_owl2 import open_image
-
 DATA_URL = re.compile(r"data:image/[\w.+-]{1,40};base64", re.IGNORECASE)
 MAX_DOWNLOAD_BYTES = 20 * 2**20  # of a request
 MAX_REDIRECTS = 4
@@ -42,24 +38,6 @@ def read_pictures(urls: Sequence[str], allow_http: bool) -> list[bytes]:
         except ValueError as error:
             raise ValueError(f"picture {index} of {len(urls)}: {error}") from None
     return files
-
-
-def open_pictures(files: Sequence[bytes], max_pixels: int) -> list[Image.Image]:
-    """The files decoded.
-
-    Args:
-        max_pixels: Limit for the pixels of all pictures together: each takes memory that a small file does not betray.
-
-    Raises:
-        ValueError: A picture is broken, or they are too large; the message says which.
-    """
-    pictures: list[Image.Image] = []
-    for index, file in enumerate(files, start=1):
-        try:
-            pictures.append(open_image(file, max_pixels - sum(picture.width * picture.height for picture in pictures)))
-        except ValueError as error:
-            raise ValueError(f"picture {index} of {len(files)}: {str(error).removeprefix('bytes: ')}") from None
-    return pictures
 
 
 def is_http(url: str) -> bool:

@@ -29,10 +29,11 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 from transformers.utils import logging
 
+from ..limits import Context, open_pictures, url_of
 from ..modeling import MplugOwl2ForConditionalGeneration
 from ..processing.image_processing_mplug_owl2 import MAX_IMAGE_PIXELS
 from .gate import Gate, error_body
-from .pictures import is_http, open_pictures, read_pictures
+from .pictures import is_http, read_pictures
 from .requests import ChatRequest, parse_request
 from .stopping import StopFilter, find_stop
 
@@ -165,10 +166,8 @@ class ChatHandler(ChatCompletionHandler):
         self.generator = Generator()
         self.downloads = asyncio.Semaphore(MAX_DOWNLOADS)
         self.turn = asyncio.Lock()  # one request's pictures in memory at a time
-        text_config = self.model.config.get_text_config()
-        self.context = text_config.max_position_embeddings
-        self.num_outputs = self.model.config.output_vocab_size or text_config.vocab_size
-        self.longest_token = max(map(len, self.processor.tokenizer.get_vocab()))
+        self.context = Context(self.model, self.processor)
+        self.num_outputs = self.model.config.output_vocab_size or self.model.config.get_text_config().vocab_size
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
         try:
@@ -198,9 +197,7 @@ class ChatHandler(ChatCompletionHandler):
             raise HTTPException(404, f"the model {ascii(request.model)[:200]} is not here; this is {self.name!r}.")
         if request.logit_bias and max(map(int, request.logit_bias)) >= self.num_outputs:
             raise ValueError(f"logit_bias: token ids must be below {self.num_outputs}.")
-        num_images = len(request.image_urls) * self.processor.num_image_tokens
-        if num_images + request.num_characters / self.longest_token > self.context:
-            raise ValueError(f"the messages are longer than the context of {self.context} tokens; shorten them.")
+        self.context.check(len(request.image_urls), request.num_characters)
 
     def _prepare(self, request: ChatRequest, files: list[bytes]) -> Any:
         pictures = open_pictures(files, self.settings.max_image_pixels)
@@ -214,12 +211,7 @@ class ChatHandler(ChatCompletionHandler):
 
     def _configure(self, request: ChatRequest, num_prompt_tokens: int) -> Any:
         """The generation config, for an answer that fits the context."""
-        room = self.context - num_prompt_tokens
-        if room < 1:
-            raise ValueError(
-                f"the messages have {num_prompt_tokens} tokens, which leaves no room for an answer in the context of "
-                f"{self.context}; shorten them."
-            )
+        room = self.context.room(num_prompt_tokens)
         names = {"temperature", "top_p", "frequency_penalty", "logit_bias", "stop"}
         wanted = {name: value for name, value in request.model_dump(include=names).items() if value}
         config = self._build_generation_config(wanted, self.model.generation_config)
@@ -294,23 +286,6 @@ def _shape_errors(app: FastAPI) -> None:
         return JSONResponse(error_body(500, message, "internal_error"), 500)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at an address, before the model is loaded: a port that is taken should not be found out later.
-
-    Raises:
-        OSError: The address cannot be had.
-    """
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind(address)
-    except OSError as error:
-        sock.close()
-        raise OSError(f"cannot serve at {host} port {port}: {error.strerror}; choose another --port.") from None
-    return sock
-
-
 class _Server(uvicorn.Server):
     is_idle = True
 
@@ -333,8 +308,7 @@ def serve(app: ServedModel, sock: socket.socket, on_ready: Callable[[str], None]
     Args:
         on_ready: Called with the URL as soon as requests are taken.
     """
-    host, port = sock.getsockname()[:2]
-    url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+    url = f"{url_of(*sock.getsockname()[:2])}/v1"
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -1,0 +1,87 @@
+"""What one request may ask of a model: pixels of its pictures, positions of the context. And where requests come in."""
+
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from .processing.image_processing_mplug_owl2 import open_image
+
+
+def open_pictures(files: Sequence[bytes], max_pixels: int, names: Sequence[str] | None = None) -> list[Image.Image]:
+    """The files decoded.
+
+    Args:
+        max_pixels: Limit for the pixels of all pictures together: each takes memory that a small file does not betray.
+        names: What to call the pictures in an error; "picture 1 of 2" if not given.
+
+    Raises:
+        ValueError: A picture is broken, or they are too large; the message says which.
+    """
+    pictures: list[Image.Image] = []
+    for index, file in enumerate(files):
+        try:
+            pictures.append(open_image(file, max_pixels - sum(picture.width * picture.height for picture in pictures)))
+        except ValueError as error:
+            name = names[index] if names else f"picture {index + 1} of {len(files)}"
+            raise ValueError(f"{name}: {str(error).removeprefix('bytes: ')}") from None
+    return pictures
+
+
+class Context:
+    """The positions that a model has for messages and answer.
+
+    Args:
+        model: An `MplugOwl2ForConditionalGeneration`.
+        processor: Its processor.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.size = model.config.get_text_config().max_position_embeddings
+        self.num_image_tokens = processor.num_image_tokens
+        self.longest_token = max(map(len, processor.tokenizer.get_vocab()))
+
+    def check(self, num_pictures: int, num_characters: int) -> None:
+        """Refuse what cannot fit, before pictures are opened and text is cut into tokens.
+
+        Raises:
+            ValueError: It is longer than the context.
+        """
+        if num_pictures * self.num_image_tokens + num_characters / self.longest_token > self.size:
+            raise ValueError(f"the messages are longer than the context of {self.size} tokens; shorten them.")
+
+    def room(self, num_prompt_tokens: int) -> int:
+        """Tokens that an answer may have.
+
+        Raises:
+            ValueError: There is none left.
+        """
+        if num_prompt_tokens >= self.size:
+            raise ValueError(
+                f"the messages have {num_prompt_tokens} tokens, which leaves no room for an answer in the context of "
+                f"{self.size}; shorten them."
+            )
+        return self.size - num_prompt_tokens
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, before the model is loaded: a port that is taken should not be found out later.
+
+    Raises:
+        OSError: The address cannot be had.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise OSError(f"cannot serve at {host} port {port}: {error.strerror}; choose another --port.") from None
+    return sock
+
+
+def url_of(host: str, port: int) -> str:
+    """The address of a page or server as a browser takes it."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
