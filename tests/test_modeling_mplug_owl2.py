@@ -439,6 +439,31 @@ def test_entropy_stays_finite_with_reserved_ids(model, dtype):
     torch.testing.assert_close(entropy.float(), real, rtol=0.05, atol=0.05)
 
 
+def test_what_does_not_fit_the_context_is_refused_before_the_model_runs(model):
+    ids = torch.full((1, 100), 5)
+    calls = []
+    handle = model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        with pytest.raises(ValueError, match=r"at most 128 positions.* a prompt of 100 and max_new_tokens=29"):
+            model.generate(ids, max_new_tokens=29)
+        with pytest.raises(ValueError, match="a prompt of 100 and max_new_tokens=29"):
+            model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=29)
+        with pytest.raises(ValueError, match=r"at most 128 positions.* a prompt of 128;.*a picture takes 5"):
+            model.generate(torch.full((1, 128), 5), max_length=256)
+        assert not calls
+    finally:
+        handle.remove()
+
+
+def test_an_answer_without_a_length_ends_with_the_context(model):
+    ids = torch.full((1, 120), 5)
+    endless = {"suppress_tokens": [2], "do_sample": False}
+    assert model.generate(ids, **endless).shape[1] == 128
+    assert model.generate(ids, max_length=256, **endless).shape[1] == 128
+    assert model.generate(ids, max_new_tokens=8, **endless).shape[1] == 128
+    assert model.generate(inputs_embeds=model.get_input_embeddings()(ids), **endless).shape[1] == 8
+
+
 @pytest.mark.parametrize(
     "settings",
     [

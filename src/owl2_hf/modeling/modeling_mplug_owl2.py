@@ -487,6 +487,26 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixi
             kwargs["mm_token_type_ids"] = input_ids.eq(self.config.image_token_id).long()
         return super().generate(inputs, **kwargs)
 
+    def _prepare_generated_length(self, generation_config, *args, **kwargs):
+        """As in transformers, within the context: positions beyond it were never trained.
+
+        Raises:
+            ValueError: Prompt and `max_new_tokens` are longer than the context.
+        """
+        generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
+        context = self.config.get_text_config().max_position_embeddings
+        num_ids, num_prompt = kwargs["input_ids_length"], kwargs["inputs_tensor"].shape[1]
+        num_new = generation_config.max_new_tokens
+        if num_prompt + (num_new or 1) > context:
+            raise ValueError(
+                f"expected at most {context} positions, the context of the model, got a prompt of {num_prompt}"
+                f"{f' and max_new_tokens={num_new}' if num_new else ''}; shorten the prompt or lower max_new_tokens "
+                f"(a picture takes {self.config.num_image_tokens})."
+            )
+        # max_length counts ids alone, not the positions of inputs_embeds.
+        generation_config.max_length = min(generation_config.max_length, context - max(num_prompt - num_ids, 0))
+        return generation_config
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
