@@ -25,6 +25,9 @@ app = typer.Typer(
 DEFAULT_MODEL = "default"  # the small model inside the package
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+AllowOutside = Annotated[
+    bool, typer.Option("--allow-outside", help="Rows may name pictures outside the folder and http(s) URLs.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 
@@ -401,6 +404,7 @@ def train(
     image_folder: Annotated[
         Path | None, typer.Option(help="Where relative paths of pictures start; the folder of the file if not given.")
     ] = None,
+    allow_outside: AllowOutside = False,
     out: Annotated[Path | None, typer.Option(help="Folder to make.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of the recipe, for instance trainer.max_steps=100.")
@@ -423,6 +427,7 @@ def train(
     given: list[str] = [] if model is None else [f"model={json.dumps(model)}"]
     given += [f"data.train={json.dumps(data)}"] if data else []
     given += [f"data.image_folder={json.dumps(str(image_folder))}"] if image_folder is not None else []
+    given += ["data.allow_outside=true"] if allow_outside else []
     given += [f"output_dir={json.dumps(str(out))}"] if out is not None else []
     loaded = load_recipe(recipe, [*(settings or []), *given])
     with redirect_stdout(sys.stderr):  # where the Trainer's log belongs
@@ -558,6 +563,7 @@ def check_data(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a data set that has several.")] = "train",
     streaming: Annotated[bool, typer.Option("--streaming", help="Read a data set of the Hub as it arrives.")] = False,
+    allow_outside: AllowOutside = False,
     skip_pictures: Annotated[
         bool, typer.Option("--skip-pictures", help="Do not open pictures, only see whether the files are there.")
     ] = False,
@@ -582,6 +588,7 @@ def check_data(
         split,
         streaming,
         open_images=not skip_pictures,
+        allow_outside=allow_outside,
         on_row=lambda rows: None if rows % 10_000 else typer.echo(f"{rows:,} rows", err=True),
     )
     if as_json:

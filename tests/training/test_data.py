@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from owl2_hf.cli import app
+from owl2_hf.default import load_default
 from owl2_hf.training.data import check_rows, load_rows
 from owl2_hf.training.messages import pictures_of, to_messages
 
@@ -117,7 +118,7 @@ def test_pictures_may_stand_in_their_parts(folder):
     parts += [{"type": "image_url", "image_url": {"url": "https://example.org/c.png"}}]
     path = str(folder / "a.png")
     expected = [image(path), image(str(folder / "b.png")), text("a"), image("https://example.org/c.png")]
-    assert questions(chat(parts, "b"), image_folder=folder) == [expected]
+    assert questions(chat(parts, "b"), image_folder=folder, allow_outside=True) == [expected]
 
 
 def test_undecoded_pictures_of_datasets_are_taken(folder):
@@ -180,6 +181,69 @@ BAD = [
     (llava("<video> a", "b", video="no.mp4"), "video 'no.mp4': expected a file, a folder of frames"),
     (llava("a", "b", video=[RED]), "the turns have 0 <video> for 1 videos"),
 ]
+
+
+def outside(folder):
+    """Rows whose picture is not from the folder, by what each of them names."""
+    elsewhere = folder.parent / "elsewhere.png"
+    Image.new("RGB", (4, 4)).save(elsewhere)
+    names = [f"../{elsewhere.name}", str(elsewhere), elsewhere.as_posix().replace("/else", "/./else")]
+    return {name: llava("<image> a", "b", image=name, image_folder="/", allow_outside=True) for name in names}
+
+
+def test_pictures_come_from_the_folder_unless_told_otherwise(folder):
+    rows = outside(folder)
+    file = folder / "rows.json"
+    file.write_text(json.dumps(list(rows.values())))
+    for name, row in zip(rows, load_rows(file), strict=True):
+        with pytest.raises(ValueError, match=r"leads out of the image folder.*set allow_outside") as caught:
+            to_messages(row)
+        assert repr(name) in str(caught.value)
+    for row in load_rows(file, allow_outside=True):
+        assert Path(questions(row)[0][0]["image"]).samefile(folder.parent / "elsewhere.png")
+    absolute = llava("<image> a", "b", image=str(folder / "a.png"))
+    assert questions(absolute, image_folder=folder)[0][0]["image"] == str(folder / "a.png")
+
+
+@pytest.mark.parametrize("name", ["../a.png", "x/../../a.png", "/etc/passwd"])
+@pytest.mark.parametrize("start", [".", "", "sub", "../here/sub"])
+def test_relative_folders_are_not_left_either(tmp_path, monkeypatch, start, name):
+    (tmp_path / "here" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="leads out of the image folder"):
+        to_messages(llava("<image> a", "b", image=name), start)
+
+
+def test_pictures_of_the_internet_are_fetched_only_when_told(folder):
+    row = chat([{"type": "image", "url": "https://example.org/c.png?token=secret"}], "b")
+    file = folder / "rows.json"
+    file.write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=r"'https://example.org/c.png' is not fetched: set allow_outside") as caught:
+        to_messages(load_rows(file)[0])
+    assert "secret" not in str(caught.value)
+    [row] = load_rows(file, allow_outside=True)
+    assert questions(row)[0][0]["image"] == "https://example.org/c.png?token=secret"
+    assert questions(chat([{"type": "image", "url": "https://example.org/c.png"}], "b"))
+
+
+def test_a_recipe_and_both_commands_can_allow_it(folder, tmp_path):
+    (folder / "rows.json").write_text(json.dumps(list(outside(folder).values())))
+    command = ["data", "check", str(folder / "rows.json")]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 1 and refused.output.count("leads out of the image folder") == 3
+    assert CliRunner().invoke(app, [*command, "--allow-outside", "--model", "default"]).exit_code == 0
+    train = ["train", "visual-branch", "--model", "default", "--data", str(folder / "rows.json"), "--dry-run"]
+    train += ["--out", str(tmp_path / "run")]
+    assert "leads out of the image folder" in CliRunner().invoke(app, train).output
+    assert CliRunner().invoke(app, [*train, "--allow-outside"]).exit_code == 0
+
+
+def test_relative_folders_are_joined_once_where_tokens_are_counted(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    Path("rows.json").write_text(json.dumps([llava("<image> a", "b", image="a.png")]))
+    _, processor = load_default()
+    report = check_rows("rows.json", folder.name, processor)
+    assert not report.bad
 
 
 @pytest.mark.parametrize(("row", "message"), BAD)

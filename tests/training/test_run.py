@@ -279,11 +279,23 @@ def test_the_documentation_shows_what_runs(rows, tmp_path, monkeypatch, capsys):
 
 
 def test_a_bad_row_is_one_line_also_from_a_worker(tmp_path):
-    (tmp_path / "rows.json").write_text(json.dumps([{"id": "7", "conversations": [{"from": "human", "value": "Hi"}]}]))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    turns = [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]
+    rows = [{"id": "7", "image": "broken.png", "conversations": turns}]  # that is seen when it is opened
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
     command = ["train", "lora", "--model", "default", "--data", str(tmp_path / "rows.json"), "--out"]
     result = CliRunner().invoke(app, [*command, str(tmp_path / "run")])
     assert result.exit_code == 1 and "Traceback" not in result.stderr
     assert re.search(r"^owl2-hf: row '7': .* `owl2-hf data check` names all bad rows\.$", result.stderr, re.MULTILINE)
+
+
+def test_bad_rows_of_a_file_are_named_before_the_model_is_loaded(tmp_path, recipe, monkeypatch):
+    rows = [{"id": name, "conversations": [{"from": "human", "value": "Hi"}]} for name in "789"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr("owl2_hf.training.run.load_for_training", None)
+    for data in ({"train": str(tmp_path / "rows.jsonl")}, {"eval": str(tmp_path / "rows.jsonl")}):
+        with pytest.raises(ValueError, match=r"rows\.jsonl: row 1 \(id '7'\): .* 2 more rows are bad: `owl2-hf data"):
+            train(recipe(data=data))
 
 
 def test_what_is_not_installed_is_named(recipe):

@@ -76,38 +76,44 @@ def _parse(line: bytes) -> Row:
 
 
 class Rows(Dataset):
-    """Rows by index, each with the folder that its pictures' paths start from."""
+    """Rows by index, each with where its pictures come from."""
 
-    def __init__(self, rows: Sequence[Row], image_folder: str | Path | None = None):
+    def __init__(self, rows: Sequence[Row], place: Row | None = None):
         self.rows = rows
-        self.image_folder = image_folder
+        self.place = place
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        return _with_folder(self.rows[index], self.image_folder)
+        return _with_place(self.rows[index], self.place)
 
 
 class RowStream(IterableDataset):
     """Rows one after another; the workers of a DataLoader share them out."""
 
-    def __init__(self, rows: Iterable[Row], image_folder: str | Path | None = None):
+    def __init__(self, rows: Iterable[Row], place: Row | None = None):
         self.rows = rows
-        self.image_folder = image_folder
+        self.place = place
 
     def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         rows = itertools.islice(iter(self.rows), first, None, step)
-        return (_with_folder(row, self.image_folder) for row in rows)
+        return (_with_place(row, self.place) for row in rows)
 
 
-def _with_folder(row: Row, image_folder: str | Path | None) -> Row:
-    return {**row, "image_folder": str(image_folder)} if image_folder is not None and isinstance(row, Mapping) else row
+def _with_place(row: Row, place: Row | None) -> Row:
+    return {**row, **place} if place is not None and isinstance(row, Mapping) else row
 
 
-def load_rows(source: Any, image_folder: str | Path | None = None, split: str = "train", streaming: bool = False):
+def load_rows(
+    source: Any,
+    image_folder: str | Path | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    allow_outside: bool = False,
+):
     """Rows of training data, by index or as a stream, as PyTorch's DataLoader takes them.
 
     Args:
@@ -116,6 +122,8 @@ def load_rows(source: Any, image_folder: str | Path | None = None, split: str = 
         image_folder: What relative paths of pictures start from; for a file its own folder if not given.
         split: Split of a folder or a Hub data set that has several.
         streaming: Read the rows one after another.
+        allow_outside: Rows may name pictures outside the folder and http(s) URLs. Rows that are given as they are, and
+            without a folder, may do so anyway.
 
     Raises:
         ValueError: There is no such source, or it is of another kind.
@@ -130,17 +138,20 @@ def load_rows(source: Any, image_folder: str | Path | None = None, split: str = 
             image_folder = path.parent if image_folder is None else image_folder
         else:
             rows = _load_datasets(source, split, streaming)
+    place = None
+    if isinstance(source, (str, Path)) or image_folder is not None:
+        place = {"image_folder": image_folder and str(image_folder), "allow_outside": allow_outside}
     if isinstance(rows, Mapping):
         raise ValueError(f"expected rows, got splits {', '.join(map(str, rows))}: choose one of them.")
     if not hasattr(rows, "__iter__") and not hasattr(rows, "__getitem__"):
         raise ValueError(f"expected a path, the id of a data set or rows, got {type(source).__name__}.")
     if isinstance(rows, IterableDataset) and hasattr(rows, "map"):  # of `datasets`, which shares itself out to workers
-        return rows if image_folder is None else rows.map(_with_folder, fn_kwargs={"image_folder": image_folder})
+        return rows if place is None else rows.map(_with_place, fn_kwargs={"place": place})
     if streaming or not hasattr(rows, "__getitem__"):
-        return RowStream(rows, image_folder)
+        return RowStream(rows, place)
     if not len(rows):
         raise ValueError(f"{source if isinstance(source, (str, Path)) else 'the data set'} holds no rows.")
-    return Rows(rows, image_folder)
+    return Rows(rows, place)
 
 
 def _read_file(path: Path) -> Sequence[Row]:
@@ -227,12 +238,13 @@ def check_rows(
     split: str = "train",
     streaming: bool = False,
     open_images: bool = True,
+    allow_outside: bool = False,
     on_row: Callable[[int], None] | None = None,
 ) -> DataReport:
     """Look at every row, without stopping at a bad one.
 
     Args:
-        source, image_folder, split, streaming: as in `load_rows`.
+        source, image_folder, split, streaming, allow_outside: as in `load_rows`.
         processor: Also counts tokens, and with `max_length` the rows that truncation shortens or leaves unlabelled.
         open_images: Decode every picture; without a processor `False` only sees whether its file is there.
         on_row: Called with the number of rows seen so far.
@@ -243,14 +255,14 @@ def check_rows(
     from .collator import Collator
 
     report = DataReport()
-    collator = None if processor is None else Collator(processor, max_length, image_folder)
+    collator = None if processor is None else Collator(processor, max_length)
     lengths: list[int] = []
-    for number, row in _numbered(load_rows(source, image_folder, split, streaming)):
+    for number, row in _numbered(load_rows(source, image_folder, split, streaming, allow_outside)):
         report.rows += 1
         try:
             if isinstance(row, Exception):
                 raise row
-            messages = to_messages(row, image_folder)
+            messages = to_messages(row)
             if collator is not None:
                 [encoded] = collator.encode([{"messages": messages}])
                 collator.truncate(encoded)
@@ -284,7 +296,7 @@ def _numbered(rows: Any) -> Iterator[tuple[int, Any]]:
     content = getattr(rows, "rows", rows)
     if isinstance(content, JsonLines):
         for number, row in content.numbered():
-            yield number, _with_folder(row, rows.image_folder)  # type: ignore[arg-type]
+            yield number, _with_place(row, rows.place)  # type: ignore[arg-type]
     elif isinstance(rows, Rows):
         for index in range(len(rows)):
             try:

@@ -6,6 +6,7 @@ Two formats: LLaVA's `conversations`, and `messages` as TRL and Hugging Face wri
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,31 @@ PAYLOADS = ("image", "video", "url", "path", "base64", "image_url")
 Message = dict[str, Any]
 
 
-def to_messages(row: Mapping[str, Any], image_folder: str | Path | None = None) -> list[Message]:
+@dataclass(frozen=True)
+class _Place:
+    """Where pictures of a row come from.
+
+    Args:
+        folder: What relative paths start from; the working directory if `None`.
+        is_open: Paths may lead elsewhere, and http(s) URLs are taken.
+    """
+
+    folder: str | Path | None
+    is_open: bool
+
+    def path(self, name: str | Path) -> Path:
+        start = Path(self.folder or "")
+        path = start / name
+        root, place = (os.path.normpath(one.absolute()) for one in (start, path))
+        if not self.is_open and not Path(place).is_relative_to(root):
+            folder = "the working directory" if self.folder is None else f"the image folder {str(self.folder)!r}"
+            raise ValueError(f"{str(name)!r} leads out of {folder}: name another folder, or set allow_outside.")
+        return Path(os.path.normpath(path))
+
+
+def to_messages(
+    row: Mapping[str, Any], image_folder: str | Path | None = None, allow_outside: bool | None = None
+) -> list[Message]:
     """A row as chat messages whose content is a list of text, image and video parts; the row stays as it is.
 
     LLaVA rows: `<|image|>` and `<image>` stand for a picture, `<video>` for a video. With one picture all markers of a
@@ -33,6 +58,8 @@ def to_messages(row: Mapping[str, Any], image_folder: str | Path | None = None) 
 
     Args:
         image_folder: What relative paths start from; the row's own `image_folder` if not given.
+        allow_outside: Take pictures from elsewhere, too: paths that lead out of the folder, and http(s) URLs. If not
+            given what the row's own `allow_outside` says, and without one whether there is no folder to stay in.
 
     Raises:
         ValueError: The row cannot be learned from; the message says why.
@@ -40,12 +67,14 @@ def to_messages(row: Mapping[str, Any], image_folder: str | Path | None = None) 
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object, got {type(row).__name__}.")
     folder = row.get("image_folder") if image_folder is None else image_folder
-    images = [_picture(image, folder) for image in _listed(row, "images", "image")]
-    videos = [_frames(video, folder) for video in _videos(row)]
+    is_open = row.get("allow_outside", folder is None) if allow_outside is None else allow_outside
+    place = _Place(folder, is_open)
+    images = [_picture(image, place) for image in _listed(row, "images", "image")]
+    videos = [_frames(video, place) for video in _videos(row)]
     if row.get("conversations") is not None:
         messages = _from_llava(row["conversations"], bool(images), bool(videos), len(images) + len(videos) == 1)
     elif row.get("messages") is not None:
-        messages = _from_messages(row["messages"], bool(images), bool(videos), folder)
+        messages = _from_messages(row["messages"], bool(images), bool(videos), place)
     else:
         keys = ", ".join(map(str, row)) or "none"
         raise ValueError(f"expected 'conversations' (LLaVA) or 'messages', got keys: {keys}.")
@@ -84,14 +113,14 @@ def _from_llava(turns: Any, has_images: bool, has_videos: bool, is_single: bool)
     return messages
 
 
-def _from_messages(turns: Any, has_images: bool, has_videos: bool, folder: str | Path | None) -> list[Message]:
+def _from_messages(turns: Any, has_images: bool, has_videos: bool, place: _Place) -> list[Message]:
     messages = []
     for number, turn in enumerate(_turns(turns, "messages"), 1):
         role, content = turn.get("role"), turn.get("content")
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"turn {number}: expected 'role' to be 'system', 'user' or 'assistant', got {role!r}.")
         if isinstance(content, (list, tuple)):
-            parts = [_part(part, folder, f"turn {number}") for part in content]
+            parts = [_part(part, place, f"turn {number}") for part in content]
         else:
             text = _text(content, f"turn {number}: expected a string or a list of parts as 'content'")
             parts = _text_parts(text)
@@ -141,7 +170,7 @@ def _split(text: str, has_images: bool, has_videos: bool) -> Iterator[dict[str, 
     yield from _text_parts(text[last:])
 
 
-def _part(part: Any, folder: str | Path | None, where: str) -> dict[str, Any]:
+def _part(part: Any, place: _Place, where: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     if kind == "text":
         return {"type": "text", "text": _text(part.get("text"), f"{where}: expected a string as 'text'")}
@@ -149,10 +178,10 @@ def _part(part: Any, folder: str | Path | None, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: expected parts of type 'text', 'image' or 'video', got {kind!r}.")
     given = next((part[key] for key in PAYLOADS if part.get(key) is not None), None)
     if kind == "video":
-        return {"type": "video"} if given is None else {"type": "video", "video": _frames(given, folder)}
+        return {"type": "video"} if given is None else {"type": "video", "video": _frames(given, place)}
     if isinstance(given, Mapping) and "url" in given:
         given = given["url"]
-    return {"type": "image"} if given is None else {"type": "image", "image": _picture(given, folder)}
+    return {"type": "image"} if given is None else {"type": "image", "image": _picture(given, place)}
 
 
 def _parts(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
@@ -209,9 +238,9 @@ def _videos(row: Mapping[str, Any]) -> list[Any]:
     return [row["video"]] if row.get("video") is not None else []
 
 
-def _frames(video: Any, folder: str | Path | None) -> list[Any]:
+def _frames(video: Any, place: _Place) -> list[Any]:
     if isinstance(video, (str, Path)):
-        path = _path(video, folder)
+        path = place.path(video)
         if path.is_file():
             return read_frames(path)
         if not path.is_dir():
@@ -220,10 +249,10 @@ def _frames(video: Any, folder: str | Path | None) -> list[Any]:
     if not isinstance(video, (list, tuple)) or not video:
         got = "an empty list" if isinstance(video, (list, tuple)) else type(video).__name__
         raise ValueError(f"expected a folder of frames or a list of at least one as a video, got {got}.")
-    return [_picture(frame, folder) for frame in video]
+    return [_picture(frame, place) for frame in video]
 
 
-def _picture(image: Any, folder: str | Path | None) -> Any:
+def _picture(image: Any, place: _Place) -> Any:
     """A picture that the processor opens: a path that exists, a URL, bytes or a PIL image."""
     if isinstance(image, Mapping):  # an undecoded `Image` of the package datasets
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
@@ -232,19 +261,16 @@ def _picture(image: Any, folder: str | Path | None) -> Any:
     if not isinstance(image, (str, Path)) or not str(image):
         got = repr(image) if isinstance(image, str) else type(image).__name__
         raise ValueError(f"expected a picture as path, URL, bytes or PIL image, got {got}.")
+    if isinstance(image, str) and image.startswith(("http://", "https://")) and not place.is_open:
+        raise ValueError(
+            f"{image.partition('?')[0]!r} is not fetched: set allow_outside for pictures from the internet."
+        )
     if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
         return image
-    path = _path(image, folder)
+    path = place.path(image)
     if not path.is_file():
         raise ValueError(f"there is no picture {str(path)!r}; relative paths start from the image folder.")
     return str(path)
-
-
-def _path(name: str | Path, folder: str | Path | None) -> Path:
-    path = Path(os.path.normpath(Path(folder or "") / name))
-    if folder is not None and not Path(name).is_absolute() and not path.is_relative_to(os.path.normpath(folder)):
-        raise ValueError(f"{str(name)!r} leads out of the image folder {str(folder)!r}; give an absolute path.")
-    return path
 
 
 __all__ = ["pictures_of", "to_messages"]

@@ -27,6 +27,7 @@ class DataRecipe:
         image_folder: Where relative paths of pictures start; the folder of the file if not given.
         max_length: Longest row in tokens, pictures included; longer ones lose their end.
         streaming: Read row by row, never all at once.
+        allow_outside: Rows may name pictures outside the folder and http(s) URLs.
     """
 
     train: str | list[str] = ""
@@ -34,6 +35,7 @@ class DataRecipe:
     image_folder: str | None = None
     max_length: int | None = 2048
     streaming: bool = False
+    allow_outside: bool = False
 
 
 @strict

@@ -7,6 +7,7 @@ recipe as it was run, the versions it was run with, the history of the losses an
 import dataclasses
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from ..default import default_dir
 from .adapters import lora_config
 from .collator import Collator
 from .components import Parameters, count_parameters, freeze_all_but
-from .data import load_rows
+from .data import check_rows, load_rows
 from .recipe import DataRecipe, Recipe
 from .resolution import set_image_size
 from .trainer import Owl2Trainer, RunRecord, last_checkpoint
@@ -137,6 +138,7 @@ def _naming_rows() -> Iterator[None]:
 
 def _trainer(recipe: Recipe) -> Owl2Trainer:
     arguments = _arguments(recipe)
+    _check_files(recipe.data)
     # The Trainer seeds everything, but a fresh adapter is drawn before there is one.
     set_seed(arguments.seed)
     model, processor = load_for_training(recipe)
@@ -243,11 +245,27 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
+def _check_files(data: DataRecipe) -> None:
+    """Refuse files with bad rows before the model is loaded; pictures must be there, but are not opened yet."""
+    for name in filter(os.path.isfile, [*_names(data.train), *_names(data.eval or [])]):
+        bad = check_rows(name, data.image_folder, open_images=False, allow_outside=data.allow_outside).bad
+        if bad:
+            first = f"row {bad[0].row}{f' (id {bad[0].id!r})' if bad[0].id else ''}: {bad[0].reason}"
+            others = f" {len(bad) - 1:,} more rows are bad:" if len(bad) > 1 else ""
+            raise ValueError(f"{name}: {first}{others} `owl2-hf data check` names all of them.")
+
+
+def _names(sources: str | list[str]) -> list[str]:
+    return [sources] if isinstance(sources, str) else sources
+
+
 def _rows(data: DataRecipe, sources: str | list[str]) -> Any:
-    names = [sources] if isinstance(sources, str) else sources
+    names = _names(sources)
     if not names or not all(names):
         raise ValueError("the recipe names no data: set data.train to a file, a folder or a data set's id.")
-    loaded = [load_rows(name, data.image_folder, streaming=data.streaming) for name in names]
+    loaded = [
+        load_rows(name, data.image_folder, streaming=data.streaming, allow_outside=data.allow_outside) for name in names
+    ]
     if len(loaded) == 1:
         return loaded[0]
     if data.streaming:
