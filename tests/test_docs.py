@@ -150,6 +150,17 @@ def test_the_examples_of_the_page_on_performance_run():
     assert type(names["model"].model.language_model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
 
 
+def test_every_test_that_the_page_on_reliability_names_exists():
+    page = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| case", "| ---"))]
+    for row in rows:
+        file = None
+        for named, name in re.findall(r"`([\w/]*(?:\.py)?)::(\w+)`", row.rpartition("|")[0].rpartition(" | ")[2]):
+            file = named or file
+            assert f"def test_{name}(" in (Path(__file__).parent / file).read_text(encoding="utf-8"), f"{file}::{name}"
+        assert file is not None, row
+
+
 @pytest.fixture
 def encoded():
     """The default model, its processor, and how many pictures each call of the vision encoder took."""

@@ -254,6 +254,39 @@ def test_a_broken_file_is_named(make, message, tmp_path):
     assert "broken.png" in str(caught.value)
 
 
+def files():
+    """A small picture in each of the formats."""
+    found = {}
+    for kind in module.FORMATS:
+        buffer = BytesIO()
+        Image.effect_noise((16, 12), 90).convert("RGB").save(buffer, kind)
+        found[kind] = buffer.getvalue()
+    return found
+
+
+FILES = files()
+
+
+@given(
+    kind=st.sampled_from(sorted(FILES)),
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
+    keep=st.floats(0, 1),
+    text=st.binary(max_size=40),
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_bytes_come_are_a_picture_or_refused(kind, changes, keep, text):
+    content = bytearray(FILES[kind])
+    for place, value in changes:
+        content[int(place * len(content))] = value
+    for one in (bytes(content), bytes(content[: int(keep * len(content))]), text, bytes(content[:12]) + text):
+        try:
+            values = pixels(one)
+        except ValueError as error:
+            assert "picture 1 of 1" in str(error) and " at 0x" not in str(error)
+        else:
+            assert values.shape == (1, 3, 28, 28) and values.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [

@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -163,6 +164,55 @@ def test_no_text_makes_a_control_token(pieces):
 
 
 PROCESSORS = [make(True), make(False)]
+COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (9, 9, 9)]
+PARTS = st.one_of(
+    st.text(st.characters(codec="utf-8"), max_size=12),
+    st.sampled_from(CONTROL),
+    st.sampled_from(COLOURS).map(lambda colour: picture(Image.new("RGB", (3, 2), colour))),
+)
+TURNS = st.lists(st.lists(PARTS, max_size=5).map(lambda parts: user(*parts)), min_size=1, max_size=3)
+
+
+@given(TURNS, st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_any_conversation_keeps_its_text_and_its_pictures(questions, legacy):
+    processor = PROCESSORS[legacy]
+    answer = {"role": "assistant", "content": "yes"}
+    chat = [turn for question in questions for turn in (question, answer)][:-1]
+    parts = [part for question in questions for part in question["content"]]
+    pictures = [part["image"].getpixel((0, 0)) for part in parts if part["type"] == "image"]
+    out = encode(processor, chat)
+    ids = out["input_ids"][0]
+    assert int(out["mm_token_type_ids"].sum()) == ids.eq(processor.image_token_id).sum() == 3 * len(pictures)
+    assert int(ids.eq(2).sum()) == len(questions) - 1  # each answer's end, and none that somebody wrote
+    shown = out["pixel_values"] if pictures else []
+    for values, colour in zip(shown, pictures, strict=True):
+        expected = processor.image_processor(Image.new("RGB", (3, 2), colour), return_tensors="pt").pixel_values[0]
+        assert torch.equal(values, expected)
+    again = encode(processor, chat)
+    assert all(torch.equal(again[key], out[key]) for key in out)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__ }}",
+        "{{ cycler.__init__.__globals__.os.system('touch ran') }}",
+        "{{ messages.append('more') }}",
+        "{% include '/etc/passwd' %}",
+        "{{ lipsum.__globals__ }}",
+    ],
+)
+def test_a_hostile_chat_template_reaches_nothing(processor, tmp_path, monkeypatch, template):
+    monkeypatch.chdir(tmp_path)
+    messages = [user(picture(RED), "hi")]
+    try:
+        prompt = processor.apply_chat_template(messages, chat_template=template)
+    except (jinja2.TemplateError, TypeError) as error:
+        prompt = str(error)
+    assert "<class" not in prompt and "root:" not in prompt
+    assert len(messages) == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("token", CONTROL)

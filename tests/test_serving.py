@@ -5,10 +5,13 @@ import base64
 import http.client
 import io
 import json
+import logging
 import os
+import random
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -412,6 +415,72 @@ def test_signals_end_it_within_seconds_while_it_generates():
         assert time.monotonic() - begin < 5
         for client in under_way:
             client.result()
+
+
+NUM_REQUESTS = int(os.environ.get("OWL2_HF_SOAK", "200"))  # more for a soak of hours
+
+
+def leave_early(client, url):
+    stream = client.chat.completions.create(
+        model="default", messages=message("Hi", url), logit_bias=ENDLESS, stream=True, max_tokens=400
+    )
+    next(iter(stream))
+    stream.close()
+
+
+def test_a_soak_of_good_and_bad_requests_leaves_answers_and_memory_alone():
+    process = launch("--max-image-pixels", MAX_PIXELS, "--max-body-bytes", MAX_BODY_BYTES, OWL2_HF_API_KEY=KEY)
+    url = url_of(process)
+    client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=60)
+    stranger = openai.OpenAI(base_url=url, api_key="wrong", max_retries=0, timeout=60)
+    urls = {name: [bundled_picture(name)] if name else [] for _, name in QUESTIONS}
+    expected = [ask(client, text, *urls[name]) for text, name in QUESTIONS]
+    picture = urls["emoji-banana"][0]
+
+    def refused(status, ask_it):
+        with pytest.raises(openai.APIStatusError) as error:
+            ask_it()
+        assert error.value.status_code == status
+
+    bad = [
+        lambda: refused(400, lambda: ask(client, "Hi", picture[:400])),
+        lambda: refused(400, lambda: ask(client, "Hi", data_url(Image.new("1", (8_000, 8_000))))),
+        lambda: refused(400, lambda: ask(client, "Hi", "file:///etc/passwd")),
+        lambda: refused(400, lambda: ask(client, "Hi", temperature=-1)),
+        lambda: refused(400, lambda: ask(client, "word " * 20_000)),
+        lambda: refused(401, lambda: ask(stranger, "Hi")),
+        lambda: refused(413, lambda: ask(client, "x" * MAX_BODY_BYTES)),
+        lambda: leave_early(client, picture),
+        lambda: post(url, b"{bad"),
+        lambda: post(url, os.urandom(1000)),
+    ]
+
+    def request(number):
+        draw = random.Random(number)
+        if draw.random() < 0.4:
+            draw.choice(bad)()
+        else:
+            index = draw.randrange(len(QUESTIONS))
+            text, name = QUESTIONS[index]
+            assert ask(client, text, *urls[name]) == expected[index]
+        return resident(process.pid)
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            memory = list(pool.map(request, range(NUM_REQUESTS)))
+        early, late = (statistics.median(part) for part in (memory[NUM_REQUESTS // 4 :][:20], memory[-20:]))
+        logging.getLogger(__name__).info("%d requests, %.0f MB, then %.0f MB", NUM_REQUESTS, early, late)
+        assert late < 1.1 * early
+        assert [ask(client, text, *urls[name]) for text, name in QUESTIONS] == expected
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def resident(pid):
+    """MB of the resident set of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def run_app(built, body):

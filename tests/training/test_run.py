@@ -46,7 +46,7 @@ def rows(tmp_path_factory):
         images = [[f"{index}.png"], [], [f"{index}.png", "0.png"]][index % 3]
         parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": "What is this?"}]
         answer = {"role": "assistant", "content": [{"type": "text", "text": name.replace("-", " ")}]}
-        lines.append({"messages": [{"role": "user", "content": parts}, answer], "images": images})
+        lines.append({"id": f"r{index}", "messages": [{"role": "user", "content": parts}, answer], "images": images})
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder / "rows.jsonl"
 
@@ -158,8 +158,11 @@ def test_a_loss_that_is_no_number_stops_the_run(recipe, tmp_path, monkeypatch):
         return loss * float("nan") if self.state.global_step == 3 else loss
 
     monkeypatch.setattr(Owl2Trainer, "compute_loss", poisoned)
-    with pytest.raises(NonFiniteError, match=r"the loss is nan in step 4, .* last checkpoint, .*checkpoint-2, is kept"):
+    with pytest.raises(
+        NonFiniteError, match=r"the loss is nan in step 4, .* checkpoint, .*checkpoint-2, is kept"
+    ) as error:
         train(recipe())
+    assert re.search(r"check the rows of this step: 'r\d+', 'r\d+'\.$", str(error.value))
     assert all(value.isfinite().all() for value in weights(last_checkpoint(tmp_path / "run")).values())
 
 
@@ -172,8 +175,11 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_are_lost(
         return loss
 
     monkeypatch.setattr(Owl2Trainer, "training_step", poisoned)
-    with pytest.raises(NonFiniteError, match=r"the gradient norm is (nan|inf) in step 1, .*there is no checkpoint yet"):
-        train(recipe())
+    with pytest.raises(
+        NonFiniteError, match=r"the gradient norm is (nan|inf) in step 1, .*there is no checkpoint yet"
+    ) as error:
+        train(recipe(trainer={"gradient_accumulation_steps": 2}))
+    assert len(set(re.findall(r"'r\d+'", str(error.value)))) == 4
 
 
 def test_a_divergent_run_ends_in_one_line(rows, tmp_path):

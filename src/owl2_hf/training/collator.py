@@ -35,6 +35,7 @@ class Collator:
         image_folder: What relative paths of pictures start from; the rows' own `image_folder` if not given.
         padding_side: "right" or "left".
         pad_to_multiple_of: L is a multiple of it.
+        name_rows: The batch also holds "rows", what to call each row in an error: `Owl2Trainer` takes it out again.
 
     Raises:
         ValueError: A row cannot be learned from; the message names it.
@@ -47,6 +48,7 @@ class Collator:
         image_folder: str | Path | None = None,
         padding_side: str = "right",
         pad_to_multiple_of: int | None = None,
+        name_rows: bool = False,
     ):
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}.")
@@ -58,10 +60,11 @@ class Collator:
         self.image_folder = image_folder
         self.padding_side = padding_side
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.name_rows = name_rows
         # Workers of a DataLoader write each into a line of its own, line 0 is the main process's.
         self._counts = torch.zeros(MAX_WORKERS, len(COUNTS), dtype=torch.long).share_memory_()
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Rows (B) -> `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` (B, L).
 
         With pictures also `pixel_values` (squares, 3, S, S).
@@ -70,7 +73,7 @@ class Collator:
         width = max(map(len, encoded))
         width += -width % (self.pad_to_multiple_of or 1)
         input_ids = [row.input_ids for row in encoded]
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": self._pad(input_ids, width, self.processor.tokenizer.pad_token_id or 0),
             "attention_mask": self._pad(map(torch.ones_like, input_ids), width, 0),
             "labels": self._pad([row.labels for row in encoded], width, IGNORED),
@@ -78,6 +81,8 @@ class Collator:
         batch["mm_token_type_ids"] = batch["input_ids"].eq(self.processor.image_token_id).long()
         if squares := [square for row in encoded for square in row.squares]:
             batch["pixel_values"] = torch.from_numpy(np.stack(squares))
+        if self.name_rows:
+            batch["rows"] = [_name(row, number) for number, row in enumerate(rows, 1)]
         return batch
 
     @property

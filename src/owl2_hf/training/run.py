@@ -150,7 +150,8 @@ def _trainer(recipe: Recipe) -> Owl2Trainer:
             args=arguments,
             train_dataset=rows,
             eval_dataset=eval_rows,
-            data_collator=Collator(processor, recipe.data.max_length),
+            # accelerate deals streams out to processes as tensors, which names are not.
+            data_collator=Collator(processor, recipe.data.max_length, name_rows=not recipe.data.streaming),
             processing_class=processor,
             learning_rates=recipe.learning_rates,
             vision_layer_decay=recipe.vision_layer_decay,

@@ -3,8 +3,10 @@
 The loop, accumulation, precision, sharding, checkpoints and resuming are transformers' own.
 """
 
+import itertools
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .components import Parameters, count_parameters, parameter_groups
+
+MAX_NAMED_ROWS = 16
 
 
 class NonFiniteError(ValueError):
@@ -42,6 +46,8 @@ class Owl2Trainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self._rates, self._vision_layer_decay = dict(learning_rates or {}), vision_layer_decay
+        # What the collator calls the rows of this step.
+        self._rows: deque[list[str]] = deque(maxlen=self.args.gradient_accumulation_steps)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -63,6 +69,10 @@ class Owl2Trainer(Trainer):
             self.optimizer_cls_and_kwargs = (kind, kwargs)
         return super().create_optimizer(model)
 
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        self._rows.append(inputs.pop("rows", []))
+        return super()._prepare_inputs(inputs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         self._check_finite("loss", loss)
@@ -79,9 +89,12 @@ class Owl2Trainer(Trainer):
             return
         last = last_checkpoint(Path(self.args.output_dir))
         kept = f"the last checkpoint, {last}, is kept: go on from it" if last else "there is no checkpoint yet: begin"
+        names = list(itertools.chain(*self._rows))
+        rows = f": {', '.join(names[:MAX_NAMED_ROWS])}{', ...' if len(names) > MAX_NAMED_ROWS else ''}" if names else ""
         raise NonFiniteError(
             f"the {name} is {float(value)} in step {self.state.global_step + 1}, which was not applied; {kept} with a "
-            "lower learning rate, a longer warm-up or bfloat16 instead of float16, and check the data of this step."
+            "lower learning rate, a longer warm-up or bfloat16 instead of float16, and check the rows of this step"
+            f"{rows}."
         )
 
 
