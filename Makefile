@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint format types clean
+.PHONY: demo test lint format site wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/owl2-hf describe
@@ -16,6 +16,18 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+site: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Build the wheel, and run it where nothing else is installed.
+wheel: $(VENV)/ready
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --quiet --outdir dist
+	find dist -name '*.whl' -size -15M | grep whl
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) dist/*.whl
+	cd build && wheel/bin/owl2-hf describe
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .

@@ -277,6 +277,15 @@ def test_a_chat_goes_on_after_a_broken_picture_and_visitors_have_chats_of_their_
         assert other.predict(asked("What kind of thing is it?"), 64, 0, 1, api_name="/chat") != with_picture
 
 
+def test_the_python_of_the_documentation_runs(address, tmp_path, monkeypatch, capsys):
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "demo.md").read_text(), re.DOTALL)
+    shutil.copy(picture(), tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    assert "http://127.0.0.1:7860" in code
+    exec(code.replace("http://127.0.0.1:7860", address), {})
+    assert capsys.readouterr().out.splitlines()[-1].strip() == "banana"
+
+
 def test_a_failure_inside_the_model_is_told_without_its_details(client, loaded, monkeypatch):
     def fail(**kwargs):
         raise RuntimeError("the secret layout of the machine")

@@ -1,5 +1,6 @@
 """What the documentation shows runs as it stands, with a small model at the place of the named one."""
 
+import json
 import re
 from pathlib import Path
 
@@ -22,8 +23,6 @@ BLOCKS = re.findall(r"## (.*?)\n.*?```python\n(.*?)```", (DOCS / "coming-from.md
 
 def with_words(words):
     """The small tokenizer of the tests, where each of the words is one token."""
-    import json
-
     tokenizer, _ = load_tokenizer(Path(__file__).parent / "golden" / "T" / "tiny.model")
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocab, merges = dict(model["vocab"]), []
@@ -83,6 +82,45 @@ def place(tmp_path_factory):
         Image.new("RGB", (40, 30), colour).save(folder / f"{name}.jpg")
     make_video(folder / "clip.mp4", 30, 10)
     return folder
+
+
+# Pages whose examples need more than files around them -> the file of the tests that run them.
+RUN_ELSEWHERE = {
+    "adapters.md": "training/test_adapters.py",
+    "analysis.md": "test_docs.py",
+    "coming-from.md": "test_docs.py",
+    "demo.md": "test_demo.py",
+    "performance.md": "test_docs.py",
+    "scale-out.md": "test_scale_out.py",
+    "serving.md": "test_serving.py",
+    "training.md": "training/test_run.py",
+}
+
+
+def examples(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+PAGES = {page.name for page in DOCS.glob("*.md") if examples(page)}
+
+
+def test_every_page_with_examples_is_run():
+    assert set(RUN_ELSEWHERE) <= PAGES
+    for name, file in RUN_ELSEWHERE.items():
+        assert f'"{name}"' in (Path(__file__).parent / file).read_text(encoding="utf-8"), name
+
+
+@pytest.mark.parametrize("name", sorted(PAGES - set(RUN_ELSEWHERE)))
+def test_the_examples_of_a_page_run_one_after_the_other(place, monkeypatch, capsys, name):
+    monkeypatch.chdir(place)
+    (place / "images").mkdir(exist_ok=True)
+    Image.new("RGB", (8, 6)).save(place / "images" / "a.png")
+    turns = [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "red"}]
+    (place / "train.json").write_text(json.dumps(2 * [{"image": "a.png", "conversations": turns}]))
+    names: dict = {}
+    for block in examples(DOCS / name):
+        exec(compile(block, name, "exec"), names)
+    assert capsys.readouterr().out.strip() or "loss" in names
 
 
 def test_every_section_has_a_new_call():
