@@ -90,6 +90,15 @@ def growth() -> str:
     return table(["prompt", "LlamaModel", "ours", "ratio"], rows)
 
 
+def fits() -> str:
+    found = read("growth")
+    rows = []
+    for what in ("pictures", "positions"):
+        for name, (a, b, c) in found[what]["fits"].items():
+            rows.append([f"more {what}, {'LlamaModel' if name == 'llama' else name}", *(f"{x:.0f}" for x in (a, b, c))])
+    return table(["ms, n in thousands of positions", "a", "b n", "c n²"], rows)
+
+
 def processor() -> str:
     found = read("processor")
     rows = [
@@ -170,6 +179,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation": generation,
     "vision": vision,
     "growth": growth,
+    "fits": fits,
     "processor": processor,
     "prompts": prompts,
     "quantized": quantized,

@@ -206,6 +206,13 @@ class MplugOwl2ImageProcessor(PilBackend):
                 raise ValueError("'anchors' cuts pictures after resizing them; leave do_resize on.")
             anchors = CROP_ANCHORS[crop_anchors]
             data["crop_grid"] = [best_anchor(image.height, image.width, size.height, anchors) for image in images]
+        # A channel has 256 shades: they are computed once, (3, 256), and each pixel looks its own up.
+        shades = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))
+        if do_rescale:
+            shades = self.rescale(shades, rescale_factor)
+        if do_normalize:
+            shades = self.normalize(shades, image_mean, image_std)
+        values_of_shades = shades[:, 0]
         for index, image in enumerate(images):
             squares: Iterable[Image.Image] = [image]
             if do_resize and image_aspect_ratio == "anchors":
@@ -214,12 +221,9 @@ class MplugOwl2ImageProcessor(PilBackend):
                 make_square = {"resize": _stretch, "pad": _pad, "crop": _crop}[image_aspect_ratio]
                 squares = [make_square(image, size.height, resample, max_image_pixels, image_mean)]
             for square in squares:
-                pixels = np.asarray(square).transpose(2, 0, 1)
-                if do_rescale:
-                    pixels = self.rescale(pixels, rescale_factor)
-                if do_normalize:
-                    pixels = self.normalize(pixels, image_mean, image_std)
-                data["pixel_values"].append(pixels)
+                channels = np.asarray(square).transpose(2, 0, 1)
+                pixels = [values[channel] for values, channel in zip(values_of_shades, channels, strict=True)]
+                data["pixel_values"].append(np.stack(pixels))
         return BatchFeature(data, tensor_type=return_tensors)
 
 
