@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2TextModel
@@ -448,7 +448,7 @@ def test_what_does_not_fit_the_context_is_refused_before_the_model_runs(model):
             model.generate(ids, max_new_tokens=29)
         with pytest.raises(ValueError, match="a prompt of 100 and max_new_tokens=29"):
             model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=29)
-        with pytest.raises(ValueError, match=r"at most 128 positions.* a prompt of 128;.*a picture takes 5"):
+        with pytest.raises(ValueError, match=r"at most 128 positions.* a prompt of 128; .*a picture takes 5"):
             model.generate(torch.full((1, 128), 5), max_length=256)
         assert not calls
     finally:
@@ -461,6 +461,8 @@ def test_an_answer_without_a_length_ends_with_the_context(model):
     assert model.generate(ids, **endless).shape[1] == 128
     assert model.generate(ids, max_length=256, **endless).shape[1] == 128
     assert model.generate(ids, max_new_tokens=8, **endless).shape[1] == 128
+    config = GenerationConfig(max_new_tokens=256, **endless)  # as pipelines bring one
+    assert model.generate(ids, generation_config=config).shape[1] == 128
     assert model.generate(inputs_embeds=model.get_input_embeddings()(ids), **endless).shape[1] == 8
 
 

@@ -480,31 +480,37 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixi
         return logits.masked_fill(reserved, RESERVED_LOGIT)
 
     def generate(self, inputs: Tensor | None = None, **kwargs):
-        """As in transformers; the modality indicators are read off the prompt once, before anything is added to it."""
+        """As in transformers; the modality indicators are read off the prompt once, before anything is added to it.
+
+        Raises:
+            ValueError: The prompt, with the `max_new_tokens` that are asked for, is longer than the context.
+        """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        prompts = [prompt for prompt in (input_ids, kwargs.get("inputs_embeds")) if prompt is not None]
+        if prompts:
+            self._check_context(max(prompt.shape[1] for prompt in prompts), kwargs.get("max_new_tokens") or 0)
         has_pictures = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
         if has_pictures and input_ids is not None and kwargs.get("mm_token_type_ids") is None:
             kwargs["mm_token_type_ids"] = input_ids.eq(self.config.image_token_id).long()
         return super().generate(inputs, **kwargs)
 
-    def _prepare_generated_length(self, generation_config, *args, **kwargs):
-        """As in transformers, within the context: positions beyond it were never trained.
-
-        Raises:
-            ValueError: Prompt and `max_new_tokens` are longer than the context.
-        """
-        generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
+    def _check_context(self, num_prompt: int, max_new_tokens: int) -> None:
         context = self.config.get_text_config().max_position_embeddings
-        num_ids, num_prompt = kwargs["input_ids_length"], kwargs["inputs_tensor"].shape[1]
-        num_new = generation_config.max_new_tokens
-        if num_prompt + (num_new or 1) > context:
+        if num_prompt + max(max_new_tokens, 1) > context:
+            asked, mend = (f" and max_new_tokens={max_new_tokens}", " or lower it") if max_new_tokens else ("", "")
             raise ValueError(
-                f"expected at most {context} positions, the context of the model, got a prompt of {num_prompt}"
-                f"{f' and max_new_tokens={num_new}' if num_new else ''}; shorten the prompt or lower max_new_tokens "
-                f"(a picture takes {self.config.num_image_tokens})."
+                f"expected at most {context} positions, the context of the model, got a prompt of {num_prompt}{asked}; "
+                f"shorten the prompt (a picture takes {self.config.num_image_tokens}){mend}."
             )
+
+    def _prepare_generated_length(self, generation_config, *args, **kwargs):
+        """As in transformers, but an answer whose length nobody asked for ends with the context."""
+        generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
+        num_ids, num_prompt = kwargs["input_ids_length"], kwargs["inputs_tensor"].shape[1]
+        self._check_context(num_prompt, 0)
         # max_length counts ids alone, not the positions of inputs_embeds.
-        generation_config.max_length = min(generation_config.max_length, context - max(num_prompt - num_ids, 0))
+        room = self.config.get_text_config().max_position_embeddings - max(num_prompt - num_ids, 0)
+        generation_config.max_length = min(generation_config.max_length, room)
         return generation_config
 
     def prepare_inputs_for_generation(
