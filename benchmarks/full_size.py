@@ -84,7 +84,7 @@ def timed(command: list[str], log: Path | None = None) -> dict[str, float]:
     drop_caches()
     start = time.perf_counter()
     with (log or Path(os.devnull)).open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT if log else None)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{command} failed: {log.read_text()[-2000:] if log else status}")

@@ -29,7 +29,7 @@ import sys, pathlib, torch
 shards = [torch.load(path, weights_only=True) for path in sorted(pathlib.Path(sys.argv[1]).glob("*.bin"))]
 """,
     "from_pretrained": """
-import sys, torch
+import sys, torch, owl2_hf
 from transformers import AutoModelForImageTextToText
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 for parameter in model.parameters():
