@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from .full_size import timed
-from .timing import in_turns, parser, seconds, write
+from .timing import Run, in_turns, parser, seconds, summarize, write
 
 LOADERS = {
     "torch.load": """
@@ -60,6 +60,16 @@ def passed_weights(model: Any) -> list[torch.Tensor]:
     ]
 
 
+def without_onednn(run: Run) -> Run:
+    """The same with PyTorch's own kernels, of which the one for a single bfloat16 row reads faster than oneDNN's."""
+
+    def wrapped() -> None:
+        with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+            run()
+
+    return wrapped
+
+
 def read_all(weights: list[torch.Tensor]) -> None:
     """Every byte once, as float32 whatever it stands for."""
     for weight in weights:
@@ -81,33 +91,33 @@ def speed(folder: Path, rounds: int) -> dict[str, Any]:
         return_tensors="pt",
     )
     pixels = inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    prefills = [seconds(lambda: model(**inputs, use_cache=False, logits_to_keep=1)) for _ in range(rounds + 1)][1:]
+
+    def prefill() -> None:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+
+    prefills = [seconds(prefill) for _ in range(rounds + 1)][1:]
     encodings = [seconds(lambda: model.get_image_features(pixels)) for _ in range(rounds)]
     cache = DynamicCache(config=model.config.get_text_config())
     model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
     token = torch.tensor([[29871]])
     weights = passed_weights(model)
-    times = in_turns(
-        {
-            "decode": lambda: model(token, past_key_values=cache, use_cache=True),
-            "read": lambda: read_all(weights),
-        },
-        rounds=NUM_DECODED,
-        warmup=2,
-    )
+
+    def decode() -> None:
+        model(token, past_key_values=cache, use_cache=True)
+
+    runs = {"decode": decode, "decode without oneDNN": without_onednn(decode), "read": lambda: read_all(weights)}
+    times = in_turns(runs, rounds=NUM_DECODED, warmup=2)
     num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-    decode, read = (statistics.median(times[name]) for name in ("decode", "read"))
+    read = statistics.median(times["read"])
     return {
         "positions": inputs["input_ids"].shape[1],
         "prefill_seconds": statistics.median(prefills),
+        "prefill_without_onednn_seconds": seconds(without_onednn(prefill)),
         "encoding_seconds": statistics.median(encodings),
-        "decode_seconds": decode,
         "bytes_of_a_token": num_bytes,
         "read_seconds": read,
         "bandwidth_gb_per_second": num_bytes / read / 1e9,
-        "decode_over_floor": statistics.median(
-            one / other for one, other in zip(times["decode"], times["read"], strict=True)
-        ),
+        "decode": {name: summarize(taken, times["read"]) for name, taken in times.items() if name != "read"},
     }
 
 
