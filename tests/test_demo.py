@@ -48,8 +48,10 @@ def assistant(text):
 
 @pytest.fixture(scope="module")
 def loaded():
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    return owl2_hf.load_default()
+    yield owl2_hf.load_default()
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
