@@ -73,7 +73,9 @@ def describe(
     model: Annotated[
         str | None, typer.Option(help="Folder or Hub id of a model; the small bundled one if not given.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens; the model's own setting if not given, or 256.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
     as_json: JSON = False,
     debug: Debug = False,
@@ -89,10 +91,11 @@ def describe(
     loaded, processor = _load(model)
     pipe = pipeline("image-text-to-text", model=loaded, processor=processor, device=device)
     streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    length = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     outputs = pipe(
         text=[{"role": "user", "content": parts}],
         return_full_text=False,
-        max_new_tokens=max_new_tokens,
+        **length,
         generate_kwargs={"streamer": streamer, "do_sample": False},
     )
     if as_json:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..limits import Context
 from .attention import attention_mass, query_maps, uniform_attention
 from .recording import DecoderRecorder, branch_weights
 
@@ -249,8 +250,10 @@ class _Reader:
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
     def generate(self, max_new_tokens: int) -> str:
+        length = self.prompt["input_ids"].shape[1]
+        max_new_tokens = min(max_new_tokens, Context(self.model, self.processor).room(length))
         ids = self.model.generate(**self.prompt, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
-        return self.processor.decode(ids[0, self.prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        return self.processor.decode(ids[0, length:], skip_special_tokens=True).strip()
 
     def read(self, answer: str, kind: str, generated: str) -> Run:
         """The forward pass over question and answer."""

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import owl2_hf
 
+from ..limits import Context
 from .settings import EVALUATIONS
 
 
@@ -77,6 +78,8 @@ class Owl2(lmms):
             return_tensors="pt",
         ).to(self.model.device)
         until, generation = _generation(kwargs, self.settings.generation_kwargs() if self.settings else {})
+        room = Context(self.model, self.processor).room(inputs["input_ids"].shape[1])
+        generation["max_new_tokens"] = min(generation["max_new_tokens"], room)
         output = self.model.generate(**inputs, **generation)
         new = output[:, inputs["input_ids"].shape[1] :]
         return [_cut(text, until) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
