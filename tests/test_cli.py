@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from owl2_hf import load_default
 from owl2_hf.cli import app
 
 
@@ -23,6 +24,18 @@ def test_describe_prints_json_for_a_program():
     answer = json.loads(result.stdout)
     assert answer["question"] == "What is this?"
     assert answer["answer"] == run("describe").stdout.strip()
+
+
+def test_describe_keeps_to_the_context_unless_a_longer_answer_is_asked_for(tmp_path):
+    model, processor = load_default()
+    model.config.text_config.max_position_embeddings = 80
+    model.generation_config.max_new_tokens = None
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    assert run("describe", "--model", str(tmp_path)).stdout.strip() == "banana"
+    refused = run("describe", "--model", str(tmp_path), "--max-new-tokens", "70")
+    assert refused.exit_code == 1
+    assert "at most 80 positions" in refused.stderr and "a prompt of 19 and max_new_tokens=70" in refused.stderr
 
 
 def test_info_shows_the_bundled_model():

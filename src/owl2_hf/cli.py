@@ -1,5 +1,6 @@
 """The `owl2-hf` command."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -91,12 +92,15 @@ def describe(
     loaded, processor = _load(model)
     pipe = pipeline("image-text-to-text", model=loaded, processor=processor, device=device)
     streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    length = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    if max_new_tokens is None:  # in a generation config it is cut to what the context leaves
+        config = copy.deepcopy(loaded.generation_config)
+        config.update(do_sample=False, max_new_tokens=config.max_new_tokens or 256)
+        settings = {"generation_config": config}
     outputs = pipe(
         text=[{"role": "user", "content": parts}],
         return_full_text=False,
-        **length,
-        generate_kwargs={"streamer": streamer, "do_sample": False},
+        generate_kwargs={"streamer": streamer, **settings},
     )
     if as_json:
         answer = outputs[0]["generated_text"].strip()
