@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
@@ -40,7 +41,12 @@ class Context:
     def __init__(self, model: Any, processor: Any) -> None:
         self.size = model.config.get_text_config().max_position_embeddings
         self.num_image_tokens = processor.num_image_tokens
-        self.longest_token = max(map(len, processor.tokenizer.get_vocab()))
+        self._tokenizer = processor.tokenizer
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self._tokenizer.get_vocab()))
 
     def check(self, num_pictures: int, num_characters: int) -> None:
         """Refuse what cannot fit, before pictures are opened and text is cut into tokens.

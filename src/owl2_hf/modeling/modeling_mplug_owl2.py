@@ -507,7 +507,6 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixi
         """As in transformers, but an answer whose length nobody asked for ends with the context."""
         generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
         num_ids, num_prompt = kwargs["input_ids_length"], kwargs["inputs_tensor"].shape[1]
-        self._check_context(num_prompt, 0)
         # max_length counts ids alone, not the positions of inputs_embeds.
         room = self.config.get_text_config().max_position_embeddings - max(num_prompt - num_ids, 0)
         generation_config.max_length = min(generation_config.max_length, room)

@@ -261,11 +261,12 @@ def _picture(image: Any, place: _Place) -> Any:
     if not isinstance(image, (str, Path)) or not str(image):
         got = repr(image) if isinstance(image, str) else type(image).__name__
         raise ValueError(f"expected a picture as path, URL, bytes or PIL image, got {got}.")
-    if isinstance(image, str) and image.startswith(("http://", "https://")) and not place.is_open:
+    is_web = isinstance(image, str) and image.startswith(("http://", "https://"))
+    if is_web and not place.is_open:
         raise ValueError(
-            f"{image.partition('?')[0]!r} is not fetched: set allow_outside for pictures from the internet."
+            f"{str(image).partition('?')[0]!r} is not fetched: set allow_outside for pictures from the internet."
         )
-    if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+    if is_web or (isinstance(image, str) and image.startswith("data:")):
         return image
     path = place.path(image)
     if not path.is_file():
