@@ -49,8 +49,8 @@ def test_a_decoding_step_is_llamas_whatever_the_depth(models):
     counts = []
     for model in models:
         cache = DynamicCache(config=model.config.get_text_config())
-        model(torch.tensor([[1, 5, 6]]), past_key_values=cache, use_cache=True)
-        counts.append(operations(lambda model=model, cache=cache: model(torch.tensor([[7]]), past_key_values=cache)))
+        model(torch.tensor([[1, 5, 6]]), cache=cache, use_cache=True)
+        counts.append(operations(lambda model=model, cache=cache: model(torch.tensor([[7]]), cache=cache)))
     assert counts[0] - counts[1] == Counter(RESERVED_IDS) and not counts[1] - counts[0]
     assert not SYNCS & counts[0].keys()
 
@@ -103,7 +103,7 @@ def test_compiled_decoding_neither_breaks_nor_compiles_again(models):
     model = models[0]
     inputs = pad([[1, 5, *RUN, 7]])
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=32)
-    model(**inputs, pixel_values=pictures(1), past_key_values=cache, use_cache=True)
+    model(**inputs, pixel_values=pictures(1), cache=cache, use_cache=True)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -111,7 +111,7 @@ def test_compiled_decoding_neither_breaks_nor_compiles_again(models):
             position = torch.tensor([inputs["input_ids"].shape[1] + step])
             output = compiled(
                 torch.tensor([[8 + step]]),
-                past_key_values=cache,
+                cache=cache,
                 position_ids=position[None],
                 use_cache=True,
             )

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
+from owl2_hf.modeling.compatibility_mplug_owl2 import CACHE
 from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2TextModel
 from owl2_hf.modeling.modeling_mplug_owl2 import RESERVED_LOGIT
 from owl2_hf.modeling.modeling_mplug_owl2_abstractor import image_position_table, query_position_table
@@ -255,7 +256,7 @@ def test_counts_that_disagree_are_named(model):
     with pytest.raises(ValueError, match="not both"):
         features = model.get_image_features(pictures(1))
         model(torch.tensor([[1, *RUN]]), pixel_values=pictures(1), mm_encoder_outputs={"image": features})
-    features.pooler_output = [tokens[:, :32] for tokens in features.pooler_output]
+    features.pooler_output = features.pooler_output[..., :32]
     with pytest.raises(ValueError, match="width 32 do not fit a language model of width 48"):
         model(torch.tensor([[1, *RUN]]), mm_encoder_outputs={"image": features})
 
@@ -354,7 +355,7 @@ def test_a_conversation_continues_from_its_cache_with_another_picture(model):
     continued = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=start.past_key_values,
+        past_key_values=start[CACHE],
         pixel_values=pictures(2)[1:],
         mm_token_type_ids=indicators,
         max_new_tokens=4,
@@ -408,9 +409,9 @@ def test_training_touches_every_parameter_with_or_without_pictures(model, with_p
 def test_decoding_compiles_to_one_graph(model):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     token = torch.tensor([[7]])
-    cache = model(torch.tensor([[1, 5, 6]]), use_cache=True).past_key_values
+    cache = model(torch.tensor([[1, 5, 6]]), use_cache=True).cache
     expected = model(torch.tensor([[1, 5, 6, 7]])).logits[:, -1:]
-    torch.testing.assert_close(compiled(token, past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled(token, cache=cache).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 # Reserved ids

@@ -32,13 +32,15 @@ def register() -> None:
     """Enter our classes in the tables; they may stand there already."""
     from transformers import (
         AutoConfig,
-        AutoImageProcessor,
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
         AutoProcessor,
     )
+
+    # Without torchvision transformers 5.17 offers only a stand-in under the public name.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from .modeling import (
         MplugDocOwlConfig,

@@ -8,8 +8,10 @@ from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
+
+from .compatibility_mplug_owl2 import ComposedConfig, SubConfigSpec
 
 # Written into every saved config.json, so that the folder also loads where this package is not installed.
 AUTO_MAP = {
@@ -224,7 +226,7 @@ class MplugOwl2TextConfig(LlamaConfig):
 
 
 @strict
-class MplugOwl2Config(PreTrainedConfig):
+class MplugOwl2Config(ComposedConfig):
     """Configuration of the whole model.
 
     Also reads the original's flat form: LLaMA's fields at the top level and
@@ -249,7 +251,7 @@ class MplugOwl2Config(PreTrainedConfig):
         "h_reducer_config": SubConfigSpec(config_class=MplugOwl2HReducerConfig, optional=True),
         "text_config": SubConfigSpec(config_class=MplugOwl2TextConfig),
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_outputs"]
     attribute_map = {"image_token_index": "image_token_id"}
 
     # Dictionaries on the way in, configurations from then on.

@@ -15,13 +15,24 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 
 from .adapters_mplug_owl2 import check_adapter_keys, find_adapter, hub_kwargs, read_dora, read_non_lora, read_settings
+from .compatibility_mplug_owl2 import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    ImagesInGeneration,
+    known_arguments,
+    named_cache,
+    rename_cache,
+    take_chunk,
+    takes_past_key_values,
+    visual_tokens,
+)
 from .configuration_mplug_owl2 import MplugOwl2Config
 from .conversion_mplug_owl2 import RENAMED  # noqa: F401, importing it teaches transformers the original's layout
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
@@ -48,7 +59,7 @@ class MplugOwl2ImageFeatures(BaseModelOutputWithPooling):
 
     Args:
         last_hidden_state: (N, P, C) vision encoder output; `hidden_states` and `attentions` are the vision encoder's.
-        pooler_output: N times (Q + 1, D), the visual tokens of each picture.
+        pooler_output: (N, Q + 1, D), the visual tokens of each picture.
         abstractor_hidden_states: layers + 1 times (N, Q, C), on request; `None` with an H-Reducer.
         abstractor_attentions: layers times (N, heads, Q, Q + P), on request; `None` with an H-Reducer.
     """
@@ -57,18 +68,29 @@ class MplugOwl2ImageFeatures(BaseModelOutputWithPooling):
     abstractor_attentions: tuple[Tensor, ...] | None = None
 
 
+class _WithImageOutputs:
+    """An output with `image_outputs`."""
+
+    image_outputs: MplugOwl2ImageFeatures | None
+
+    @property
+    def image_hidden_states(self) -> Tensor | None:
+        """(N * (Q + 1), D), the visual tokens that entered the language model, in the order of their positions."""
+        return None if self.image_outputs is None else visual_tokens(self.image_outputs)
+
+
 @dataclass
-class MplugOwl2ModelOutputWithPast(BaseModelOutputWithPast):
-    """Args: image_hidden_states (N * (Q + 1), D) visual tokens that entered the language model."""
+class MplugOwl2ModelOutputWithPast(_WithImageOutputs, BaseModelOutputWithPast):
+    """Args: image_outputs: what `get_image_features` made of the images of this step."""
 
-    image_hidden_states: Tensor | None = None
+    image_outputs: MplugOwl2ImageFeatures | None = None
 
 
 @dataclass
-class MplugOwl2CausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Args: image_hidden_states (N * (Q + 1), D) visual tokens that entered the language model."""
+class MplugOwl2CausalLMOutputWithPast(_WithImageOutputs, CausalLMOutputWithPast):
+    """Args: image_outputs: what `get_image_features` made of the images of this step."""
 
-    image_hidden_states: Tensor | None = None
+    image_outputs: MplugOwl2ImageFeatures | None = None
 
 
 class MplugOwl2PreTrainedModel(PreTrainedModel):
@@ -83,7 +105,7 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
         "MplugOwl2HReducer",
         "MplugOwl2DecoderLayer",
     ]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -147,7 +169,7 @@ class MplugOwl2PreTrainedModel(PreTrainedModel):
     @classmethod
     def maybe_distribute_model(cls, model: "MplugOwl2PreTrainedModel", distributed_config, mesh_manager):
         """As in transformers; attention whose heads the processes cannot share evenly stays whole in each of them."""
-        text, size = model.config.get_text_config(), distributed_config.tp_size
+        text, size = model.config.get_text_config(), getattr(distributed_config, "tp_size", None) or 1
         if text.num_attention_heads % size or text.num_key_value_heads % size:
             model._tp_plan = {rule: style for rule, style in model.tp_plan.items() if ".self_attn." not in rule}
             logger.warning_once(
@@ -251,7 +273,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         connected = self.connector(encoded.last_hidden_state, **{**kwargs, "return_dict": True})
         return MplugOwl2ImageFeatures(
             last_hidden_state=encoded.last_hidden_state,
-            pooler_output=list(connected.last_hidden_state),
+            pooler_output=connected.last_hidden_state,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             abstractor_hidden_states=connected.hidden_states,
@@ -304,6 +326,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             )
         return image_mask.unsqueeze(-1).to(inputs_embeds.device)
 
+    @known_arguments
     @can_return_tuple
     def forward(
         self,
@@ -311,7 +334,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -341,13 +364,13 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
 
         image_features = None
         if encoder_output is not None:
-            image_features = torch.cat(list(encoder_output.pooler_output)).to(inputs_embeds)
+            image_features = visual_tokens(encoder_output).to(inputs_embeds)  # (N * (Q + 1), D)
             image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features, mm_token_type_ids)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
             if mm_token_type_ids is None:
                 mm_token_type_ids = image_mask.squeeze(-1).long()
         else:
-            self._check_no_placeholder(input_ids, past_key_values)
+            self._check_no_placeholder(input_ids, cache)
             if self.training:
                 inputs_embeds = inputs_embeds + nothing.to(inputs_embeds)
 
@@ -355,19 +378,19 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             mm_token_type_ids=mm_token_type_ids,
             **{**kwargs, "return_dict": True},
         )
         return MplugOwl2ModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_features,
+            image_outputs=encoder_output,
+            **named_cache(outputs.cache),
         )
 
-    def _check_no_placeholder(self, input_ids: Tensor | None, past_key_values: Cache | None) -> None:
+    def _check_no_placeholder(self, input_ids: Tensor | None, cache: Cache | None) -> None:
         """A prompt that names pictures needs them; looked at once per prompt, not at each decoding step.
 
         Training and generation (which hands over a cache) refuse a picture's run of placeholders. A bare forward warns
@@ -375,7 +398,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         """
         if input_ids is None or torch.compiler.is_compiling() or input_ids.is_meta:
             return
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        if cache is not None and cache.get_seq_length() > 0:
             return
         placeholders = input_ids.eq(self.config.image_token_id)
         if not (num_positions := int(placeholders.sum())):
@@ -386,7 +409,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         )
         per_image = self.config.num_image_tokens
         is_run = placeholders.shape[1] >= per_image and placeholders.unfold(1, per_image, 1).all(-1).any()
-        if is_run and (self.training or past_key_values is not None):
+        if is_run and (self.training or cache is not None):
             raise ValueError(message)
         logger.warning_once(message)
 
@@ -394,10 +417,10 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         """Zero that depends on the vision side, so that ranks with and without pictures run the same collectives."""
         vision = self.config.vision_config
         picture = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=self.device)
-        return 0.0 * torch.cat(self.get_image_features(picture, return_dict=True).pooler_output).sum()
+        return 0.0 * self.get_image_features(picture, return_dict=True).pooler_output.sum()
 
 
-class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixin):
+class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, ImagesInGeneration, GenerationMixin):
     """mPLUG-Owl2 with the language-model head: text from text and pictures."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -414,6 +437,7 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixi
         """(N, 3, H, W) normalised pixels -> the visual tokens of each picture, in `pooler_output`."""
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
+    @known_arguments
     @can_return_tuple
     def forward(
         self,
@@ -421,7 +445,7 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixi
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -445,7 +469,7 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixi
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -464,10 +488,10 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixi
         return MplugOwl2CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
+            **named_cache(outputs.cache),
         )
 
     def _suppress_reserved_ids(self, logits: Tensor) -> Tensor:
@@ -492,7 +516,7 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixi
         has_pictures = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
         if has_pictures and input_ids is not None and kwargs.get("mm_token_type_ids") is None:
             kwargs["mm_token_type_ids"] = input_ids.eq(self.config.image_token_id).long()
-        return super().generate(inputs, **kwargs)
+        return super().generate(inputs, **rename_cache(kwargs))
 
     def _check_context(self, num_prompt: int, max_new_tokens: int) -> None:
         context = self.config.get_text_config().max_position_embeddings
@@ -512,33 +536,50 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, GenerationMixi
         generation_config.max_length = min(generation_config.max_length, room)
         return generation_config
 
+    @takes_past_key_values
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        past_key_values: Cache | None = None,
+        next_sequence_length: int | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict:
-        if isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0:
-            # The assistant of assisted decoding is never told that it reads a prompt.
-            is_first_iteration = True
-        if mm_token_type_ids is not None:
-            if not is_first_iteration and kwargs.get("use_cache", True):
-                # Whatever follows a prompt is text: decoding runs the text branch alone, without looking.
-                mm_token_type_ids = None
-            elif inputs_embeds is None and (num_new := input_ids.shape[-1] - mm_token_type_ids.shape[-1]) > 0:
-                # Candidate tokens of assisted decoding; transformers extends the indicators by accepted ones alone.
-                mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, num_new))
-        return super().prepare_inputs_for_generation(
+        """As in transformers; images and indicators go with the prompt, and with the part of it that is read now."""
+        model_inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
+            next_sequence_length=next_sequence_length,
             inputs_embeds=inputs_embeds,
-            mm_token_type_ids=mm_token_type_ids,
             is_first_iteration=is_first_iteration,
+            **named_cache(cache),
             **kwargs,
         )
+        is_prompt = is_first_iteration or next_sequence_length is None or not kwargs.get("use_cache", True)
+        if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
+            is_prompt = True  # the assistant of assisted decoding is never told that it reads a prompt
+        if not is_prompt:
+            # An answer is text, and reads the images from the cache: decoding runs the text branch alone.
+            return model_inputs
+        ids = model_inputs.get("input_ids")
+        num_new = (model_inputs["inputs_embeds"] if ids is None else ids).shape[1]
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if mm_token_type_ids is not None:
+            if mm_encoder_outputs and not is_first_iteration and cache is not None:
+                tokens = visual_tokens(mm_encoder_outputs["image"])
+                chunk = take_chunk(tokens, mm_token_type_ids, past, past + num_new)
+                mm_encoder_outputs = None if chunk is None else {"image": MplugOwl2ImageFeatures(pooler_output=chunk)}
+            if mm_token_type_ids.shape[1] != num_new:
+                # Candidate tokens of assisted decoding are text; transformers adds indicators of accepted ones alone.
+                missing = past + num_new - mm_token_type_ids.shape[1]
+                mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, max(missing, 0)))
+                mm_token_type_ids = mm_token_type_ids[:, past : past + num_new].contiguous()
+            model_inputs["mm_token_type_ids"] = mm_token_type_ids
+        if mm_encoder_outputs:
+            model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        return model_inputs
 
 
 MplugOwl2Model.register_for_auto_class("AutoModel")

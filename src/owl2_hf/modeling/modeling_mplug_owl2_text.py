@@ -12,9 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
@@ -26,6 +24,15 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .compatibility_mplug_owl2 import (
+    BaseModelOutputWithPast,
+    check_positions,
+    create_causal_mask,
+    known_arguments,
+    named_cache,
+    takes_past_key_values,
+    update_cache,
+)
 from .configuration_mplug_owl2 import MplugOwl2TextConfig
 
 
@@ -128,18 +135,23 @@ class MplugOwl2NtkRotaryEmbedding(LlamaRotaryEmbedding):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
-def prompt_lengths(position_ids: Tensor, past_key_values: Cache | None) -> Tensor:
+def prompt_lengths(position_ids: Tensor, cache: Cache | None) -> Tensor:
     """(B, L) positions -> (B, 1) lengths of the prompts that they are in, or that the cache began with.
 
     Upstream: what follows a prompt is read with the prompt's base, since the keys in the cache were.
     """
     lengths = position_ids.amax(-1, keepdim=True) + 1
-    if past_key_values is None:
+    if cache is None:
         return lengths
-    known = getattr(past_key_values, "prompt_lengths", None)
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            "Continuous batching packs prompts of several lengths into one row, but this model's rotary base depends "
+            "on the length of the prompt: use generate instead of generate_batch."
+        )
+    known = getattr(cache, "prompt_lengths", None)
     if known is not None:
         lengths = torch.where(position_ids.amin(-1, keepdim=True) > 0, known.to(lengths.device), lengths)
-    past_key_values.prompt_lengths = lengths
+    cache.prompt_lengths = lengths
     return lengths
 
 
@@ -177,13 +189,14 @@ class MplugOwl2Attention(nn.Module):
         out_bias = bias if config.attention_out_bias is None else config.attention_out_bias
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=out_bias)
 
+    @takes_past_key_values
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         routing: ModalityRouting | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         query_scale: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
@@ -208,8 +221,8 @@ class MplugOwl2Attention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if query_scale is not None:
             query = query * query_scale
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -256,7 +269,7 @@ class MplugOwl2TextModel(PreTrainedModel):
     base_model_prefix = "language_model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MplugOwl2DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -274,6 +287,7 @@ class MplugOwl2TextModel(PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @known_arguments
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -281,7 +295,7 @@ class MplugOwl2TextModel(PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         use_cache: bool | None = None,
@@ -305,17 +319,18 @@ class MplugOwl2TextModel(PreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if mm_token_type_ids is not None:
             mm_token_type_ids = match_indicators(mm_token_type_ids, inputs_embeds)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        check_positions(attention_mask, inputs_embeds.shape[1], cache)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
         attention_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_ids=position_ids,
         )
         if mm_token_type_ids is None and self.training:
@@ -325,7 +340,7 @@ class MplugOwl2TextModel(PreTrainedModel):
             routing = ModalityRouting.from_indicators(mm_token_type_ids, self.training)
 
         hidden_states = inputs_embeds
-        position_embeddings = self._position_embeddings(hidden_states, position_ids, past_key_values)
+        position_embeddings = self._position_embeddings(hidden_states, position_ids, cache)
         if self.config.log_n_length is not None and not self.training:
             kwargs["query_scale"] = log_n_scale(position_ids, self.config.log_n_length, hidden_states.dtype)
         for layer in self.layers:
@@ -335,18 +350,18 @@ class MplugOwl2TextModel(PreTrainedModel):
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **named_cache(cache),
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named_cache(cache))
 
     def _position_embeddings(
-        self, hidden_states: Tensor, position_ids: Tensor, past_key_values: Cache | None
+        self, hidden_states: Tensor, position_ids: Tensor, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
         if self.training or not isinstance(self.rotary_emb, MplugOwl2NtkRotaryEmbedding):
             return self.rotary_emb(hidden_states, position_ids=position_ids)
-        lengths = prompt_lengths(position_ids, past_key_values)
+        lengths = prompt_lengths(position_ids, cache)
         return self.rotary_emb(hidden_states, position_ids=position_ids, prompt_lengths=lengths)
 
 
