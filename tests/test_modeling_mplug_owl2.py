@@ -256,7 +256,7 @@ def test_counts_that_disagree_are_named(model):
     with pytest.raises(ValueError, match="not both"):
         features = model.get_image_features(pictures(1))
         model(torch.tensor([[1, *RUN]]), pixel_values=pictures(1), mm_encoder_outputs={"image": features})
-    features.pooler_output = features.pooler_output[..., :32]
+    features.pooler_output = [tokens[:, :32] for tokens in features.pooler_output]
     with pytest.raises(ValueError, match="width 32 do not fit a language model of width 48"):
         model(torch.tensor([[1, *RUN]]), mm_encoder_outputs={"image": features})
 

@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -15,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     pipeline,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import owl2_hf
 from owl2_hf.default import default_dir

@@ -86,7 +86,8 @@ result = type(pipeline("image-text-to-text", model=folders[0]).model).__name__
     "a configuration of ours finds its classes, pickled or not": ("""
 from owl2_hf import MplugOwl2Config
 import pickle, torch
-from transformers import IMAGE_PROCESSOR_MAPPING, PROCESSOR_MAPPING, AutoModelForCausalLM
+from transformers import PROCESSOR_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 assert pickle.loads(pickle.dumps(MplugOwl2Config)) is MplugOwl2Config
 config = pickle.loads(pickle.dumps(MplugOwl2Config.from_pretrained(folders[0])))
 with torch.device("meta"):
@@ -106,7 +107,10 @@ import owl2_hf, threading, transformers
 found, start = {}, threading.Barrier(len(names))
 def load(name):
     start.wait()
-    found[name] = kinds(getattr(transformers, name))[0]
+    try:
+        found[name] = kinds(getattr(transformers, name))[0]
+    except ImportError as error:
+        found[name] = str(error)
 threads = [threading.Thread(target=load, args=[name]) for name in names]
 for thread in threads:
     thread.start()
@@ -169,6 +173,8 @@ def results() -> dict[str, object]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="branches a process")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_auto_classes_know_the_family(name, results):
+    if "AutoImageProcessor requires the Torchvision library" in str(results[name]):
+        pytest.skip("transformers 5.17 hides its AutoImageProcessor where torchvision is missing")
     assert results[name] == PROGRAMS[name][1]
 
 
@@ -233,11 +239,33 @@ def test_a_table_of_an_unknown_kind_is_registered_in_at_once(monkeypatch):
     assert calls == [name]
 
 
-def test_a_table_of_an_unknown_kind_that_comes_later_is_a_warning():
-    module = ModuleType("transformers.models.auto.processing_auto")
-    module.__spec__ = SimpleNamespace()
-    with pytest.warns(UserWarning, match=r"import owl2_hf\.modeling before you use Auto classes"):
-        registration._TableLoader(SimpleNamespace(exec_module=lambda module: None)).exec_module(module)
+# Imports transformers with another name for what users register, as a next release may have it.
+RENAMING = """
+import importlib.machinery
+class Renaming(importlib.machinery.SourceFileLoader):
+    def get_code(self, fullname):
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path).replace(b"_extra_content", b"_registered"), path)
+importlib.machinery.SourceFileLoader.get_code = lambda self, name, get=importlib.machinery.SourceFileLoader.get_code: (
+    (Renaming.get_code if name.startswith(("transformers.models.auto", "transformers.processing")) else get)(self, name)
+)
+"""
+
+
+@pytest.mark.parametrize("first", ["owl2_hf", "transformers", "transformers.models.auto.processing_auto"])
+def test_auto_classes_know_the_family_where_the_private_name_is_gone(first):
+    ran = run(
+        f"""{RENAMING}
+import {first}
+import owl2_hf
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+assert not hasattr(CONFIG_MAPPING, "_extra_content")
+{FOLDERS}
+print(kinds(AutoModelForImageTextToText), kinds(AutoProcessor), kinds(AutoConfig))
+"""
+    )
+    assert ran.stdout.strip() == f"{MODEL} {PROCESSOR} {['MplugOwl2Config'] * 2}", ran.stderr
 
 
 @pytest.mark.parametrize("command", [["--help"], ["describe", "--help"], ["data", "check", "--help"]])

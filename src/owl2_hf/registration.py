@@ -9,10 +9,13 @@ what our classes are made of. So `import owl2_hf` registers nothing, and everyth
 2. The first look into them that could find ours imports `owl2_hf.modeling` and `owl2_hf.processing`.
 3. Each of the two, however it came to be imported, ends with `register()`, which is transformers' public way. The
    tables of models need no hook: they are looked up by the configuration's class, which comes from `owl2_hf.modeling`.
+
+The entries of a table have a private name, `_extra_content`. A release of transformers without it is slower and just as
+right: our classes are imported before the first `from_pretrained` of an Auto class (`_load_first`).
 """
 
+import functools
 import sys
-import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -20,11 +23,11 @@ from types import ModuleType
 from typing import Any
 
 MODEL_TYPES = ("mplug_owl2", "mplug_owl2_1", "mplug_docowl")
-# Module -> its table that is looked up by a name.
+# Module -> its table that is looked up by a name, and its Auto class.
 TABLES = {
-    "transformers.models.auto.configuration_auto": "CONFIG_MAPPING",
-    "transformers.models.auto.image_processing_auto": "IMAGE_PROCESSOR_MAPPING",
-    "transformers.models.auto.processing_auto": "PROCESSOR_MAPPING",
+    "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING", "AutoConfig"),
+    "transformers.models.auto.image_processing_auto": ("IMAGE_PROCESSOR_MAPPING", "AutoImageProcessor"),
+    "transformers.models.auto.processing_auto": ("PROCESSOR_MAPPING", "AutoProcessor"),
 }
 
 
@@ -81,11 +84,27 @@ def register_when_looked_up() -> None:
 
 def _make_lazy(module: ModuleType) -> bool:
     """Whether the module's table is as we know it: what users register lies in a dict of its own."""
-    table = getattr(module, TABLES[module.__name__], None)
+    table = getattr(module, TABLES[module.__name__][0], None)
     entries = getattr(table, "_extra_content", None)
     if isinstance(entries, dict) and not isinstance(entries, _LazyEntries):
         table._extra_content = _LazyEntries(entries)  # type: ignore[union-attr]
     return isinstance(entries, dict)
+
+
+def _load_first(module: ModuleType) -> None:
+    """Import our classes before the first `from_pretrained` of the module's Auto class.
+
+    Right now is too early: transformers may be in the middle of importing what our classes are made of.
+    """
+    auto_class = getattr(module, TABLES[module.__name__][1])
+    original = auto_class.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(cls, *args, **kwargs):
+        _load()
+        return original(cls, *args, **kwargs)
+
+    auto_class.from_pretrained = classmethod(from_pretrained)
 
 
 def _load() -> None:
@@ -149,9 +168,5 @@ class _TableLoader(Loader):
     def exec_module(self, module):
         module.__loader__ = module.__spec__.loader = self.loader  # nobody has to know that we were here
         self.loader.exec_module(module)
-        if not _make_lazy(module):  # and registering here would import what may be half imported
-            warnings.warn(
-                f"{module.__name__} of this transformers keeps users' classes in a way that owl2_hf does not know: "
-                "import owl2_hf.modeling before you use Auto classes with its models.",
-                stacklevel=2,
-            )
+        if not _make_lazy(module):
+            _load_first(module)

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import parse
 from torch import Tensor
 from transformers import masking_utils, modeling_outputs
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
+from transformers.integrations import peft
 from transformers.utils import TransformersKwargs, logging
 
 logger = logging.get_logger(__name__)
@@ -144,6 +146,40 @@ else:
                 if not isinstance(given, PreTrainedConfig) and not (given is None and spec.optional):
                     setattr(self, name, spec.config_class(**(given or {})))
             super().__post_init__(**kwargs)
+
+
+# 5.24 asks for PEFT 0.22, but calls nothing of it that PEFT 0.20 lacks: the code is that of 5.23, which asked for 0.20.
+OLDEST_PEFT = "0.20.0"
+
+
+class AdapterMethods:
+    """The adapter methods of transformers, with PEFT from `OLDEST_PEFT` on."""
+
+
+def _with_released_peft(name: str) -> Callable:
+    @functools.wraps(getattr(peft.PeftAdapterMixin, name))
+    def method(self, *args, **kwargs):
+        asked = peft.MIN_PEFT_VERSION
+        peft.MIN_PEFT_VERSION = min(asked, OLDEST_PEFT, key=parse)
+        try:
+            return getattr(super(AdapterMethods, self), name)(*args, **kwargs)
+        finally:
+            peft.MIN_PEFT_VERSION = asked
+
+    return method
+
+
+for _name in (
+    "load_adapter",
+    "add_adapter",
+    "set_adapter",
+    "disable_adapters",
+    "enable_adapters",
+    "active_adapters",
+    "get_adapter_state_dict",
+    "delete_adapter",
+):
+    setattr(AdapterMethods, _name, _with_released_peft(_name))
 
 
 class ImagesInGeneration(GenerationMixin):

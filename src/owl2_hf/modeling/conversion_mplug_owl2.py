@@ -342,7 +342,7 @@ def _fused_name(source: str) -> str:
 
 
 def _stacked_name(source: str) -> str:
-    return f"{_OUR_LAYER}self_attn." + ".".join(source.split(".")[-4:])
+    return f"{_OUR_LAYER}attn." + ".".join(source.split(".")[-4:])
 
 
 def _renamings(names: _Names) -> list[WeightRenaming]:
@@ -351,9 +351,10 @@ def _renamings(names: _Names) -> list[WeightRenaming]:
     return renamings + [_renaming(source, _stacked_name(source)) for source in names.stacked]
 
 
+# By their last names, which the original has too: before transformers 5.21 a saved tensor takes its name from here.
 _paddings = [
     WeightConverter(re.escape(target), re.escape(target), operations=[PadVocabulary()])
-    for target in ("language_model.embed_tokens.weight", "lm_head.weight")
+    for target in ("embed_tokens.weight", "lm_head.weight")
 ]
 _splits = [
     WeightConverter(
@@ -366,7 +367,7 @@ _splits = [
 # transformers tells the steps of saving apart by these patterns: none may be written like one of the vision encoder's.
 _stacks = [
     WeightConverter(
-        rf"self_attn\.c_attn\.multiway\.{branch}\.{leaf}",
+        rf"attn\.c_attn\.multiway\.{branch}\.{leaf}",
         [rf"self_attn\.{prefix}{part}_proj\.{leaf}" for part in "qkv"],
         operations=[Chunk(dim=0)],
     )

@@ -23,6 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from .adapters_mplug_owl2 import check_adapter_keys, find_adapter, hub_kwargs, read_dora, read_non_lora, read_settings
 from .compatibility_mplug_owl2 import (
+    AdapterMethods,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     ImagesInGeneration,
@@ -59,7 +60,7 @@ class MplugOwl2ImageFeatures(BaseModelOutputWithPooling):
 
     Args:
         last_hidden_state: (N, P, C) vision encoder output; `hidden_states` and `attentions` are the vision encoder's.
-        pooler_output: (N, Q + 1, D), the visual tokens of each picture.
+        pooler_output: N times (Q + 1, D), the visual tokens of each picture; one tensor (N, Q + 1, D) in an export.
         abstractor_hidden_states: layers + 1 times (N, Q, C), on request; `None` with an H-Reducer.
         abstractor_attentions: layers times (N, heads, Q, Q + P), on request; `None` with an H-Reducer.
     """
@@ -93,7 +94,7 @@ class MplugOwl2CausalLMOutputWithPast(_WithImageOutputs, CausalLMOutputWithPast)
     image_outputs: MplugOwl2ImageFeatures | None = None
 
 
-class MplugOwl2PreTrainedModel(PreTrainedModel):
+class MplugOwl2PreTrainedModel(AdapterMethods, PreTrainedModel):
     config: MplugOwl2Config
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -271,9 +272,11 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         """(N, 3, H, W) normalised pixels -> the visual tokens of each picture, in `pooler_output`."""
         encoded = self.vision_tower(pixel_values, **{**kwargs, "return_dict": True})
         connected = self.connector(encoded.last_hidden_state, **{**kwargs, "return_dict": True})
+        tokens = connected.last_hidden_state  # (N, Q + 1, D)
         return MplugOwl2ImageFeatures(
             last_hidden_state=encoded.last_hidden_state,
-            pooler_output=connected.last_hidden_state,
+            # A list would fix the number of images in an exported graph.
+            pooler_output=tokens if torch.compiler.is_exporting() else list(tokens),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             abstractor_hidden_states=connected.hidden_states,
@@ -417,7 +420,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         """Zero that depends on the vision side, so that ranks with and without pictures run the same collectives."""
         vision = self.config.vision_config
         picture = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=self.device)
-        return 0.0 * self.get_image_features(picture, return_dict=True).pooler_output.sum()
+        return 0.0 * visual_tokens(self.get_image_features(picture, return_dict=True)).sum()
 
 
 class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, ImagesInGeneration, GenerationMixin):

@@ -4,6 +4,8 @@ One `<|image|>` of a prompt becomes the positions of one picture: the learnable 
 DocOwl 1.5, whose pictures are cut into crops, it becomes the positions of each crop behind the crop's name.
 """
 
+import bisect
+import inspect
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -53,6 +55,8 @@ CHAT_TEMPLATE = """\
     {{- 'ASSISTANT:' -}}
 {%- endif -%}
 """
+# transformers 5.20 moves the masks of answers past the placeholders of the images in front of them.
+MASKS_FOLLOW_IMAGES = "placeholder_ends" in inspect.getsource(ProcessorMixin)
 # Upstream: mPLUG-Owl2.1 joins turns by the same characters, which are text to its tokenizer.
 QWEN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("eos_token", "'</s>'")
 
@@ -170,7 +174,12 @@ class MplugOwl2Processor(ProcessorMixin):
             images: One picture, a flat list for all prompts in order, or a list for each prompt.
             text: One prompt or several, with one `<|image|>` for each picture, whatever crops it is cut into.
         """
-        return super().__call__(images=images, text=text, **kwargs)
+        if "return_mm_token_type_ids" not in (kwargs.get("text_kwargs") or {}):
+            kwargs.setdefault("return_mm_token_type_ids", True)
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        if not MASKS_FOLLOW_IMAGES and {"offset_mapping", "text_replacement_offsets"} <= inputs.keys():
+            inputs["offset_mapping"] = list(map(_unexpand, inputs["offset_mapping"], inputs["text_replacement_offsets"]))
+        return inputs
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """What stands for one picture: its placeholders, for DocOwl crop by crop behind their names."""
@@ -275,15 +284,19 @@ class MplugOwl2Processor(ProcessorMixin):
 
         `sanitize_control_tokens` is always in force.
         """
+        if kwargs.get("return_assistant_tokens_mask") and not MASKS_FOLLOW_IMAGES:
+            wanted = {"return_text_replacement_offsets": True}
+            kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **wanted}
         conversation = getattr(conversation, "messages", conversation)
         if not conversation:
             raise ValueError("The conversation is empty: give at least one message.")
         first = conversation[0]
-        if isinstance(first, (list, tuple)) or hasattr(first, "messages"):
-            conversation = [self._plain(getattr(chat, "messages", chat)) for chat in conversation]
-        else:
-            conversation = self._plain(conversation)
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        is_batch = isinstance(first, (list, tuple)) or hasattr(first, "messages")
+        chats = [getattr(chat, "messages", chat) for chat in conversation] if is_batch else [conversation]
+        chats = [self._plain(chat) for chat in chats]
+        if (images := (kwargs.get("processor_kwargs") or {}).get("images")) is not None:
+            kwargs["processor_kwargs"] = _fill_places(chats, images, kwargs["processor_kwargs"])
+        return super().apply_chat_template(chats if is_batch else chats[0], *args, **kwargs)
 
     def _plain(self, conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The conversation with its text escaped and its videos as pictures; the original stays as it is."""
@@ -379,6 +392,35 @@ def _original_folder(name: str | Path, kwargs: dict[str, Any]) -> Path | None:
     for file in (*TOKENIZER_FILES, "tokenizer_config.json", "preprocessor_config.json"):
         cached_file(name, file, **hub)
     return Path(config).parent
+
+
+def _unexpand(offsets: Iterable, replacements: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """Spans of tokens in the expanded prompt -> in the prompt as it was, with one placeholder for each image."""
+    ends = [replacement["new_span"][1] for replacement in replacements]
+    gains = [0, *(end - replacement["span"][1] for end, replacement in zip(ends, replacements, strict=True))]
+    spans, last = [], -1
+    for start, end in offsets:
+        shift = gains[bisect.bisect_right(ends, start)]
+        # Padding and `<s>` have no width: they stand behind what is in front of them.
+        spans.append((last, last) if start == end else (int(start) - shift, int(end) - shift))
+        last = spans[-1][1]
+    return spans
+
+
+def _fill_places(chats: list[list[dict[str, Any]]], images: Any, processor_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Put images that came beside the messages into the parts that only hold their places.
+
+    Returns:
+        What is left of `processor_kwargs`; all of it if the template places images in some other way.
+    """
+    parts = [part for chat in chats for message in chat for part in message["content"] if isinstance(part, dict)]
+    places = [part for part in parts if part == {"type": "image"}]
+    images = flatten_images(list(images) if is_many(images) else [images])
+    if len(places) != len(images):
+        return processor_kwargs
+    for place, image in zip(places, images, strict=True):
+        place["image"] = image
+    return {name: value for name, value in processor_kwargs.items() if name != "images"}
 
 
 def _to_prompts(text: Any) -> list[str]:
