@@ -263,7 +263,8 @@ def known_arguments(forward: Callable) -> Callable:
     `past_key_values`, the name of the cache before transformers 5.24, is taken as `cache`. Of all other arguments that
     `forward` does not name:
 
-    - `None` passes, and so does what transformers passes down (`TransformersKwargs`, flash attention's arguments);
+    - what transformers passes down is passed on (`TransformersKwargs`, flash attention's arguments);
+    - `None` is left out;
     - a cache or a tensor is an error: the answer would have depended on it;
     - anything else is ignored with one warning.
 
@@ -275,15 +276,16 @@ def known_arguments(forward: Callable) -> Callable:
     def checked(self, *args, **kwargs):
         cache = kwargs.get("cache")
         if cache is None or isinstance(cache, Cache):
-            for name, value in kwargs.items():
-                if name not in known and value is not None:
-                    _refuse_unknown(type(self).__name__, name, value)
+            for name in [name for name in kwargs if name not in known]:
+                _refuse_unknown(type(self).__name__, name, kwargs.pop(name))
         return forward(self, *args, **kwargs)
 
     return takes_past_key_values(checked)
 
 
 def _refuse_unknown(model: str, name: str, value: Any) -> None:
+    if value is None:
+        return
     if not isinstance(value, (Cache, Tensor)):
         if not torch.compiler.is_compiling():
             logger.warning_once(f"{model} ignores the argument {name!r}, which it does not know.")
@@ -294,6 +296,19 @@ def _refuse_unknown(model: str, name: str, value: Any) -> None:
         f"If you did not pass it yourself, transformers {transformers.__version__} did: tested are {TESTED[0]} to "
         f"{TESTED[1]}. Install one of them, or a newer owl2_hf."
     )
+
+
+def check_step(model_inputs: dict[str, Any]) -> None:
+    """A decoding step reads one token, so without a cache it would read nothing else.
+
+    Raises:
+        ValueError: There is no cache.
+    """
+    if model_inputs.get(CACHE) is None:
+        raise ValueError(
+            f"generate came to a decoding step without a {CACHE}: transformers {transformers.__version__} lost it "
+            f"(tested are {TESTED[0]} to {TESTED[1]}). Install one of them, or a newer owl2_hf."
+        )
 
 
 def check_positions(attention_mask: Any, num_new: int, cache: Any) -> None:

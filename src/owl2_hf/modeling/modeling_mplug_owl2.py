@@ -27,6 +27,7 @@ from .compatibility_mplug_owl2 import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     ImagesInGeneration,
+    check_step,
     known_arguments,
     named_cache,
     rename_cache,
@@ -401,7 +402,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         """
         if input_ids is None or torch.compiler.is_compiling() or input_ids.is_meta:
             return
-        if cache is not None and cache.get_seq_length() > 0:
+        if cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length() > 0):
             return
         placeholders = input_ids.eq(self.config.image_token_id)
         if not (num_positions := int(placeholders.sum())):
@@ -564,6 +565,7 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, ImagesInGenera
         if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
             is_prompt = True  # the assistant of assisted decoding is never told that it reads a prompt
         if not is_prompt:
+            check_step(model_inputs)
             # An answer is text, and reads the images from the cache: decoding runs the text branch alone.
             return model_inputs
         ids = model_inputs.get("input_ids")

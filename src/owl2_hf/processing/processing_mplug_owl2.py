@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
-from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file, logging
 
 from .image_processing_mplug_owl2 import MplugOwl2ImageProcessor, flatten_images, is_many
 from .tokenization_mplug_owl2 import ESCAPE, NO_PREFIX, TOKENIZER_FILES, load_tokenizer, read_json
@@ -55,6 +55,19 @@ CHAT_TEMPLATE = """\
     {{- 'ASSISTANT:' -}}
 {%- endif -%}
 """
+logger = logging.get_logger(__name__)
+
+# Options of `from_pretrained` that say where the files are and how to read them.
+_LOADING_OPTIONS = (
+    "backend",
+    "code_revision",
+    "proxies",
+    "subfolder",
+    "torch_dtype",
+    "dtype",
+    "trust_remote_code",
+    "use_fast",
+)
 # transformers 5.20 moves the masks of answers past the placeholders of the images in front of them.
 MASKS_FOLLOW_IMAGES = "placeholder_ends" in inspect.getsource(ProcessorMixin)
 # Upstream: mPLUG-Owl2.1 joins turns by the same characters, which are text to its tokenizer.
@@ -108,11 +121,21 @@ class MplugOwl2Processor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As in transformers; also from a checkpoint in the original's layout, which has no processor of its own."""
+        """As in transformers; also from a checkpoint in the original's layout, which has no processor of its own.
+
+        An option that neither the processor nor its parts know is ignored with a warning.
+        """
         folder = _original_folder(pretrained_model_name_or_path, kwargs)
         if folder is not None:
-            return cls.from_original(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            processor = cls.from_original(folder)
+        else:
+            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        parts = (processor, processor.image_processor, processor.tokenizer)
+        known = (*_LOADING_OPTIONS, *inspect.signature(super().from_pretrained).parameters)
+        for name in kwargs.keys() - set(known):
+            if not name.startswith("_") and not any(hasattr(part, name) for part in parts):
+                logger.warning(f"from_pretrained of {cls.__name__} ignores the option {name!r}, which it does not know.")
+        return processor
 
     @classmethod
     def from_original(
@@ -174,6 +197,8 @@ class MplugOwl2Processor(ProcessorMixin):
             images: One picture, a flat list for all prompts in order, or a list for each prompt.
             text: One prompt or several, with one `<|image|>` for each picture, whatever crops it is cut into.
         """
+        for name in (kwargs.get("text_kwargs") or {}).keys() - TextKwargs.__annotations__.keys():
+            logger.warning_once(f"{type(self).__name__} ignores {name!r} of text_kwargs, which it does not know.")
         if "return_mm_token_type_ids" not in (kwargs.get("text_kwargs") or {}):
             kwargs.setdefault("return_mm_token_type_ids", True)
         inputs = super().__call__(images=images, text=text, **kwargs)
