@@ -1,13 +1,13 @@
-"""One file holds the differences between releases of transformers, and what a model does not know is never swallowed."""
+"""One file holds the differences between releases of transformers; unknown arguments are never swallowed."""
 
 import copy
 import inspect
 import logging
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 import torch
 from PIL import Image
 from transformers import ContinuousBatchingConfig
@@ -45,7 +45,7 @@ def inputs(loaded):
 @pytest.fixture(scope="module")
 def batch(loaded):
     """Two prompts of different lengths: without padding `generate` hands over no mask."""
-    texts = [PROMPT, f"USER: <|image|>What is this, do you know? ASSISTANT:"]
+    texts = [PROMPT, "USER: <|image|>What is this, do you know? ASSISTANT:"]
     return loaded[1](text=texts, images=[picture(), picture()], padding=True, return_tensors="pt")
 
 

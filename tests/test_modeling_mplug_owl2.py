@@ -9,8 +9,8 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from owl2_hf.modeling.compatibility_mplug_owl2 import CACHE
 from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2TextModel
+from owl2_hf.modeling.compatibility_mplug_owl2 import CACHE
 from owl2_hf.modeling.modeling_mplug_owl2 import RESERVED_LOGIT
 from owl2_hf.modeling.modeling_mplug_owl2_abstractor import image_position_table, query_position_table
 

@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -98,7 +98,7 @@ def update_cache(cache: Any, key: Tensor, value: Tensor, layer_idx: int, kwargs:
     return key, value
 
 
-if IS_CACHE_RENAMED:
+if IS_CACHE_RENAMED or TYPE_CHECKING:
     BaseModelOutputWithPast = modeling_outputs.BaseModelOutputWithPast
     CausalLMOutputWithPast = modeling_outputs.CausalLMOutputWithPast
 else:
@@ -120,7 +120,7 @@ else:
 
 
 # 5.20 builds the parts of a composed configuration from `sub_configs_defaults`.
-if hasattr(transformers.configuration_utils, "SubConfigSpec"):
+if TYPE_CHECKING or hasattr(transformers.configuration_utils, "SubConfigSpec"):
     ComposedConfig = PreTrainedConfig
     SubConfigSpec = transformers.configuration_utils.SubConfigSpec
 else:

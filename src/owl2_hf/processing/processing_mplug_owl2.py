@@ -134,7 +134,9 @@ class MplugOwl2Processor(ProcessorMixin):
         known = (*_LOADING_OPTIONS, *inspect.signature(super().from_pretrained).parameters)
         for name in kwargs.keys() - set(known):
             if not name.startswith("_") and not any(hasattr(part, name) for part in parts):
-                logger.warning(f"from_pretrained of {cls.__name__} ignores the option {name!r}, which it does not know.")
+                logger.warning(
+                    f"from_pretrained of {cls.__name__} ignores the option {name!r}, which it does not know."
+                )
         return processor
 
     @classmethod
@@ -203,7 +205,9 @@ class MplugOwl2Processor(ProcessorMixin):
             kwargs.setdefault("return_mm_token_type_ids", True)
         inputs = super().__call__(images=images, text=text, **kwargs)
         if not MASKS_FOLLOW_IMAGES and {"offset_mapping", "text_replacement_offsets"} <= inputs.keys():
-            inputs["offset_mapping"] = list(map(_unexpand, inputs["offset_mapping"], inputs["text_replacement_offsets"]))
+            inputs["offset_mapping"] = list(
+                map(_unexpand, inputs["offset_mapping"], inputs["text_replacement_offsets"])
+            )
         return inputs
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
