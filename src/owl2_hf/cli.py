@@ -174,13 +174,17 @@ class Scale(str, Enum):
 def score(
     images: Annotated[
         list[str],
-        typer.Argument(help="Pictures or folders of them; for task video also videos, folders of them or of frames."),
+        typer.Argument(
+            help="Images, folders of images, videos; for task video also folders of videos or of a video's frames."
+        ),
     ],
     model: Annotated[str, typer.Option(help="Folder or Hub id of a model that scores.")],
     preset: Annotated[
         str, typer.Option(help="one-align, deqa, q-instruct or q-instruct-boost: prompt, levels, preprocessing.")
     ] = "one-align",
-    task: Annotated[str, typer.Option(help="quality; with one-align also aesthetics or video.")] = "quality",
+    task: Annotated[
+        str, typer.Option(help="quality, for a video of each frame; with one-align also aesthetics or video.")
+    ] = "quality",
     scale: Annotated[Scale | None, typer.Option(help="Lowest and highest score; the preset's if not given.")] = None,
     levels: Annotated[
         str | None, typer.Option(help="Level words of your own, best first and separated by commas; evenly spaced.")
@@ -188,7 +192,13 @@ def score(
     prompt: Annotated[
         str | None, typer.Option(help="Prompt of your own, with <|image|> at the place of the picture.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images or crops in one forward pass.")] = 8,
+    crops: Annotated[
+        bool,
+        typer.Option(
+            "--crops", help="Average over squares at the image's own resolution; not how the papers score, and slower."
+        ),
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object in a line for each picture.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, the names first.")] = False,
@@ -199,24 +209,24 @@ def score(
     Of a video one frame a second counts. What cannot be read is named on stderr, the others are scored, and the exit
     code is 1.
     """
-    from .scoring import Scorer, custom_preset, expand_paths, score_each
+    from .scoring import Scorer, custom_preset, score_paths
 
     if as_json and as_csv:
         typer.echo("owl2-hf: give one of --json and --csv, not both", err=True)
         raise typer.Exit(2)
     chosen = custom_preset(preset, task, prompt, levels.split(",") if levels else None)
     bounds = None if scale is None else tuple(float(bound) for bound in scale.value.split("-"))
-    names, sources = expand_paths(images, is_video=task == "video")
     loaded, processor = _load(model)
-    scorer = Scorer(loaded.to(device) if device else loaded, processor, chosen, bounds, batch_size)  # type: ignore[arg-type]
+    scorer = Scorer(loaded.to(device) if device else loaded, processor, chosen, bounds, batch_size, crops)  # type: ignore[arg-type]
     table = csv.writer(sys.stdout, lineterminator="\n")
     if as_csv:
         table.writerow(["image", "score", "std", *scorer.levels])
     failed = 0
-    for name, found in zip(names, score_each(scorer, sources, task), strict=True):
+    for name, found in score_paths(scorer, images, task):
         if isinstance(found, ValueError):
             failed += 1
-            typer.echo(f"owl2-hf: {name}: {' '.join(str(found).split())}", err=True)
+            message = " ".join(str(found).split())
+            typer.echo(f"owl2-hf: {message if name in message else f'{name}: {message}'}", err=True)
         elif as_json:
             typer.echo(json.dumps({"image": name, **vars(found)}))
         elif as_csv:
