@@ -299,6 +299,21 @@ def test_the_command_names_a_broken_picture_and_scores_the_rest(folder, pictures
     assert len(errors) == 1 and "b.png" in errors[0]
 
 
+def test_odd_names_are_escaped_for_people_and_whole_for_programs(folder, pictures, tmp_path):
+    odd = tmp_path / "a\x1b]0;owned\x07\nb.png"
+    odd.write_bytes(Path(pictures[0]).read_bytes())
+    bad = tmp_path / "c\nowl2-hf: forged.png"
+    bad.write_bytes(b"broken")
+    result = run(folder, tmp_path)
+    assert result.exit_code == 1
+    assert result.stdout.endswith(f"  {tmp_path}/a\\x1b]0;owned\\x07\\nb.png\n")
+    (error,) = [line for line in result.stderr.split("\n") if line.startswith("owl2-hf: ")]
+    assert error.startswith(f"owl2-hf: {tmp_path}/c\\nowl2-hf: forged.png: ")
+    assert json.loads(run(folder, odd, "--json").stdout)["image"] == str(odd)
+    (row,) = csv.DictReader(run(folder, odd, "--csv").stdout.splitlines(True))
+    assert row["image"] == str(odd)
+
+
 def test_an_empty_folder_costs_no_other_its_score(folder, default, pictures, tmp_path):
     (tmp_path / "empty").mkdir()
     result = run(folder, pictures[0], tmp_path / "empty", pictures[1], "--json")
