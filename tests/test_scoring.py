@@ -332,6 +332,23 @@ def test_images_are_opened_no_sooner_than_their_batch_is_scored(default, picture
     assert not isinstance(next(found)[1], ValueError)
 
 
+def test_files_are_read_as_the_originals_read_them_where_that_is_asked_for(folder, default, pictures, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    path = tmp_path / "turned.png"
+    Image.open(pictures[0]).save(path, exif=exif)
+    preset = Preset({"quality": PROMPT}, ("yes", "no"), (1.0, 0.0), "pad")
+    (expected,) = Scorer(*default, preset)(Image.open(path))
+    (upright,) = Scorer(*default, preset)(path)
+    assert abs(expected.score - upright.score) > 1e-4
+    scorer = Scorer(*default, preset, original_reading=True)
+    for found in (scorer(path)[0], *score_each(scorer, [path])):
+        assert found.score == pytest.approx(expected.score, abs=1e-6)
+    line = json.loads(run(folder, path, "--original-reading", "--json").stdout)
+    assert line["score"] == pytest.approx(expected.score, abs=1e-5)
+    assert json.loads(run(folder, path, "--json").stdout)["score"] == pytest.approx(upright.score, abs=1e-5)
+
+
 def test_the_command_scores_crops(folder, default, pictures, tmp_path):
     Image.open(pictures[0]).resize((300, 200)).save(tmp_path / "a.png")
     result = run(folder, tmp_path / "a.png", "--crops", "--json")

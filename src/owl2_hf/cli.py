@@ -218,6 +218,12 @@ def score(
             "--crops", help="Average over squares at the image's own resolution; not how the papers score, and slower."
         ),
     ] = False,
+    original_reading: Annotated[
+        bool,
+        typer.Option(
+            "--original-reading", help="Read files as the originals do: EXIF turns nothing, 16-bit grey is clipped."
+        ),
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object in a line for each picture.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, the names first.")] = False,
@@ -236,7 +242,8 @@ def score(
     chosen = custom_preset(preset, task, prompt, levels.split(",") if levels else None)
     bounds = None if scale is None else tuple(float(bound) for bound in scale.value.split("-"))
     loaded, processor = _load(model)
-    scorer = Scorer(loaded.to(device) if device else loaded, processor, chosen, bounds, batch_size, crops)  # type: ignore[arg-type]
+    loaded = loaded.to(device) if device else loaded
+    scorer = Scorer(loaded, processor, chosen, bounds, batch_size, crops, original_reading)  # type: ignore[arg-type]
     table = csv.writer(sys.stdout, lineterminator="\n")
     if as_csv:
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names keep their bytes

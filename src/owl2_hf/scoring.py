@@ -135,6 +135,7 @@ class Scorer:
         batch_size: Pictures in one forward pass; it does not change the scores.
         crops: Score squares of the model's size, cut from the image at its own resolution, and average them. This is
             not how the papers score.
+        original_reading: Read files as the originals do, for the papers' numbers; see `MplugOwl2ImageProcessor`.
 
     Raises:
         ValueError: The preset is unknown, or a level word is not one token of the vocabulary.
@@ -148,6 +149,7 @@ class Scorer:
         scale: tuple[float, float] | None = None,
         batch_size: int = 8,
         crops: bool = False,
+        original_reading: bool = False,
     ):
         if isinstance(preset, str):
             if preset not in PRESETS:
@@ -155,7 +157,8 @@ class Scorer:
             preset = PRESETS[preset]
         if batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, got {batch_size}.")
-        self.model, self.processor, self.batch_size, self.crops = model, processor, batch_size, crops
+        self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.crops, self.original_reading = crops, original_reading
         self.preset = preset if scale is None else replace(preset, scale=scale)
         groups = [(level,) if isinstance(level, str) else level for level in preset.levels]
         self._names = tuple(group[0] for group in groups)
@@ -194,11 +197,18 @@ class Scorer:
             scores += [self._score(levels) for levels in self._levels(batch, self.preset.prompts[task])]
         return scores
 
+    def open_image(self, image: Any) -> Image.Image:
+        """An image of any kind in RGB, read as this scorer reads it.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        return self.processor.image_processor.process_image(image, original_reading=self.original_reading)
+
     def _score_crops(self, image: Any, prompt: str) -> Score:
         """The score by the mean of all crops' probabilities."""
-        image_processor = self.processor.image_processor
-        image = image_processor.process_image(image)
-        size = dict(image_processor.size)
+        image = self.open_image(image)
+        size = dict(self.processor.image_processor.size)
         boxes = crop_boxes(image.width, image.height, size.get("height") or size["shortest_edge"])
         probs = []  # (K,) each
         for start in range(0, len(boxes), self.batch_size):
@@ -221,6 +231,7 @@ class Scorer:
             padding=True,
             padding_side="left",
             image_aspect_ratio=self.preset.image_aspect_ratio,
+            original_reading=self.original_reading,
             return_tensors="pt",
         ).to(self.model.device)
         with torch.no_grad():
@@ -288,7 +299,7 @@ def score_each(scorer: Scorer, images: Sequence[Any], task: str = "quality") -> 
     """
     for start in range(0, len(images), scorer.batch_size):
         batch = images[start : start + scorer.batch_size]
-        opened = [_try_open(scorer.processor, image, is_video=task == "video") for image in batch]
+        opened = [_try_open(scorer, image, is_video=task == "video") for image in batch]
         good = [image for image in opened if not isinstance(image, ValueError)]
         scores = iter(scorer(good, task) if good else [])
         for image in opened:
@@ -327,18 +338,17 @@ def _named_images(paths: Iterable[str], is_video: bool) -> Iterator[tuple[str, A
             yield path, ValueError(str(error))
 
 
-def _try_open(processor: Any, image: Any, is_video: bool) -> Any:
+def _try_open(scorer: Scorer, image: Any, is_video: bool) -> Any:
     """A decoded picture, the list of a video's frames, or what is wrong with it."""
-    open_image = processor.image_processor.process_image
     if isinstance(image, ValueError):
         return image
     try:
         if not is_video:
-            return open_image(image)
+            return scorer.open_image(image)
         frames = read_frames(image) if isinstance(image, (str, Path)) else image
         if is_many(frames) and len(frames) == 0:
             raise ValueError("expected at least one frame, got a list without any.")
-        return [open_image(frame) for frame in (frames if is_many(frames) else [frames])]
+        return [scorer.open_image(frame) for frame in (frames if is_many(frames) else [frames])]
     except (ValueError, OSError) as error:
         return ValueError(str(error))
 
