@@ -423,6 +423,8 @@ def test_what_does_not_fit_is_refused(processor, call, message):
         ([[]], "conversation is empty"),
         (["hi"], "got 'str'"),
         ([{"role": "user", "content": 5}], "a string or a list of parts, got int"),
+        ([{"role": "user", "content": None}], "a string or a list of parts, got NoneType"),
+        ([{"role": "system"}, user("hello")], "a string or a list of parts, got NoneType"),
         ([user({"type": "text"})], "of type 'text' with a string"),
         ([user({"type": "image", "image": [RED, BLUE]})], "must hold a single picture, got list"),
         ([user({"type": "video", "video": []})], "at least one frame"),

@@ -333,7 +333,7 @@ class MplugOwl2Processor(ProcessorMixin):
             if role not in ("system", "user", "assistant"):
                 raise ValueError(f"A message must be a dict with role 'system', 'user' or 'assistant', got {role!r}.")
             content = message.get("content")
-            if content is None or isinstance(content, str):
+            if isinstance(content, str) or (content is None and role == "assistant"):
                 content = self._escape(content or "")
             elif isinstance(content, (list, tuple)):
                 content = [plain for part in content for plain in self._plain_part(part)]
