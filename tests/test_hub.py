@@ -490,6 +490,9 @@ def test_remote_code_is_the_package_s_own_and_whole(folder):
     (folder / "config.json").write_text(json.dumps(config))
     refused(folder, r"lacks code that it refers to: configuration_mplug_owl2\.py")
     (folder / ours.name).write_bytes(ours.read_bytes())
+    sibling = ours.with_name("compatibility_mplug_owl2.py")
+    refused(folder, r"lacks code that it refers to: compatibility_mplug_owl2\.py")
+    (folder / sibling.name).write_bytes(sibling.read_bytes())
     assert push(folder, "tester/owl", dry_run=True).files
     (folder / ours.name).write_bytes(ours.read_bytes() + b"import os\n")
     refused(folder, r"configuration_mplug_owl2\.py differs from the package's file")

@@ -178,7 +178,7 @@ def test_no_other_model_is_loaded(client, server):
     with pytest.raises(openai.NotFoundError, match="'org/other' is not here; this is 'default'") as error:
         client.chat.completions.create(model="org/other", messages=message("Hi"))
     assert error.value.code == "model_not_found"
-    for path in ("/load_model", "/reset", "/v1/responses", "/v1/audio/transcriptions", "/docs", "/openapi.json"):
+    for path in ("/reset", "/v1/responses", "/v1/audio/transcriptions", "/docs", "/openapi.json"):
         status, body = post(server, b"{}", path=path)
         assert (status, body["error"]["code"]) == (404, "not_found")
 
