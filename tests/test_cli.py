@@ -1,12 +1,16 @@
 """The command line, as a user types it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from owl2_hf import load_default
 from owl2_hf.cli import app
+from owl2_hf.printing import printable
 
 
 def run(*arguments):
@@ -132,3 +136,53 @@ def test_wrong_arguments_exit_with_2():
     assert run("describe", "--no-such-option").exit_code == 2
     assert run("convert").exit_code == 2
     assert run("describe", "--max-new-tokens", "0").exit_code == 2
+
+
+ODD = "\x1b]0;owned\x07bad\nowl2-hf: forged \u202e.png"
+
+
+def test_what_a_terminal_could_obey_is_escaped():
+    assert printable(ODD) == "\\x1b]0;owned\\x07bad\\nowl2-hf: forged \\u202e.png"
+    assert printable("a\nb\x1b", keep="\n") == "a\nb\\x1b"
+    assert printable("Grüße, 猫 🦉.png \udcff") == "Grüße, 猫 🦉.png \\udcff"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("describe", ODD),
+        ("describe", "--model", ODD),
+        ("info", ODD),
+        ("analyze", ODD, "--out", "never"),
+        ("score", ODD, "--model", ODD),
+        ("convert", ODD, "never"),
+        ("verify", ODD),
+        ("init", "never", "--language", ODD),
+        ("train", ODD),
+        ("push", ODD, "me/model"),
+        ("serve", ODD, "--port", "0"),
+        ("demo", ODD, "--port", "0"),
+        ("data", "check", ODD),
+    ],
+)
+def test_no_name_steers_the_terminal_or_forges_a_line(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert all(line.isprintable() for line in result.output.split("\n"))
+    (error,) = [line for line in result.stderr.split("\n") if line.startswith("owl2-hf: ")]
+    assert "owned" in error
+
+
+def test_an_answer_of_a_model_steers_no_terminal(monkeypatch):
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.decode", lambda *args, **kwargs: "a \x1b]0;owned\x07 b")
+    assert run("describe").stdout.strip() == "a \\x1b]0;owned\\x07 b"
+
+
+def test_a_large_image_is_one_line_without_a_warning(tmp_path):
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")
+    result = subprocess.run(
+        [sys.executable, "-m", "owl2_hf", "describe", str(tmp_path / "large.png")], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "Warning" not in result.stderr
+    assert "it has 10000 x 9000 pixels, at most 89,478,485 are taken" in result.stderr

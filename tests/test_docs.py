@@ -241,3 +241,14 @@ def test_pictures_in_one_call_are_encoded_as_one_by_one(encoded):
     assert calls == [3]
     for one, features in zip(pixels, together, strict=True):
         torch.testing.assert_close(model.get_image_features(one[None]).pooler_output[0], features)
+
+
+def test_the_page_on_installing_names_every_extra_and_the_wheel():
+    project = (DOCS.parent / "pyproject.toml").read_text(encoding="utf-8")
+    page = (DOCS / "install.md").read_text(encoding="utf-8")
+    extras = re.findall(
+        r"^([a-z]+) = \[", project.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M
+    )
+    assert set(re.findall(r"^\| `(\w+)`", page, re.M)) == set(extras) - {"dev", "docs"}
+    (version,) = re.findall(r'^version = "(.*)"', project, re.M)
+    assert set(re.findall(r"owl2_hf-(.*?)-py3", page)) == {version}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
 import owl2_hf
@@ -74,7 +75,7 @@ def folder(tmp_path):
     (folder / "pictures").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "mplug_owl2", "text_config": {}}))
     (folder / "README.md").write_text(CARD)
-    (folder / "pictures" / "one.png").write_bytes(b"\x89PNG")
+    Image.new("RGB", (2, 2)).save(folder / "pictures" / "one.png")
     save_file({"a": np.zeros(3, dtype=np.float32)}, folder / "model.safetensors")
     return folder
 
@@ -346,6 +347,96 @@ def test_a_path_of_this_machine_in_a_config_is_refused_by_its_key(folder, value)
     assert value not in refused(folder, r"config\.json: text_config\.from is a path of a local machine")
 
 
+@pytest.mark.parametrize("value", ["/data/llama-7b", "../llama", "./a", "D:/models/a", "a/b/c"])
+def test_a_local_path_as_the_name_of_a_model_is_refused(folder, value):
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "mplug_owl2", "text_config": {"_name_or_path": value}})
+    )
+    refused(folder, r"config\.json: text_config\._name_or_path is a path of a local machine")
+    for fine in ("", "llama", "meta-llama/Llama-2-7b-hf"):
+        (folder / "config.json").write_text(json.dumps({"model_type": "mplug_owl2", "_name_or_path": fine}))
+        assert push(folder, "tester/owl", dry_run=True).files
+
+
+@pytest.mark.parametrize("key", ["wandb_api_key", "apikey", "hub_token", "AWS_SECRET_KEY", "password"])
+def test_a_secret_is_known_by_its_key(folder, key):
+    (folder / "config.json").write_text(json.dumps({"model_type": "mplug_owl2", "report": {key: "0123abcd"}}))
+    assert "0123abcd" not in refused(folder, rf"config\.json: report\.{key} seems to be a secret")
+    (folder / "config.json").write_text(json.dumps({"model_type": "mplug_owl2", key: None, "bos_token": "<s>"}))
+    assert push(folder, "tester/owl", dry_run=True).files
+
+
+@pytest.mark.parametrize("text", ["see /home/me/owl", "`/Users/me`", "C:\\Users\\me", "cd /root/owl"])
+@pytest.mark.parametrize("name", ["README.md", "NOTICE"])
+def test_a_home_folder_in_a_text_is_refused_by_its_line(folder, name, text):
+    (folder / name).write_text(f"{CARD}\n{text}\n")
+    assert text not in refused(folder, rf"{name}: line 12 names a home folder")
+    (folder / name).write_text(f"{CARD}\nhttps://host.org/home/x, ~/owl, path/home/owl, /tmp/owl\n")
+    assert push(folder, "tester/owl", dry_run=True).files
+
+
+def test_metadata_of_weights_keep_no_secrets(folder):
+    def save(**metadata):
+        save_file({"a": np.zeros(3, dtype=np.float32)}, folder / "model.safetensors", metadata)
+
+    token = "hf_" + "a1B2" * 9
+    save(format="pt", note=f"by {token}")
+    assert token not in refused(folder, r"model\.safetensors seems to hold a Hugging Face token")
+    save(wandb_api_key="abc")
+    refused(folder, r"model\.safetensors: wandb_api_key in its metadata seems to be a secret")
+    save(source="/home/me/owl")
+    refused(folder, r"model\.safetensors: source in its metadata is a path of a local machine")
+    save(format="pt")
+    assert push(folder, "tester/owl", dry_run=True).files
+
+
+def test_what_is_no_image_or_a_program_is_refused(folder):
+    path = folder / "pictures" / "one.png"
+    path.write_bytes(b"\x7fELF" + bytes(100))
+    refused(folder, r"Programs under another name: pictures/one\.png")
+    for content in (b"\x89PNG", b"text", b"GIF89a"):
+        path.write_bytes(content)
+        refused(folder, r"one\.png: expected a whole PNG image, got ")
+    Image.new("RGB", (2, 2)).save(path, "JPEG")
+    refused(folder, r"one\.png: expected a whole PNG image, got ")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_texts_in_an_image_are_read(folder, compressed):
+    path = folder / "pictures" / "one.png"
+    token = "hf_" + "a1B2" * 9
+    for text, match in ((f"by {token}", "one.png seems to hold a Hugging Face token"), ("/home/me/a", "holds a path")):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("Comment", text, zip=compressed)
+        Image.new("RGB", (2, 2)).save(path, pnginfo=info)
+        assert token not in refused(folder, match)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", "paint", zip=compressed)
+    Image.new("RGB", (2, 2)).save(path, pnginfo=info)
+    assert push(folder, "tester/owl", dry_run=True).files
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_the_place_where_an_image_was_taken_is_not_published(folder, suffix):
+    path = folder / "pictures" / f"two.{suffix}"
+    (folder / "README.md").write_text(f"{CARD}![](pictures/{path.name})")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (2, 2)).save(path, exif=exif)
+    assert push(folder, "tester/owl", dry_run=True).files
+    exif.get_ifd(0x8825)[2] = (50.0, 1.0, 2.0)
+    Image.new("RGB", (2, 2)).save(path, exif=exif)
+    refused(folder, rf"two\.{suffix} tells the place where it was taken")
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:li exif:GPSLatitude="50,1N"/></x:xmpmeta>'
+    if suffix == "jpg":
+        Image.new("RGB", (2, 2)).save(path, xmp=xmp)
+    else:
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", xmp.decode(), zip=True)
+        Image.new("RGB", (2, 2)).save(path, pnginfo=info)
+    refused(folder, rf"two\.{suffix} tells the place where it was taken")
+
+
 def test_web_addresses_and_vocabularies_are_no_local_paths(folder):
     (folder / "generation_config.json").write_text(json.dumps({"a": "https://host.org/home/x, a/tmp/b"}))
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"merges": ["/home/ x"]}}))
@@ -399,6 +490,9 @@ def test_remote_code_is_the_package_s_own_and_whole(folder):
     (folder / "config.json").write_text(json.dumps(config))
     refused(folder, r"lacks code that it refers to: configuration_mplug_owl2\.py")
     (folder / ours.name).write_bytes(ours.read_bytes())
+    sibling = ours.with_name("compatibility_mplug_owl2.py")
+    refused(folder, r"lacks code that it refers to: compatibility_mplug_owl2\.py")
+    (folder / sibling.name).write_bytes(sibling.read_bytes())
     assert push(folder, "tester/owl", dry_run=True).files
     (folder / ours.name).write_bytes(ours.read_bytes() + b"import os\n")
     refused(folder, r"configuration_mplug_owl2\.py differs from the package's file")

@@ -314,7 +314,7 @@ def test_what_is_no_picture_is_refused(image, message):
 
 def test_a_damaged_picture_that_is_open_already_is_named(tmp_path):
     truncated(tmp_path / "broken.png")
-    with pytest.raises(ValueError, match=r"picture 1 of 1: .*broken\.png' is damaged"):
+    with pytest.raises(ValueError, match=r"picture 1 of 1: .*broken\.png': it is damaged"):
         pixels(Image.open(tmp_path / "broken.png"))
 
 
@@ -325,9 +325,55 @@ def test_sixteen_bits_are_scaled_alike_in_dark_and_bright_pictures():
         np.testing.assert_allclose(values, value / 65535, atol=1 / 255)
 
 
-def test_floats_that_are_not_to_be_rescaled_are_refused():
-    with pytest.raises(ValueError, match="leave do_rescale on"):
-        pixels(np.full((4, 4, 3), 0.5), do_rescale=False)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_floats_from_0_to_1_need_no_rescaling(photo, normalize):
+    array = np.asarray(photo, dtype=np.float32) / 255
+    expected = processor()([photo, photo], do_normalize=normalize, return_tensors="pt").pixel_values
+    for image in (array, torch.from_numpy(array).permute(2, 0, 1)):
+        actual = processor()([image, image], do_normalize=normalize, do_rescale=False, return_tensors="pt")
+        assert torch.equal(actual.pixel_values, expected)
+    both = processor()([array, photo], do_normalize=False, do_rescale=False, return_tensors="pt").pixel_values
+    assert both[0].max() <= 1 and torch.allclose(both[1], 255 * both[0])
+
+
+def test_the_original_s_reading_is_that_of_pil(photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "turned.png", exif=exif)
+    sixteen = Image.fromarray(np.linspace(0, 60_000, 400).reshape(20, 20).astype(np.uint16))
+    sixteen.save(tmp_path / "sixteen.png")
+    photo.convert("RGBA").quantize().save(tmp_path / "palette.png", transparency=3)
+    for path in tmp_path.iterdir():
+        expected = pixels(Image.open(path).convert("RGB"))
+        assert torch.equal(pixels(path, original_reading=True), expected)
+        assert torch.equal(processor(original_reading=True)(path, return_tensors="pt").pixel_values, expected)
+        assert torch.equal(pixels(path), expected) == (path.stem == "palette")
+        assert torch.equal(pixels(processor(original_reading=True).fetch_images(path)), expected)
+    assert torch.equal(pixels(sixteen, original_reading=True), pixels(sixteen.convert("RGB")))
+
+
+def test_the_reading_is_saved_where_it_is_the_original_s():
+    assert processor(original_reading=True).to_dict()["original_reading"] is True
+    assert "original_reading" not in processor().to_dict()
+
+
+def test_the_file_of_what_is_wrong_inside_is_named(tmp_path):
+    path = tmp_path / "part.tif"
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(path)
+    for image in (path, str(path), Image.open(path)):
+        with pytest.raises(ValueError, match=r"picture 1 of 1: '.*part\.tif': it holds NaN"):
+            pixels(image)
+    Image.fromarray(np.full((4, 4), 400, np.float32)).save(path)
+    with pytest.raises(ValueError, match=r"part\.tif': expected values from 0 to 255"):
+        pixels(path)
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(3, 4, 4, device="meta"), torch.zeros(4, 4).to_sparse()], ids=["meta", "sparse"]
+)
+def test_a_tensor_without_numbers_is_refused(tensor):
+    with pytest.raises(ValueError, match="picture 1 of 1: expected a dense tensor that holds numbers, got a"):
+        pixels(tensor)
 
 
 def test_nearest_neighbours_are_not_taken_for_a_missing_choice(photo):

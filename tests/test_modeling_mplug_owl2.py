@@ -619,3 +619,29 @@ def test_saving_writes_this_packages_layout(model, tmp_path):
 
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+
+
+def test_continuous_batching_takes_text_alone(model):
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1)
+    prompts = [[1, 5, 6, 7], [1, 9]]
+    found = model.generate_batch(prompts, generation_config=config)
+    answers = sorted((answer.prompt_ids, answer.generated_tokens) for answer in found.values())
+    for prompt, answer in answers:
+        expected = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
+        assert answer == expected
+    with pytest.raises(ValueError, match=r"prompt 1 has image placeholders \(id 90\), but continuous batching"):
+        model.generate_batch([[1, 5], [1, *RUN, 5]], generation_config=config)
+    manager = model.init_continuous_batching(generation_config=config)
+    with pytest.raises(ValueError, match="has image placeholders"):
+        manager.add_request([1, *RUN, 5])
+
+
+def test_a_part_that_the_model_does_not_have_gets_no_attention_silently(model):
+    for wrong in ({"text_confg": "eager"}, {"": "eager", "text": "sdpa"}):
+        with pytest.raises(ValueError, match=r"attn_implementation: expected parts of 'vision_config', .* got \['text"):
+            model.set_attn_implementation(wrong)
+        with pytest.raises(ValueError, match="attn_implementation: expected parts of"):
+            MplugOwl2ForConditionalGeneration._from_config(tiny_config(), attn_implementation=wrong)
+    parts = {"text_config": "eager", "": "sdpa"}
+    other = MplugOwl2ForConditionalGeneration._from_config(tiny_config(), attn_implementation=parts)
+    assert other.config.text_config._attn_implementation == "eager"

@@ -416,6 +416,19 @@ def test_what_does_not_fit_is_refused(processor, call, message):
     assert " at 0x" not in str(caught.value)
 
 
+def test_what_the_chat_template_has_no_place_for_is_refused(processor):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    for options in ({"tools": tools}, {"documents": [{"title": "a", "text": "b"}]}):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"The chat template has no place for {name}"):
+            processor.apply_chat_template([user("hello")], **options)
+        assert processor.apply_chat_template([user("hello")], **{name: None}) == "USER: hello "
+    with pytest.raises(ValueError, match="no place for tools"):
+        processor.apply_chat_template([user("hello")], None, tools)
+    template = "{{ tools[0].function.name }}"
+    assert processor.apply_chat_template([user("hello")], chat_template=template, tools=tools) == "add"
+
+
 @pytest.mark.parametrize(
     ("conversation", "message"),
     [
@@ -423,6 +436,8 @@ def test_what_does_not_fit_is_refused(processor, call, message):
         ([[]], "conversation is empty"),
         (["hi"], "got 'str'"),
         ([{"role": "user", "content": 5}], "a string or a list of parts, got int"),
+        ([{"role": "user", "content": None}], "a string or a list of parts, got NoneType"),
+        ([{"role": "system"}, user("hello")], "a string or a list of parts, got NoneType"),
         ([user({"type": "text"})], "of type 'text' with a string"),
         ([user({"type": "image", "image": [RED, BLUE]})], "must hold a single picture, got list"),
         ([user({"type": "video", "video": []})], "at least one frame"),

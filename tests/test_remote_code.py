@@ -29,7 +29,7 @@ STRANGER = """
     from PIL import Image
     from transformers import (
         AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
-        AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, pipeline,
+        AutoModelForMultimodalLM, AutoModelForPreTraining, AutoProcessor, AutoTokenizer, pipeline,
     )
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
     folder, picture, prompt = sys.argv[1:]
@@ -42,7 +42,9 @@ STRANGER = """
     assert torch.equal(image_processor(Image.open(picture), return_tensors="pt").pixel_values, inputs.pixel_values)
     assert tokenizer("Hello there").input_ids == processor(text="Hello there").input_ids[0]
     assert type(AutoModel.from_pretrained(folder, **trust)).__name__ == "MplugOwl2Model"
-    for auto_class in (AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForImageTextToText):
+    for auto_class in (
+        AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForPreTraining, AutoModelForImageTextToText
+    ):
         model = auto_class.from_pretrained(folder, dtype=torch.float32, **trust).eval()
         assert type(model).__name__ == "MplugOwl2ForConditionalGeneration"
         assert "transformers_modules" in type(model).__module__

@@ -16,7 +16,17 @@ from typer.testing import CliRunner
 import owl2_hf
 from owl2_hf.cli import app
 from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer, qwen_tokenizer
-from owl2_hf.scoring import PRESETS, Preset, Scorer, _token_id, custom_preset, expand_paths, score_each
+from owl2_hf.scoring import (
+    PRESETS,
+    Preset,
+    Scorer,
+    _token_id,
+    crop_boxes,
+    custom_preset,
+    expand_paths,
+    score_each,
+    score_paths,
+)
 
 PROMPT = "USER: <|image|>Is it red? ASSISTANT:"
 YES_NO = Preset({"quality": PROMPT, "video": PROMPT}, ("yes", "no"), (1.0, 0.0), "resize", (0.0, 1.0))
@@ -199,8 +209,45 @@ def test_folders_are_their_pictures_or_one_video(tmp_path):
     (tmp_path / "clip.MP4").write_bytes(b"")
     assert expand_paths([str(tmp_path)], is_video=True)[0] == [str(tmp_path / "clip.MP4")]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         expand_paths([str(tmp_path / "empty")])
+
+
+def test_crops_cover_the_image_at_its_own_resolution():
+    assert crop_boxes(100, 80, 448) == [(0, 0, 100, 80)]
+    assert crop_boxes(448, 449, 448) == [(0, 0, 448, 448), (0, 1, 448, 449)]
+    for width, height in ((3840, 2160), (1000, 30), (449, 897)):
+        covered = np.zeros((height, width), dtype=int)
+        boxes = crop_boxes(width, height, 448)
+        for left, top, right, bottom in boxes:
+            assert (right - left, bottom - top) == (min(448, width), min(448, height))
+            covered[top:bottom, left:right] += 1
+        assert covered.shape == (height, width) and covered.min() == 1
+        assert len(boxes) == math.ceil(width / 448) * math.ceil(height / 448)
+
+
+def test_a_score_over_crops_is_that_of_their_mean_probabilities(default, pictures):
+    model, processor = default
+    side = dict(processor.image_processor.size)["height"]
+    squares = [Image.open(picture).convert("RGB").resize((side, side)) for picture in pictures[:2]]
+    both = Image.new("RGB", (2 * side, side))
+    for index, square in enumerate(squares):
+        both.paste(square, (index * side, 0))
+    alone = Scorer(model, processor, YES_NO)(squares)
+    (found,) = Scorer(model, processor, YES_NO, batch_size=1, crops=True)(both)
+    assert abs(alone[0].score - alone[1].score) > 0.01
+    assert found.score == pytest.approx(sum(one.score for one in alone) / 2, abs=1e-5)
+    assert sum(found.probs) == pytest.approx(1)
+    mean = [sum(pair) / 2 for pair in zip(alone[0].probs, alone[1].probs, strict=True)]
+    assert found.probs == pytest.approx(mean, abs=1e-5)
+    assert Scorer(model, processor, YES_NO, crops=True)(squares)[1].score == pytest.approx(alone[1].score, abs=1e-5)
+    with pytest.raises(ValueError, match="expected crops of images, got task 'video'"):
+        Scorer(model, processor, YES_NO, crops=True)([squares], task="video")
+
+
+def test_aesthetic_is_another_word_for_aesthetics(default, pictures):
+    scorer = Scorer(*default, Preset({"aesthetics": PROMPT}, ("yes", "no"), (1.0, 0.0)))
+    assert scorer(pictures[0], task="aesthetic") == scorer(pictures[0], task="aesthetics")
 
 
 def test_levels_and_prompts_of_ones_own():
@@ -250,6 +297,65 @@ def test_the_command_names_a_broken_picture_and_scores_the_rest(folder, pictures
     assert len(result.stdout.splitlines()) == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("owl2-hf: ")]
     assert len(errors) == 1 and "b.png" in errors[0]
+
+
+def test_odd_names_are_escaped_for_people_and_whole_for_programs(folder, pictures, tmp_path):
+    odd = tmp_path / "a\x1b]0;owned\x07\nb.png"
+    odd.write_bytes(Path(pictures[0]).read_bytes())
+    bad = tmp_path / "c\nowl2-hf: forged.png"
+    bad.write_bytes(b"broken")
+    result = run(folder, tmp_path)
+    assert result.exit_code == 1
+    assert result.stdout.endswith(f"  {tmp_path}/a\\x1b]0;owned\\x07\\nb.png\n")
+    (error,) = [line for line in result.stderr.split("\n") if line.startswith("owl2-hf: ")]
+    assert error.startswith(f"owl2-hf: {tmp_path}/c\\nowl2-hf: forged.png: ")
+    assert json.loads(run(folder, odd, "--json").stdout)["image"] == str(odd)
+    (row,) = csv.DictReader(run(folder, odd, "--csv").stdout.splitlines(True))
+    assert row["image"] == str(odd)
+
+
+def test_an_empty_folder_costs_no_other_its_score(folder, default, pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = run(folder, pictures[0], tmp_path / "empty", pictures[1], "--json")
+    assert result.exit_code == 1
+    assert [json.loads(line)["image"] for line in result.stdout.splitlines()] == pictures[:2]
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("owl2-hf: ")]
+    assert error.startswith(f"owl2-hf: {tmp_path / 'empty'} holds no images")
+
+
+def test_images_are_opened_no_sooner_than_their_batch_is_scored(default, pictures, tmp_path):
+    paths = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    Image.open(pictures[0]).save(paths[0])
+    found = score_paths(Scorer(*default, YES_NO, batch_size=1), paths)
+    assert next(found)[0] == paths[0]
+    Image.open(pictures[1]).save(paths[1])
+    assert not isinstance(next(found)[1], ValueError)
+
+
+def test_files_are_read_as_the_originals_read_them_where_that_is_asked_for(folder, default, pictures, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    path = tmp_path / "turned.png"
+    Image.open(pictures[0]).save(path, exif=exif)
+    preset = Preset({"quality": PROMPT}, ("yes", "no"), (1.0, 0.0), "pad")
+    (expected,) = Scorer(*default, preset)(Image.open(path))
+    (upright,) = Scorer(*default, preset)(path)
+    assert abs(expected.score - upright.score) > 1e-4
+    scorer = Scorer(*default, preset, original_reading=True)
+    for found in (scorer(path)[0], *score_each(scorer, [path])):
+        assert found.score == pytest.approx(expected.score, abs=1e-6)
+    line = json.loads(run(folder, path, "--original-reading", "--json").stdout)
+    assert line["score"] == pytest.approx(expected.score, abs=1e-5)
+    assert json.loads(run(folder, path, "--json").stdout)["score"] == pytest.approx(upright.score, abs=1e-5)
+
+
+def test_the_command_scores_crops(folder, default, pictures, tmp_path):
+    Image.open(pictures[0]).resize((300, 200)).save(tmp_path / "a.png")
+    result = run(folder, tmp_path / "a.png", "--crops", "--json")
+    preset = Preset({"quality": PROMPT}, ("yes", "no"), (1.0, 0.0), "pad")
+    (expected,) = Scorer(*default, preset, crops=True)(tmp_path / "a.png")
+    assert json.loads(result.stdout)["score"] == pytest.approx(expected.score, abs=1e-5)
+    assert expected.score != Scorer(*default, preset)(tmp_path / "a.png")[0].score
 
 
 def test_the_auto_classes_load_what_scores(folder, pictures):

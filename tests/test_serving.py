@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import re
+import select
 import signal
 import socket
 import statistics
@@ -32,6 +33,7 @@ try:
     from owl2_hf import serving
     from owl2_hf.serving import gate, pictures, stopping
     from owl2_hf.serving.requests import parse_request
+    from owl2_hf.serving.server import ChatHandler, GenerationState, PinnedModel
 except ValueError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 openai = pytest.importorskip("openai")
@@ -176,7 +178,7 @@ def test_no_other_model_is_loaded(client, server):
     with pytest.raises(openai.NotFoundError, match="'org/other' is not here; this is 'default'") as error:
         client.chat.completions.create(model="org/other", messages=message("Hi"))
     assert error.value.code == "model_not_found"
-    for path in ("/load_model", "/reset", "/v1/responses", "/v1/audio/transcriptions", "/docs", "/openapi.json"):
+    for path in ("/reset", "/v1/responses", "/v1/audio/transcriptions", "/docs", "/openapi.json"):
         status, body = post(server, b"{}", path=path)
         assert (status, body["error"]["code"]) == (404, "not_found")
 
@@ -353,7 +355,10 @@ def test_what_is_no_json_object_is_400(server, body):
         ({"stop": ""}, "stop.0: String should have at least 1 character"),
         ({"n": 2}, "n: Input should be 1"),
         ({"tools": []}, "tools: Extra inputs are not permitted"),
-        ({"generation_config": "{}"}, "generation_config: Extra inputs are not permitted"),
+        ({"generation_config": '{"num_beams": 2}'}, "generation_config.num_beams: Extra inputs are not permitted"),
+        ({"generation_config": '{"max_new_tokens": 0}'}, "generation_config.max_new_tokens: Input should be greater"),
+        ({"generation_config": "{"}, "generation_config: Value error"),
+        ({"generation_config": "[]"}, "generation_config: Input should be"),
         ({"chat_template_kwargs": {}}, "chat_template_kwargs: Extra inputs are not permitted"),
         ({"response_format": {"type": "json_object"}}, "response_format.type: Input should be 'text'"),
         ({"a": 1, "b": 1, "c": 1, "d": 1}, r"a: .*; b: .*; c: .*; \.\.\.$"),
@@ -813,3 +818,73 @@ app(["serve"])
 def test_a_request_takes_what_has_no_effect():
     body = {"messages": message("Hi"), "user": "me", "stream_options": {"include_usage": True}, "n": 1, "stop": "a"}
     assert parse_request(body).stop == ["a"]
+
+
+def talk(url, lines, *arguments, expected, timeout=90, **environment):
+    """What `transformers chat` shows in a terminal when these lines are typed, one after each answer."""
+    pty = pytest.importorskip("pty", reason="a terminal of Unix")
+    code = "from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-c", code, "chat", "default", url, *arguments]
+    main, other = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", **environment}
+    process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment)
+    os.close(other)
+    shown, deadline, rest = "", time.monotonic() + timeout, list(lines)
+    try:
+        while time.monotonic() < deadline:
+            ready, _, _ = select.select([main], [], [], 1)
+            try:
+                shown += os.read(main, 4096).decode(errors="replace") if ready else ""
+            except OSError:  # the other end has closed
+                break
+            if rest and shown.count(expected) > len(lines) - len(rest):
+                os.write(main, f"{rest.pop(0)}\n".encode())
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown), process.wait(5)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main)
+
+
+def test_the_chat_of_transformers_finds_the_one_model_there(server):
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(server).netloc, timeout=30)
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    for name, status in (("default", "ready"), ("other/model", "error")):
+        connection.request("POST", "/load_model", json.dumps({"model": name}), headers)
+        event = json.loads(connection.getresponse().read().decode().removeprefix("data: "))
+        assert event["status"] == status
+    assert event["message"] == "the model 'other/model' is not here; this is 'default'."
+    assert post(server, b'{"model": 5}', path="/load_model")[0] == 400
+    assert post(server, b'{"model": "default"}', {"Authorization": ""}, path="/load_model")[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ({"do_sample": True, "max_new_tokens": 7}, {"do_sample": True, "max_new_tokens": 7}),
+        ({"temperature": 0, "do_sample": True}, {"do_sample": False}),
+        ({"top_k": 3, "top_p": 0.5, "repetition_penalty": 1.5}, {"top_k": 3, "top_p": 0.5, "repetition_penalty": 1.5}),
+    ],
+)
+def test_the_settings_of_transformers_chat_are_taken(wanted, expected):
+    handler = ChatHandler(PinnedModel("default", *owl2_hf.load_default()), GenerationState(), serving.ServerSettings())
+    body = {"messages": message("Hi"), "generation_config": json.dumps({**wanted, "transformers_version": "5"})}
+    config = handler._configure(parse_request(body), 5)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_the_chat_of_transformers_works():
+    pytest.importorskip("rich")
+    process = launch()
+    try:
+        url = url_of(process)
+        lines = ["What kind of thing is a banana?", "Is a tiger an animal?", "!exit"]
+        options = ["do_sample=False", "max_new_tokens=20", "--user", "tester"]
+        shown, code = talk(url, lines, *options, expected="tester", HF_HUB_OFFLINE="0", HF_TOKEN="")
+        assert code == 0 and "Traceback" not in shown
+        assert "default was already loaded" in shown
+        client = openai.OpenAI(base_url=url, api_key="none")
+        assert ask(client, lines[0]).strip() in shown
+    finally:
+        process.kill()
+        process.communicate()

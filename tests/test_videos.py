@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import owl2_hf
 from owl2_hf.cli import app
-from owl2_hf.scoring import Preset, Scorer, score_each
+from owl2_hf.scoring import Preset, Scorer, score_each, score_paths
 from owl2_hf.videos import is_video_path, read_frames
 
 PROMPT = "USER: <|image|>Is it red? ASSISTANT:"
@@ -74,6 +74,20 @@ def test_a_video_scores_as_the_list_of_its_frames(default, tmp_path):
     for found in (together, [scorer(path, task="video")[0] for path in paths], score_each(scorer, paths, "video")):
         for one, other in zip(found, expected, strict=True):
             assert one.logits == pytest.approx(other.logits, abs=2e-5)
+
+
+def test_a_task_of_images_scores_each_frame_of_a_video(default, tmp_path):
+    scorer = Scorer(*default, YES_NO, batch_size=2)
+    clip = str(make_video(tmp_path / "a.mp4", 30, 10))
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    Image.new("RGB", (32, 32), (200, 0, 0)).save(tmp_path / "red.png")
+    found = list(score_paths(scorer, [clip, str(broken), str(tmp_path / "red.png")]))
+    names = [f"{clip}#t=0", f"{clip}#t=1", f"{clip}#t=2", str(broken), str(tmp_path / "red.png")]
+    assert [name for name, _ in found] == names
+    for (_, one), other in zip(found, scorer(read_frames(clip)), strict=False):
+        assert one.logits == pytest.approx(other.logits, abs=2e-5)
+    assert isinstance(found[3][1], ValueError) and not isinstance(found[4][1], ValueError)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,6 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .printing import printable
+
 app = typer.Typer(
     help="mPLUG-Owl2 and its family: ask about pictures, look into checkpoints, convert them.",
     no_args_is_help=True,
@@ -24,6 +27,16 @@ app = typer.Typer(
 )
 
 DEFAULT_MODEL = "default"  # the small model inside the package
+
+
+def _say(line: str, err: bool = False) -> None:
+    """Print one line; names and texts of files cannot steer the terminal or forge a second line."""
+    typer.echo(printable(line), err=err)
+
+
+def _say_json(value: Any) -> None:
+    typer.echo(json.dumps(value))  # which escapes all but ASCII itself
+
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 AllowOutside = Annotated[
@@ -37,12 +50,13 @@ def _report_mistakes(command: Callable) -> Callable:
 
     @wraps(command)
     def wrapped(*args, **kwargs):
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with an image is in the error
         try:
             return command(*args, **kwargs)
         except typer.Exit:
             raise
         except KeyboardInterrupt:
-            typer.echo("owl2-hf: interrupted", err=True)
+            _say("owl2-hf: interrupted", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
             if kwargs.get("debug"):
@@ -51,7 +65,7 @@ def _report_mistakes(command: Callable) -> Callable:
 
             is_mistake = isinstance(error, (ValueError, OSError, StrictDataclassError))
             message = str(error) if is_mistake else f"unexpected {type(error).__name__}: {error}; --debug shows where"
-            typer.echo(f"owl2-hf: {' '.join(message.split())}", err=True)
+            _say(f"owl2-hf: {' '.join(message.split())}", err=True)
             raise typer.Exit(1) from None
 
     return wrapped
@@ -91,7 +105,12 @@ def describe(
     parts = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     loaded, processor = _load(model)
     pipe = pipeline("image-text-to-text", model=loaded, processor=processor, device=device)
-    streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text, keep="\n\t"), stream_end)
+
+    streamer = None if as_json else Streamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
     if max_new_tokens is None:  # in a generation config it is cut to what the context leaves
         config = copy.deepcopy(loaded.generation_config)
@@ -104,7 +123,7 @@ def describe(
     )
     if as_json:
         answer = outputs[0]["generated_text"].strip()
-        typer.echo(json.dumps({"image": image, "question": question, "answer": answer}))
+        _say_json({"image": image, "question": question, "answer": answer})
 
 
 @app.command()
@@ -119,14 +138,14 @@ def info(
     """Show components, parameters, tokens of a picture or crop, preprocessing and dtype; the weights are not loaded."""
     facts = _facts(_place(folder))
     if as_json:
-        typer.echo(json.dumps(facts))
+        _say_json(facts)
         return
     for name, value in facts.items():
         if isinstance(value, dict):
             for component, count in value.items():
-                typer.echo(f"{name + ': ' + component:32} {count:>14,}")
+                _say(f"{name + ': ' + component:32} {count:>14,}")
         else:
-            typer.echo(f"{name:32} {value if isinstance(value, str) else format(value, ','):>14}")
+            _say(f"{name:32} {value if isinstance(value, str) else format(value, ','):>14}")
 
 
 _CONVERT_HELP = """Convert a checkpoint of the original into a folder that transformers loads, or back.
@@ -174,13 +193,17 @@ class Scale(str, Enum):
 def score(
     images: Annotated[
         list[str],
-        typer.Argument(help="Pictures or folders of them; for task video also videos, folders of them or of frames."),
+        typer.Argument(
+            help="Images, folders of images, videos; for task video also folders of videos or of a video's frames."
+        ),
     ],
     model: Annotated[str, typer.Option(help="Folder or Hub id of a model that scores.")],
     preset: Annotated[
         str, typer.Option(help="one-align, deqa, q-instruct or q-instruct-boost: prompt, levels, preprocessing.")
     ] = "one-align",
-    task: Annotated[str, typer.Option(help="quality; with one-align also aesthetics or video.")] = "quality",
+    task: Annotated[
+        str, typer.Option(help="quality, for a video of each frame; with one-align also aesthetics or video.")
+    ] = "quality",
     scale: Annotated[Scale | None, typer.Option(help="Lowest and highest score; the preset's if not given.")] = None,
     levels: Annotated[
         str | None, typer.Option(help="Level words of your own, best first and separated by commas; evenly spaced.")
@@ -188,7 +211,19 @@ def score(
     prompt: Annotated[
         str | None, typer.Option(help="Prompt of your own, with <|image|> at the place of the picture.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images or crops in one forward pass.")] = 8,
+    crops: Annotated[
+        bool,
+        typer.Option(
+            "--crops", help="Average over squares at the image's own resolution; not how the papers score, and slower."
+        ),
+    ] = False,
+    original_reading: Annotated[
+        bool,
+        typer.Option(
+            "--original-reading", help="Read files as the originals do: EXIF turns nothing, 16-bit grey is clipped."
+        ),
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object in a line for each picture.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, the names first.")] = False,
@@ -199,31 +234,34 @@ def score(
     Of a video one frame a second counts. What cannot be read is named on stderr, the others are scored, and the exit
     code is 1.
     """
-    from .scoring import Scorer, custom_preset, expand_paths, score_each
+    from .scoring import Scorer, custom_preset, score_paths
 
     if as_json and as_csv:
-        typer.echo("owl2-hf: give one of --json and --csv, not both", err=True)
+        _say("owl2-hf: give one of --json and --csv, not both", err=True)
         raise typer.Exit(2)
     chosen = custom_preset(preset, task, prompt, levels.split(",") if levels else None)
     bounds = None if scale is None else tuple(float(bound) for bound in scale.value.split("-"))
-    names, sources = expand_paths(images, is_video=task == "video")
     loaded, processor = _load(model)
-    scorer = Scorer(loaded.to(device) if device else loaded, processor, chosen, bounds, batch_size)  # type: ignore[arg-type]
+    loaded = loaded.to(device) if device else loaded
+    scorer = Scorer(loaded, processor, chosen, bounds, batch_size, crops, original_reading)  # type: ignore[arg-type]
     table = csv.writer(sys.stdout, lineterminator="\n")
     if as_csv:
+        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names keep their bytes
         table.writerow(["image", "score", "std", *scorer.levels])
     failed = 0
-    for name, found in zip(names, score_each(scorer, sources, task), strict=True):
+    for name, found in score_paths(scorer, images, task):
         if isinstance(found, ValueError):
             failed += 1
-            typer.echo(f"owl2-hf: {name}: {' '.join(str(found).split())}", err=True)
+            message = " ".join(str(found).split())
+            _say(f"owl2-hf: {message if name in message else f'{name}: {message}'}", err=True)
         elif as_json:
-            typer.echo(json.dumps({"image": name, **vars(found)}))
+            _say_json({"image": name, **vars(found)})
         elif as_csv:
-            table.writerow([name, *(f"{value:.6f}" for value in (found.score, found.std, *found.probs))])
+            shown = printable(name) if sys.stdout.isatty() else name
+            table.writerow([shown, *(f"{value:.6f}" for value in (found.score, found.std, *found.probs))])
         else:
             low, high = found.scale
-            typer.echo(f"{found.score:.4f} of {low:g} to {high:g}, std {found.std:.4f}  {name}")
+            _say(f"{found.score:.4f} of {low:g} to {high:g}, std {found.std:.4f}  {name}")
     if failed:
         raise typer.Exit(1)
 
@@ -277,11 +315,11 @@ def analyze(
         found.compare_with(analyze_loaded(without, found.answer))
     files = found.save(out, overwrite)
     if as_json:
-        typer.echo(json.dumps({**found.to_dict(with_maps=False), "out": str(out), "files": list(files)}))
+        _say_json({**found.to_dict(with_maps=False), "out": str(out), "files": list(files)})
         return
     for line in found.summary():
-        typer.echo(line)
-    typer.echo(f"{out}: {', '.join(files)}")
+        _say(line)
+    _say(f"{out}: {', '.join(files)}")
 
 
 @app.command(help=_CONVERT_HELP)
@@ -319,14 +357,14 @@ def convert(
         max_shard_size=max_shard_size,
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
-        on_file=lambda name: typer.echo(f"reading {name}", err=True),
+        on_file=lambda name: _say(f"reading {name}", err=True),
     )
     if as_json:
-        typer.echo(json.dumps(vars(report)))
+        _say_json(vars(report))
     elif report.is_noop:
-        typer.echo(f"{source} is in this package's format already: nothing to convert, {target} was not made")
+        _say(f"{source} is in this package's format already: nothing to convert, {target} was not made")
     else:
-        typer.echo(f"{target}: {report.summary()}")
+        _say(f"{target}: {report.summary()}")
 
 
 @app.command()
@@ -345,11 +383,11 @@ def verify(
 
     checks = verify_folder(target, against, base)
     if as_json:
-        typer.echo(json.dumps({"ok": True, "checks": checks}))
+        _say_json({"ok": True, "checks": checks})
         return
     for check in checks:
-        typer.echo(f"- {check}")
-    typer.echo("ok")
+        _say(f"- {check}")
+    _say("ok")
 
 
 @app.command()
@@ -389,11 +427,11 @@ def init(
         overwrite,
     )
     if as_json:
-        typer.echo(json.dumps(vars(report)))
+        _say_json(vars(report))
         return
-    typer.echo(f"{target}: {report.summary()}")
+    _say(f"{target}: {report.summary()}")
     for note in report.notes:
-        typer.echo(f"- {note}")
+        _say(f"- {note}")
 
 
 @app.command()
@@ -437,12 +475,17 @@ def train(
     given += ["data.allow_outside=true"] if allow_outside else []
     given += [f"output_dir={json.dumps(str(out))}"] if out is not None else []
     loaded = load_recipe(recipe, [*(settings or []), *given])
+
+    def show(rows: Any) -> None:
+        for line in format_table(rows).split("\n"):
+            _say(line, err=True)
+
     with redirect_stdout(sys.stderr):  # where the Trainer's log belongs
-        report = run(loaded, resume, dry_run, lambda rows: typer.echo(format_table(rows), err=True))
+        report = run(loaded, resume, dry_run, show)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(report)))
+        _say_json(dataclasses.asdict(report))
     elif not dry_run:
-        typer.echo(f"{report.output_dir}: {report.summary()}")
+        _say(f"{report.output_dir}: {report.summary()}")
 
 
 @app.command()
@@ -462,12 +505,12 @@ def push(
 
     report = push_folder(folder, repo_id, private or None, revision, create_pr, dry_run)
     if as_json:
-        typer.echo(json.dumps(vars(report)))
+        _say_json(vars(report))
         return
     for name, size in report.files:
-        typer.echo(f"{size:>16,}  {name}")
+        _say(f"{size:>16,}  {name}")
     total = f"{len(report.files)} files, {sum(size for _, size in report.files):,} bytes"
-    typer.echo(f"{total} would go to {report.repo_id}" if dry_run else f"{total}: {report.url}")
+    _say(f"{total} would go to {report.repo_id}" if dry_run else f"{total}: {report.url}")
 
 
 @app.command()
@@ -507,7 +550,7 @@ def serve(
         loaded, processor = _load(model)
         name = model or DEFAULT_MODEL
         served = build_app(name, loaded.to(device) if device else loaded, processor, settings)
-        run(served, sock, lambda url: typer.echo(f"serving {name} at {url}"))
+        run(served, sock, lambda url: _say(f"serving {name} at {url}"))
 
 
 @app.command()
@@ -538,7 +581,7 @@ def demo(
         loaded, processor = _load(model)
         name = model or DEFAULT_MODEL
         page = build_page(loaded.to(device) if device else loaded, processor, name, settings)
-        show(page, sock, share, lambda url: typer.echo(f"showing {name} at {url}"))
+        show(page, sock, share, lambda url: _say(f"showing {name} at {url}"))
 
 
 data_app = typer.Typer(help="Training data.", no_args_is_help=True, rich_markup_mode=None)
@@ -596,15 +639,16 @@ def check_data(
         streaming,
         open_images=not skip_pictures,
         allow_outside=allow_outside,
-        on_row=lambda rows: None if rows % 10_000 else typer.echo(f"{rows:,} rows", err=True),
+        on_row=lambda rows: None if rows % 10_000 else _say(f"{rows:,} rows", err=True),
     )
     if as_json:
-        typer.echo(json.dumps(asdict(report)))
+        _say_json(asdict(report))
     else:
         for bad in report.bad:
             identity = "" if bad.id is None else f" (id {bad.id!r})"
-            typer.echo(f"row {bad.row}{identity}: {' '.join(bad.reason.split())}")
-        typer.echo(report.summary())
+            _say(f"row {bad.row}{identity}: {' '.join(bad.reason.split())}")
+        for line in report.summary().split("\n"):
+            _say(line)
     if report.bad:
         raise typer.Exit(1)
 

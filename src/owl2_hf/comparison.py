@@ -36,10 +36,18 @@ class Comparator:
         processor: Its processor.
         preset: Prompt with two pictures, level words for the second one, and temperature of their logits.
         batch_size: Pairs in one forward pass.
+        original_reading: Read files as the originals do, for the papers' numbers; see `MplugOwl2ImageProcessor`.
     """
 
-    def __init__(self, model: Any, processor: Any, preset: Preset = COMPARE2SCORE, batch_size: int = 4):
-        self._scorer = Scorer(model, processor, preset, batch_size=batch_size)
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        preset: Preset = COMPARE2SCORE,
+        batch_size: int = 4,
+        original_reading: bool = False,
+    ):
+        self._scorer = Scorer(model, processor, preset, batch_size=batch_size, original_reading=original_reading)
         (self._task,) = preset.prompts
 
     def __call__(self, pairs: Sequence[tuple[Any, Any]]) -> list[float]:

@@ -3,15 +3,18 @@
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from PIL import ExifTags, Image
 from safetensors import SafetensorError, safe_open
 
 _INDEX = "model.safetensors.index.json"
@@ -26,6 +29,7 @@ _ALLOWED = re.compile(
 )
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _BINARY = {".safetensors", ".model", ".tiktoken", ".png", ".jpg", ".jpeg"}
+_PROGRAM = re.compile(rb"\x7fELF|MZ\x90\x00|\xcf\xfa\xed\xfe")  # of Linux, Windows, macOS
 _ARCHIVE_OR_PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")
 _SECRET_NAME = re.compile(
     r"\.env.*|.*\.(pem|key)|id_(rsa|dsa|ecdsa|ed25519).*|\.netrc|(stored_)?tokens?(\.txt)?|credentials.*", re.IGNORECASE
@@ -37,6 +41,12 @@ _SECRETS = {
     "a GitHub token": re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"),
     "an API key (sk-)": re.compile(r"(?<![\w-])sk-(?=[\w-]*\d)[\w-]{20,}"),
 }
+_SECRET_KEY = re.compile(
+    r"(.*_)?(api_?key|secret(_?key)?|passw(or)?d|private_?key|credentials?|(access|auth|api|hub|hf|github)_?token)",
+    re.IGNORECASE,
+)
+_NAME_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
+_HOME = re.compile(r"(?<![\w.~])(/(home|Users)/\w|/root/|[A-Za-z]:\\Users\\)")
 _LOCAL_PATH = re.compile(r"(?<![\w.~])(/(home|Users|root|tmp)/|[A-Za-z]:\\)")
 _RELATIVE_IMPORT = re.compile(r"^\s*from \.(\w+) import", re.MULTILINE)
 
@@ -107,6 +117,10 @@ def checked_names(folder: Path) -> list[str]:
     for name in names:
         if Path(name).suffix.lower() not in _BINARY:
             _check_text(folder / name)
+        elif name.endswith(".safetensors"):
+            _check_metadata(folder / name)
+        elif _PICTURE.fullmatch(name):
+            _check_picture(folder / name)
     check_code(folder, names)
     _check_weights(folder, names)
     return names
@@ -163,8 +177,11 @@ def _reason_against_content(path: Path) -> str | None:
     else:
         damaged = None
     with path.open("rb") as file:
-        if _ARCHIVE_OR_PICKLE.match(file.read(4)):
-            return "Pickles or archives under another name, which can run code on loading"
+        start = file.read(4)
+    if _PROGRAM.match(start):
+        return "Programs under another name"
+    if _ARCHIVE_OR_PICKLE.match(start):
+        return "Pickles or archives under another name, which can run code on loading"
     return damaged
 
 
@@ -197,17 +214,70 @@ def _check_card(path: Path) -> None:
 
 def _check_text(path: Path) -> None:
     text = _read_text(path)
-    for kind, pattern in _SECRETS.items():
-        if pattern.search(text):
-            raise ValueError(f"{path} seems to hold {kind}: remove it, and revoke it if it was ever shared.")
+    _check_secrets(path, text)
     if path.suffix != ".json":
+        if found := _HOME.search(text):
+            line = text.count("\n", 0, found.start()) + 1
+            raise ValueError(f"{path}: line {line} names a home folder: expected none, write ~/ or a shorter path.")
         return
     content = _read_json(path)
     if path.name == "tokenizer.json":
         return  # a vocabulary may hold any text
     for key, value in _strings(content):
-        if _LOCAL_PATH.search(value):
+        if value and any(map(_SECRET_KEY.fullmatch, key.split("."))):
+            raise ValueError(f"{path}: {key} seems to be a secret: remove it, and revoke it if it was ever shared.")
+        if _LOCAL_PATH.search(value) or (key.rpartition(".")[2] in _NAME_KEYS and not _is_repo_id(value)):
             raise ValueError(f"{path}: {key} is a path of a local machine: expected none, remove or shorten it.")
+
+
+def _check_secrets(path: Path, text: str) -> None:
+    for kind, pattern in _SECRETS.items():
+        if pattern.search(text):
+            raise ValueError(f"{path} seems to hold {kind}: remove it, and revoke it if it was ever shared.")
+
+
+def _is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return not name
+    return True
+
+
+def _check_metadata(path: Path) -> None:
+    """What safetensors keeps beside the tensors."""
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata() or {}
+    for key, value in metadata.items():
+        _check_secrets(path, f"{key} {value}")
+        if value and _SECRET_KEY.fullmatch(key):
+            raise ValueError(f"{path}: {key} in its metadata seems to be a secret: save the model again without it.")
+        if _LOCAL_PATH.search(value):
+            raise ValueError(f"{path}: {key} in its metadata is a path of a local machine: save it again without.")
+
+
+def _check_picture(path: Path) -> None:
+    """It is what its name says, and tells nothing but what it shows."""
+    kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+    content = path.read_bytes()
+    try:
+        with warnings.catch_warnings(), Image.open(BytesIO(content), formats=[kind]) as image:
+            warnings.simplefilter("ignore")  # damage is an error here
+            image.load()
+            exif = image.getexif()
+            values = [value for key, value in image.info.items() if key not in ("exif", "icc_profile")]
+            values += [*exif.values(), *exif.get_ifd(ExifTags.IFD.Exif).values()]
+            position = exif.get_ifd(ExifTags.IFD.GPSInfo)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes decoders raise almost anything
+        raise ValueError(f"{path}: expected a whole {kind} image, got {type(error).__name__}; save it again.") from None
+    texts = [value.decode("latin-1") if isinstance(value, bytes) else str(value) for value in values]
+    _check_secrets(path, "\n".join([content.decode("latin-1"), *texts]))
+    if position or any("exif:GPS" in text for text in texts):
+        raise ValueError(f"{path} tells the place where it was taken: save it again without EXIF and XMP.")
+    if any(map(_LOCAL_PATH.search, texts)):
+        raise ValueError(f"{path} holds a path of a local machine: save it again without its texts.")
 
 
 def check_code(folder: Path, names: list[str]) -> None:

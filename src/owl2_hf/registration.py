@@ -39,6 +39,7 @@ def register() -> None:
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
+        AutoModelForPreTraining,
         AutoProcessor,
     )
 
@@ -58,7 +59,13 @@ def register() -> None:
     for model_type, config in zip(MODEL_TYPES, (MplugOwl2Config, MplugOwl21Config, MplugDocOwlConfig), strict=True):
         AutoConfig.register(model_type, config, exist_ok=True)
     AutoModel.register(MplugOwl2Config, MplugOwl2Model, exist_ok=True)
-    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto_classes = (
+        AutoModelForPreTraining,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+    )
+    for auto_class in auto_classes:
         auto_class.register(MplugOwl2Config, MplugOwl2ForConditionalGeneration, exist_ok=True)
     AutoImageProcessor.register(
         MplugOwl2Config, image_processor_classes={"pil": MplugOwl2ImageProcessor}, exist_ok=True

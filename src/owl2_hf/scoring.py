@@ -8,8 +8,9 @@ code.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ class Score:
         std: Standard deviation of the level's value, on the same scale (DeQA-Score).
         probs: Probability of each level, among the levels.
         levels: The level words; of a group the first.
-        logits: The model's, for each level, over the temperature.
+        logits: The model's, for each level, over the temperature; with crops the logarithms of `probs`.
         scale: Lowest and highest score.
     """
 
@@ -132,6 +133,9 @@ class Scorer:
         preset: A name in `PRESETS`, or one of your own.
         scale: Lowest and highest score, where not the preset's.
         batch_size: Pictures in one forward pass; it does not change the scores.
+        crops: Score squares of the model's size, cut from the image at its own resolution, and average them. This is
+            not how the papers score.
+        original_reading: Read files as the originals do, for the papers' numbers; see `MplugOwl2ImageProcessor`.
 
     Raises:
         ValueError: The preset is unknown, or a level word is not one token of the vocabulary.
@@ -144,6 +148,8 @@ class Scorer:
         preset: str | Preset = "one-align",
         scale: tuple[float, float] | None = None,
         batch_size: int = 8,
+        crops: bool = False,
+        original_reading: bool = False,
     ):
         if isinstance(preset, str):
             if preset not in PRESETS:
@@ -152,6 +158,7 @@ class Scorer:
         if batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, got {batch_size}.")
         self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.crops, self.original_reading = crops, original_reading
         self.preset = preset if scale is None else replace(preset, scale=scale)
         groups = [(level,) if isinstance(level, str) else level for level in preset.levels]
         self._names = tuple(group[0] for group in groups)
@@ -168,23 +175,49 @@ class Scorer:
         Args:
             images: Pictures as the processor takes them. For task "video" the path of a video each, of which one frame
                 a second counts, or a list or array of frames. One alone may stand without a list.
-            task: One of the preset's.
+            task: One of the preset's; "aesthetic" means "aesthetics".
 
         Raises:
             ValueError: The preset has no such task, a picture or video cannot be read, or the model gives NaN.
         """
+        if task == "aesthetic" and task not in self.preset.prompts:  # pyiqa's word
+            task = "aesthetics"
         if task not in self.preset.prompts:
             raise ValueError(f"expected a task of {', '.join(self.preset.prompts)}, got {task!r}.")
+        if self.crops and task == "video":
+            raise ValueError("expected crops of images, got task 'video': score its frames by another task.")
         images = _to_list(images, is_video=task == "video")
         scores: list[Score] = []
+        if self.crops:
+            return [self._score_crops(image, self.preset.prompts[task]) for image in images]
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
             if task == "video":
                 batch = [read_frames(video) if isinstance(video, (str, Path)) else video for video in batch]
-            scores += self._score_batch(batch, self.preset.prompts[task])
+            scores += [self._score(levels) for levels in self._levels(batch, self.preset.prompts[task])]
         return scores
 
-    def _score_batch(self, images: Sequence[Any], prompt: str) -> list[Score]:
+    def open_image(self, image: Any) -> Image.Image:
+        """An image of any kind in RGB, read as this scorer reads it.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        return self.processor.image_processor.process_image(image, original_reading=self.original_reading)
+
+    def _score_crops(self, image: Any, prompt: str) -> Score:
+        """The score by the mean of all crops' probabilities."""
+        image = self.open_image(image)
+        size = dict(self.processor.image_processor.size)
+        boxes = crop_boxes(image.width, image.height, size.get("height") or size["shortest_edge"])
+        probs = []  # (K,) each
+        for start in range(0, len(boxes), self.batch_size):
+            batch = [image.crop(box) for box in boxes[start : start + self.batch_size]]
+            probs += [levels.softmax(-1) for levels in self._levels(batch, prompt)]
+        return self._score(torch.stack(probs).mean(0).log())
+
+    def _levels(self, images: Sequence[Any], prompt: str) -> Tensor:
+        """(B, K) logits of the levels, over the temperature."""
         frames = [list(image) if is_many(image) else [image] for image in images]
         if not all(frames):
             raise ValueError("expected at least one frame of each video, got a list without any.")
@@ -198,17 +231,18 @@ class Scorer:
             padding=True,
             padding_side="left",
             image_aspect_ratio=self.preset.image_aspect_ratio,
+            original_reading=self.original_reading,
             return_tensors="pt",
         ).to(self.model.device)
         with torch.no_grad():
             logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float().cpu()
-        return [self._score(row) for row in logits]
-
-    def _score(self, logits: Tensor) -> Score:
-        """(V,) logits of the next token -> the score."""
-        levels = torch.stack([logits[ids].mean() for ids in self._ids]) / self.preset.temperature
+        levels = torch.stack([logits[:, ids].mean(-1) for ids in self._ids], -1) / self.preset.temperature
         if not levels.isfinite().all():
             raise ValueError(f"the model's logits are not finite ({levels.tolist()}): try another dtype, or verify it.")
+        return levels
+
+    def _score(self, levels: Tensor) -> Score:
+        """(K,) logits of the levels -> the score."""
         probs = levels.softmax(-1)
         low, high = self.preset.scale
         values = low + (high - low) * torch.tensor(self.preset.values)
@@ -223,6 +257,24 @@ def _to_list(images: Any, is_video: bool) -> Any:
         return images if is_many(images) else [images]
     is_several = isinstance(images, (list, tuple)) and all(is_many(one) or is_video_path(one) for one in images)
     return images if is_several else [images]
+
+
+def crop_boxes(width: int, height: int, side: int) -> list[tuple[int, int, int, int]]:
+    """Squares of this side that cover an image, row by row, at even steps; the fewest that do, so they may overlap.
+
+    Returns:
+        (left, top, right, bottom) of each. Where the image is smaller than the side, a box ends with the image.
+    """
+
+    def starts(length: int) -> list[int]:
+        steps = math.ceil(length / side) - 1
+        return [round(step * (length - side) / steps) for step in range(steps + 1)] if steps > 0 else [0]
+
+    return [
+        (left, top, min(left + side, width), min(top + side, height))
+        for top in starts(height)
+        for left in starts(width)
+    ]
 
 
 def _token_id(tokenizer: Any, word: str) -> int:
@@ -243,27 +295,60 @@ def score_each(scorer: Scorer, images: Sequence[Any], task: str = "quality") -> 
 
     Args:
         images: A list as for `Scorer`, for task "video" of videos; opened one by one, so that a broken one costs
-            nothing else its score.
+            nothing else its score. An error in the list comes back in its place.
     """
     for start in range(0, len(images), scorer.batch_size):
         batch = images[start : start + scorer.batch_size]
-        opened = [_try_open(scorer.processor, image, is_video=task == "video") for image in batch]
+        opened = [_try_open(scorer, image, is_video=task == "video") for image in batch]
         good = [image for image in opened if not isinstance(image, ValueError)]
         scores = iter(scorer(good, task) if good else [])
         for image in opened:
             yield image if isinstance(image, ValueError) else next(scores)
 
 
-def _try_open(processor: Any, image: Any, is_video: bool) -> Any:
+def score_paths(
+    scorer: Scorer, paths: Iterable[str], task: str = "quality"
+) -> Iterator[tuple[str, Score | ValueError]]:
+    """Names and scores of files and folders, with the error of what cannot be read in its place.
+
+    Args:
+        paths: As for `expand_paths`. For a task other than "video", a video is its frames, one a second, each with a
+            score of its own and named by its second: `clip.mp4#t=3`.
+    """
+    pending = _named_images(paths, is_video=task == "video")
+    while batch := list(islice(pending, scorer.batch_size)):
+        names, images = zip(*batch, strict=True)
+        yield from zip(names, score_each(scorer, images, task), strict=True)
+
+
+def _named_images(paths: Iterable[str], is_video: bool) -> Iterator[tuple[str, Any]]:
+    """What is to be scored with its name, opened no sooner than it is needed."""
+    for path in paths:
+        try:
+            for name, source in zip(*expand_paths([path], is_video), strict=True):
+                if is_video or not is_video_path(source):
+                    yield name, source
+                    continue
+                try:
+                    for second, frame in enumerate(read_frames(source)):
+                        yield f"{name}#t={second}", frame
+                except ValueError as error:
+                    yield name, error
+        except (ValueError, OSError) as error:
+            yield path, ValueError(str(error))
+
+
+def _try_open(scorer: Scorer, image: Any, is_video: bool) -> Any:
     """A decoded picture, the list of a video's frames, or what is wrong with it."""
-    open_image = processor.image_processor.process_image
+    if isinstance(image, ValueError):
+        return image
     try:
         if not is_video:
-            return open_image(image)
+            return scorer.open_image(image)
         frames = read_frames(image) if isinstance(image, (str, Path)) else image
         if is_many(frames) and len(frames) == 0:
             raise ValueError("expected at least one frame, got a list without any.")
-        return [open_image(frame) for frame in (frames if is_many(frames) else [frames])]
+        return [scorer.open_image(frame) for frame in (frames if is_many(frames) else [frames])]
     except (ValueError, OSError) as error:
         return ValueError(str(error))
 
@@ -310,5 +395,5 @@ def _pictures(folder: Path) -> list[Path]:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
     if not files:
-        raise ValueError(f"{folder} holds no pictures: expected files named {', '.join(sorted(suffixes)[:6])}, ...")
+        raise ValueError(f"{folder} holds no images: expected files named {', '.join(sorted(suffixes)[:6])}, ...")
     return files

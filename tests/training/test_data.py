@@ -153,6 +153,7 @@ def test_the_row_stays_as_it_is(row, folder):
 BAD = [
     ([], "expected an object, got list"),
     ({"text": "a"}, "expected 'conversations' .LLaVA. or 'messages', got keys: text"),
+    ({"text": "a", "image_folder": None, "allow_outside": True}, "got keys: text.$"),
     ({"conversations": []}, "'conversations' has no turns"),
     ({"messages": "hi"}, "expected a list of turns in 'messages', got str"),
     ({"messages": ["hi"]}, "turn 1: expected an object, got str"),

@@ -26,6 +26,7 @@ from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
 from ..modeling.conversion_mplug_owl2 import original_key, to_original
 from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..modeling.modeling_mplug_owl2_abstractor import image_position_table, query_position_table
+from ..printing import printable
 from ..processing import MplugOwl2Processor
 from ..processing.tokenization_mplug_owl2 import (
     QWEN_VOCABULARY,
@@ -422,8 +423,8 @@ def _write_around_ours(source: Source, folder: Path, tokenizer: str | Path | Non
     if origin is None:
         expected = f"{', '.join(TOKENIZER_FILES[:-1])} or {TOKENIZER_FILES[-1]}"
         logger.warning(
-            f"{source.folder} has no {expected}: the converted folder has no processor. Convert again with --tokenizer "
-            "PATH to give it one."
+            f"{str(source.folder)!r} has no {expected}: the converted folder has no processor. Convert again with "
+            "--tokenizer PATH to give it one."
         )
         return None
     processor = load_processor(source, tokenizer)
@@ -442,7 +443,7 @@ def _write_around_original(source: Source, folder: Path, tokenizer: str | Path |
     generation_config(source).save_pretrained(folder)
     origin = tokenizer or (source.folder if has_tokenizer(source.folder) else None)
     if origin is None:
-        logger.warning(f"{source.folder} has no tokenizer: the target has none. Give one with --tokenizer PATH.")
+        logger.warning(f"{str(source.folder)!r} has no tokenizer: the target has none. Give one with --tokenizer PATH.")
     else:
         processor = load_processor(source, tokenizer)
         if processor.image_processor.image_aspect_ratio == "pad":
@@ -450,7 +451,9 @@ def _write_around_original(source: Source, folder: Path, tokenizer: str | Path |
         vocabulary = vocabulary_file(Path(origin))
         name = QWEN_VOCABULARY if source.config.is_owl21 else SENTENCEPIECE_VOCABULARY
         if vocabulary is None or _vocabulary_name(vocabulary) != name:
-            logger.warning(f"{origin} has no {name}, as the original's code needs: give one with --tokenizer PATH.")
+            logger.warning(
+                f"{str(origin)!r} has no {name}, as the original's code needs: give one with --tokenizer PATH."
+            )
             vocabulary = Path(origin) / "tokenizer.json" if Path(origin).is_dir() else Path(origin)
         save_original_processor(processor, vocabulary, folder)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -510,7 +513,7 @@ def generation_config(source: Source) -> GenerationConfig:
     try:
         given = read_json(source.folder / "generation_config.json")
     except ValueError as error:
-        logger.warning(f"{error}; the tokens of config.json are taken instead.")
+        logger.warning(f"{printable(str(error))}; the tokens of config.json are taken instead.")
         given = {}
     known = {**_GENERATION, **(_SAMPLING if given.get("do_sample") is True else {})}
     for name, kinds in known.items():

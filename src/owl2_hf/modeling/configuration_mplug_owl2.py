@@ -17,6 +17,7 @@ from .compatibility_mplug_owl2 import ComposedConfig, SubConfigSpec
 AUTO_MAP = {
     "AutoConfig": "configuration_mplug_owl2.MplugOwl2Config",
     "AutoModel": "modeling_mplug_owl2.MplugOwl2Model",
+    "AutoModelForPreTraining": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
@@ -277,6 +278,21 @@ class MplugOwl2Config(ComposedConfig):
         if self.is_owl21:
             # What transformers finds the names of the original by; the class's own is saved.
             self.model_type = MplugOwl21Config.model_type
+
+    @PreTrainedConfig._attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None):
+        self.check_attn_implementation(value)
+        PreTrainedConfig._attn_implementation.fset(self, value)
+
+    def check_attn_implementation(self, value: str | dict | None) -> None:
+        """Refuse a dict with names that transformers would ignore.
+
+        Raises:
+            ValueError: A key is no part of this configuration.
+        """
+        if isinstance(value, dict) and (unknown := sorted(set(value) - {"", *self.sub_configs})):
+            parts = ", ".join(map(repr, self.sub_configs))
+            raise ValueError(f"attn_implementation: expected parts of {parts} or '', got {unknown}; correct them.")
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):

@@ -168,6 +168,11 @@ class MplugOwl2PreTrainedModel(AdapterMethods, PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
+        """As in transformers, which ignores the name of a part that the model does not have; here it is an error."""
+        self.config.check_attn_implementation(attn_implementation)
+        return super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     @classmethod
     def maybe_distribute_model(cls, model: "MplugOwl2PreTrainedModel", distributed_config, mesh_manager):
         """As in transformers; attention whose heads the processes cannot share evenly stays whole in each of them."""
@@ -521,6 +526,35 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, ImagesInGenera
         if has_pictures and input_ids is not None and kwargs.get("mm_token_type_ids") is None:
             kwargs["mm_token_type_ids"] = input_ids.eq(self.config.image_token_id).long()
         return super().generate(inputs, **rename_cache(kwargs))
+
+    def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
+        """As in transformers, for text alone: continuous batching hands over no images.
+
+        Raises:
+            ValueError: A prompt has image placeholders.
+        """
+        self._check_text_only(inputs)
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in transformers; a request with image placeholders is refused, as `generate_batch` does."""
+        manager = super().init_continuous_batching(*args, **kwargs)
+        add_request = manager.add_request
+
+        def add_text_request(input_ids: list[int], *args, **kwargs):
+            self._check_text_only([input_ids])
+            return add_request(input_ids, *args, **kwargs)
+
+        manager.add_request = add_text_request
+        return manager
+
+    def _check_text_only(self, prompts: list[list[int]]) -> None:
+        for index, prompt in enumerate(prompts):
+            if self.config.image_token_id in list(prompt):
+                raise ValueError(
+                    f"prompt {index} has image placeholders (id {self.config.image_token_id}), but continuous batching "
+                    "hands over no images, and the answer would be blind: use generate, which takes batches."
+                )
 
     def _check_context(self, num_prompt: int, max_new_tokens: int) -> None:
         context = self.config.get_text_config().max_position_embeddings

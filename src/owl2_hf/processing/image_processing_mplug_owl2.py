@@ -10,6 +10,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -58,6 +59,7 @@ class MplugOwl2ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[
     crop_anchors: str | None
     add_global_image: bool | None
     add_text_crop_tags: bool | None
+    original_reading: bool | None
 
 
 class MplugOwl2ImageProcessor(PilBackend):
@@ -75,11 +77,14 @@ class MplugOwl2ImageProcessor(PilBackend):
         add_global_image: In front of its crops "anchors" puts the whole picture, stretched to the square. DocOwl 1.5's
             first-stage checkpoints want `False`.
         add_text_crop_tags: For the processor: each crop of "anchors" is named in the prompt, as `<crop_img_row0_col0>`.
+        original_reading: Files are read as the original, Q-Align and pyiqa read them, by PIL's `convert("RGB")` alone:
+            EXIF orientation is not applied, and 16-bit grey is clipped at 255, not scaled. For the papers' numbers.
 
     Pictures may be PIL images, arrays, tensors, paths, URLs, data URLs, base64 strings or bytes, singly or in lists.
     EXIF orientation is applied to what is opened here; a PIL image is taken as it is. Transparency is dropped, as in
     the original. 16-bit grey is scaled to 8 bits. Of an animation the first frame counts. Arrays hold 0 to 255, or
-    floats from 0 to 1; channels come last in arrays and first in tensors where the shape leaves it open.
+    floats from 0 to 1, which mean the same with and without `do_rescale`; channels come last in arrays and first in
+    tensors where the shape leaves it open.
 
     Raises:
         ValueError: A picture is broken, too large, or of an unknown kind; the message names it.
@@ -92,6 +97,7 @@ class MplugOwl2ImageProcessor(PilBackend):
     crop_anchors = "grid_9"
     add_global_image = True
     add_text_crop_tags = True
+    original_reading = False
     size = {"height": 448, "width": 448}
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
@@ -125,6 +131,8 @@ class MplugOwl2ImageProcessor(PilBackend):
         values = super().to_dict()
         if self.image_aspect_ratio != "anchors":
             values = {key: value for key, value in values.items() if key not in _ANCHOR_SETTINGS}
+        if not self.original_reading:
+            values.pop("original_reading", None)
         return values
 
     def num_crops(
@@ -150,7 +158,7 @@ class MplugOwl2ImageProcessor(PilBackend):
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
         if isinstance(images, (str, Path, bytes)):
-            return open_image(images, self.max_image_pixels)
+            return open_image(images, self.max_image_pixels, self.original_reading)
         return images
 
     def _prepare_image_like_inputs(self, images: Any, *args, **kwargs) -> list[Image.Image]:
@@ -163,18 +171,26 @@ class MplugOwl2ImageProcessor(PilBackend):
         ]
 
     def process_image(
-        self, image: Any, *, input_data_format=None, max_image_pixels=None, do_rescale=True, **kwargs
+        self,
+        image: Any,
+        *,
+        input_data_format=None,
+        max_image_pixels=None,
+        do_rescale=True,
+        original_reading=None,
+        **kwargs,
     ) -> Image.Image:
         """One picture of any kind -> RGB."""
         max_image_pixels = max_image_pixels or self.max_image_pixels
+        original_reading = self.original_reading if original_reading is None else original_reading
         if isinstance(image, (str, Path, bytes)):
-            image = open_image(image, max_image_pixels)
+            return open_image(image, max_image_pixels, original_reading)
         if isinstance(image, Image.Image):
             _check_size(image, max_image_pixels)  # before anything is decoded
-        elif do_rescale is False and "float" in str(getattr(image, "dtype", "")) and image.max() <= 1:
-            raise ValueError("floats from 0 to 1 become 0 to 255 first; leave do_rescale on.")
-        picture = to_rgb(image, input_data_format)
+        picture = to_rgb(image, input_data_format, original_reading)
         _check_size(picture, max_image_pixels)
+        if do_rescale is False and "float" in str(getattr(image, "dtype", "")) and image.max() <= 1:
+            picture.info["is_rescaled"] = True  # 1 has become 255
         return picture
 
     def _preprocess(
@@ -208,12 +224,13 @@ class MplugOwl2ImageProcessor(PilBackend):
             data["crop_grid"] = [best_anchor(image.height, image.width, size.height, anchors) for image in images]
         # A channel has 256 shades: they are computed once, (3, 256), and each pixel looks its own up.
         shades = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))
-        if do_rescale:
-            shades = self.rescale(shades, rescale_factor)
-        if do_normalize:
-            shades = self.normalize(shades, image_mean, image_std)
-        values_of_shades = shades[:, 0]
+        values_of_shades = {}
+        for rescale in {do_rescale or "is_rescaled" in image.info for image in images}:
+            values = self.rescale(shades, rescale_factor if do_rescale else 1 / 255) if rescale else shades
+            values = self.normalize(values, image_mean, image_std) if do_normalize else values
+            values_of_shades[rescale] = values[:, 0]
         for index, image in enumerate(images):
+            values_of_channels = values_of_shades[do_rescale or "is_rescaled" in image.info]
             squares: Iterable[Image.Image] = [image]
             if do_resize and image_aspect_ratio == "anchors":
                 squares = _cut(image, size.height, resample, data["crop_grid"][index], add_global_image)
@@ -222,7 +239,7 @@ class MplugOwl2ImageProcessor(PilBackend):
                 squares = [make_square(image, size.height, resample, max_image_pixels, image_mean)]
             for square in squares:
                 channels = np.asarray(square).transpose(2, 0, 1)
-                pixels = [values[channel] for values, channel in zip(values_of_shades, channels, strict=True)]
+                pixels = [values[channel] for values, channel in zip(values_of_channels, channels, strict=True)]
                 data["pixel_values"].append(np.stack(pixels))
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -294,8 +311,13 @@ def _crop(picture: Image.Image, side: int, resample: int, max_pixels: int, mean:
     return picture.crop((left, top, left + side, top + side))
 
 
-def open_image(source: str | Path | bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Open a picture from a path, an http(s) URL, a data URL, base64 or bytes, upright.
+def open_image(
+    source: str | Path | bytes, max_pixels: int = MAX_IMAGE_PIXELS, original_reading: bool = False
+) -> Image.Image:
+    """Open a picture from a path, an http(s) URL, a data URL, base64 or bytes, in RGB and upright.
+
+    Args:
+        original_reading: As for `MplugOwl2ImageProcessor`.
 
     Raises:
         ValueError: It cannot be had, is not a picture in one of `FORMATS`, or is too large.
@@ -312,7 +334,7 @@ def open_image(source: str | Path | bytes, max_pixels: int = MAX_IMAGE_PIXELS) -
     else:
         name = repr(source) if len(source) <= 100 else f"text of {len(source):,} letters"
         read = partial(_decode_base64, source)
-    return _named(name, lambda: _decode(read(), max_pixels))
+    return _named(name, lambda: _decode(read(), max_pixels, original_reading))
 
 
 def _named(name: str, action: Callable[[], Any]) -> Any:
@@ -380,7 +402,7 @@ def _decode_base64(text: str) -> bytes:
         raise ValueError("expected a file, an http(s) URL, a data URL or base64, and it is none of them.") from None
 
 
-def _decode(content: bytes, max_pixels: int) -> Image.Image:
+def _decode(content: bytes, max_pixels: int, original_reading: bool) -> Image.Image:
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f"it has {len(content):,} bytes, at most {MAX_FILE_BYTES:,} are read.")
     try:
@@ -395,10 +417,11 @@ def _decode(content: bytes, max_pixels: int) -> Image.Image:
         raise ValueError(f"it is damaged ({type(error).__name__}).") from None
     _check_size(picture, max_pixels)
     _load(picture)
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # damaged EXIF data say nothing about the pixels
-        return picture
+    upright: Image.Image = picture
+    if not original_reading:
+        with suppress(Exception):  # damaged EXIF data say nothing about the pixels
+            upright = ImageOps.exif_transpose(picture)
+    return to_rgb(upright, original_reading=original_reading)
 
 
 def _load(picture: Image.Image) -> None:
@@ -408,8 +431,7 @@ def _load(picture: Image.Image) -> None:
     except MemoryError:
         raise
     except Exception as error:  # as above
-        name = getattr(picture, "filename", None)
-        raise ValueError(f"{repr(str(name)) + ' ' if name else 'it '}is damaged ({type(error).__name__}).") from None
+        raise ValueError(f"it is damaged ({type(error).__name__}).") from None
 
 
 def _check_size(picture: Image.Image, max_pixels: int) -> None:
@@ -420,25 +442,35 @@ def _check_size(picture: Image.Image, max_pixels: int) -> None:
         )
 
 
-def to_rgb(image: Any, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
+def to_rgb(
+    image: Any, input_data_format: str | ChannelDimension | None = None, original_reading: bool = False
+) -> Image.Image:
     """A PIL image, array or tensor as an RGB PIL image, which may be the very one that came."""
     if isinstance(image, Image.Image):
-        return _pil_to_rgb(image)
+        read = partial(_pil_to_rgb, image, original_reading)
+        name = getattr(image, "filename", None)  # of one that PIL has opened and not yet read
+        return _named(repr(str(name)), read) if name else read()
     if hasattr(image, "detach"):  # a tensor, which has channels first unless its shape says otherwise
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
+        try:
+            image = image.detach().cpu()
+            image = (image.float() if image.is_floating_point() else image).numpy()
+        except (NotImplementedError, RuntimeError, TypeError):
+            kind = f"{str(image.layout).removeprefix('torch.')} tensor of {image.dtype} on {image.device.type}"
+            raise ValueError(f"expected a dense tensor that holds numbers, got a {kind}.") from None
         return _array_to_rgb(image, input_data_format, ambiguous=ChannelDimension.FIRST)
     if isinstance(image, np.ndarray):
         return _array_to_rgb(image, input_data_format, ambiguous=ChannelDimension.LAST)
     raise ValueError(f"expected a PIL image, an array, a tensor, a path, a URL or base64, got {type(image).__name__}.")
 
 
-def _pil_to_rgb(image: Image.Image) -> Image.Image:
+def _pil_to_rgb(image: Image.Image, original_reading: bool) -> Image.Image:
     if image.width == 0 or image.height == 0:
         raise ValueError(f"it has no pixels ({image.width} x {image.height}).")
     _load(image)
     if image.mode == "RGB":
         return image
+    if original_reading:
+        return _convert(image)
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         if image.mode != "I" or values.max() > 255:
@@ -448,6 +480,10 @@ def _pil_to_rgb(image: Image.Image) -> Image.Image:
         return _array_to_rgb(np.asarray(image))
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")
+    return _convert(image)
+
+
+def _convert(image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
     except ValueError:

@@ -74,6 +74,25 @@ MASKS_FOLLOW_IMAGES = "placeholder_ends" in inspect.getsource(ProcessorMixin)
 QWEN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("eos_token", "'</s>'")
 
 
+class Decoded(str):
+    """Text of a prompt and its answer. What is cut off behind `ASSISTANT:` is an `Answer`."""
+
+    def __getitem__(self, key):
+        text = super().__getitem__(key)
+        is_answer = isinstance(key, slice) and text.startswith(" ") and str(self)[: key.start].endswith("ASSISTANT:")
+        return Answer(text[1:]) if is_answer else text
+
+    def __reduce__(self):
+        return str, (str(self),)
+
+
+class Answer(Decoded):
+    """An answer without the space in front, which it has again where a raw prompt is put in front of it."""
+
+    def __radd__(self, prompt):
+        return f"{prompt} {self}" if prompt.endswith("ASSISTANT:") else f"{prompt}{self}"
+
+
 class MplugOwl2Processor(ProcessorMixin):
     """Tokenizer and image processor in one.
 
@@ -303,6 +322,11 @@ class MplugOwl2Processor(ProcessorMixin):
             all_offsets.append(offsets)
         return expanded, all_offsets
 
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
+        """As in transformers; an answer that a pipeline cuts off behind `ASSISTANT:` begins without its space."""
+        texts = super().post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
+        return Decoded(texts) if isinstance(texts, str) else [Decoded(text) for text in texts]
+
     def create_mm_token_type_ids(self, input_ids: Iterable) -> list[list[int]]:
         """As in transformers, for the one modality that there is: 1 at visual tokens, 0 elsewhere."""
         rows = (row if isinstance(row, list) else row.tolist() for row in input_ids)
@@ -312,7 +336,15 @@ class MplugOwl2Processor(ProcessorMixin):
         """As in transformers, with the text of every message taken as text, and lists of frames as `video` parts.
 
         `sanitize_control_tokens` is always in force.
+
+        Raises:
+            ValueError: A message or part makes no sense, or the template has no place for `tools` or `documents`.
         """
+        given = {**dict(zip(("chat_template", "tools", "documents"), args, strict=False)), **kwargs}
+        template = given.get("chat_template") or self.chat_template
+        for name in ("tools", "documents"):
+            if given.get(name) and name not in str(template):
+                raise ValueError(f"The chat template has no place for {name}: leave them out, or write a message.")
         if kwargs.get("return_assistant_tokens_mask") and not MASKS_FOLLOW_IMAGES:
             wanted = {"return_text_replacement_offsets": True}
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **wanted}
@@ -337,7 +369,7 @@ class MplugOwl2Processor(ProcessorMixin):
             if role not in ("system", "user", "assistant"):
                 raise ValueError(f"A message must be a dict with role 'system', 'user' or 'assistant', got {role!r}.")
             content = message.get("content")
-            if content is None or isinstance(content, str):
+            if isinstance(content, str) or (content is None and role == "assistant"):
                 content = self._escape(content or "")
             elif isinstance(content, (list, tuple)):
                 content = [plain for part in content for plain in self._plain_part(part)]

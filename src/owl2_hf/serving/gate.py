@@ -14,7 +14,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-METHODS = {"/health": "GET", "/v1/models": "GET", "/v1/chat/completions": "POST"}
+METHODS = {"/health": "GET", "/v1/models": "GET", "/v1/chat/completions": "POST", "/load_model": "POST"}
 MAX_WAITING = 64  # requests that are answered or wait for it
 BODY_SECONDS = 60.0
 DRAIN_SECONDS = 5.0

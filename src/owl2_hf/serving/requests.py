@@ -1,9 +1,10 @@
 """What a chat request may hold: OpenAI's fields, checked before anything is made of them.
 
 What would change the answer and is not supported is refused, not ignored: tools, several answers, log probabilities,
-sound, videos, and transformers' own `generation_config` and `chat_template_kwargs`, which reach into the server.
+sound, videos, `chat_template_kwargs`, and most of transformers' own `generation_config`, which reach into the server.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -60,6 +61,22 @@ class ResponseFormat(_Strict):
     type: Literal["text"]
 
 
+class ClientConfig(_Strict):
+    """What `transformers chat` asks for beside OpenAI's fields."""
+
+    do_sample: bool | None = None
+    max_new_tokens: Limit | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=3)] | None = None
+    transformers_version: Any = None
+
+
+def _from_json(config: Any) -> Any:
+    return json.loads(config) if isinstance(config, str) else config
+
+
 class ChatRequest(_Strict):
     """The body of `POST /v1/chat/completions`."""
 
@@ -78,6 +95,7 @@ class ChatRequest(_Strict):
     stop: Annotated[
         Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None, BeforeValidator(_as_list)
     ] = None
+    generation_config: Annotated[ClientConfig | None, BeforeValidator(_from_json)] = None  # in JSON
     # Only where they ask for nothing.
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None

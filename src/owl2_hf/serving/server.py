@@ -21,7 +21,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -34,7 +34,7 @@ from ..modeling import MplugOwl2ForConditionalGeneration
 from ..processing.image_processing_mplug_owl2 import MAX_IMAGE_PIXELS
 from .gate import Gate, error_body
 from .pictures import is_http, read_pictures
-from .requests import ChatRequest, parse_request
+from .requests import ChatRequest, ClientConfig, parse_request
 from .stopping import StopFilter, find_stop
 
 logger = logging.get_logger(__name__)
@@ -83,8 +83,10 @@ class PinnedModel(ModelManager):
     def load_model_and_processor(self, *args, **kwargs) -> tuple[Any, Any]:
         return self.model, self.processor
 
-    def get_gen_models(self, *args) -> list[dict]:
+    def list_models(self, *args) -> list[dict]:
         return [self.card]
+
+    get_gen_models = list_models  # its name before transformers 5.24
 
 
 class Generator(GenerateManager):
@@ -215,8 +217,13 @@ class ChatHandler(ChatCompletionHandler):
         names = {"temperature", "top_p", "frequency_penalty", "logit_bias", "stop"}
         wanted = {name: value for name, value in request.model_dump(include=names).items() if value}
         config = self._build_generation_config(wanted, self.model.generation_config)
-        asked = request.max_completion_tokens or request.max_tokens or self.settings.max_new_tokens
-        config.max_new_tokens = min(asked, self.settings.max_new_tokens, room)
+        client = request.generation_config or ClientConfig()
+        values = client.model_dump(exclude={"max_new_tokens", "transformers_version"}, exclude_none=True)
+        if values.get("temperature") == 0:
+            values["do_sample"] = bool(values.pop("temperature"))
+        config.update(**values)
+        asked = request.max_completion_tokens or request.max_tokens or client.max_new_tokens
+        config.max_new_tokens = min(asked or room, self.settings.max_new_tokens, room)
         if request.temperature is not None or request.top_p is not None:
             config.do_sample = request.temperature != 0
         return config
@@ -261,6 +268,20 @@ def build_app(name: str, model: Any, processor: Any, settings: ServerSettings | 
         if model != name:
             raise HTTPException(404, f"the model {ascii(model)[:200]} is not here; this is {name!r}.")
         return pinned.card
+
+    # transformers' own would load what a request names.
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) != "/load_model"]
+
+    @app.post("/load_model")
+    def load_model(body: dict) -> Response:
+        """What `transformers chat` asks first; the one model is there."""
+        if not isinstance(wanted := body.get("model"), str):
+            raise HTTPException(400, "model: expected the name of the model.")
+        event = {"status": "ready", "model": name, "cached": True}
+        if wanted != name:
+            message = f"the model {ascii(wanted)[:200]} is not here; this is {name!r}."
+            event = {"status": "error", "model": wanted, "message": message}
+        return Response(f"data: {json.dumps(event)}\n\n", media_type="text/event-stream")
 
     _shape_errors(app)
     return ServedModel(app, settings, handler.generator)

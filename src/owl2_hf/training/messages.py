@@ -76,7 +76,7 @@ def to_messages(
     elif row.get("messages") is not None:
         messages = _from_messages(row["messages"], bool(images), bool(videos), place)
     else:
-        keys = ", ".join(map(str, row)) or "none"
+        keys = ", ".join(str(key) for key in row if key not in ("image_folder", "allow_outside")) or "none"
         raise ValueError(f"expected 'conversations' (LLaVA) or 'messages', got keys: {keys}.")
     _check_turns(messages)
     _fill(messages, images, videos)
