@@ -125,6 +125,6 @@ def _check_compiler(device: torch.device) -> None:
         default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
         names, variable = [os.environ.get("CXX", default)], "CXX"
     if not any(map(shutil.which, names)):
-        raise Skipped(f"no C compiler: install {names[0]}, or name yours in {variable}")
+        raise Skipped(f"no C compiler, {names[0]} is not here: install it, or name yours in {variable}")
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         raise Skipped("no Python.h: install the headers of Python, often named python3-dev")

@@ -202,9 +202,10 @@ def _platform(device: torch.device) -> dict[str, Any]:
 def _quiet() -> Iterator[None]:
     """No progress bars, no hints of transformers; products of float32 on a GPU in float32."""
     verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    cudnn = torch.backends.cudnn
+    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("highest")
     try:
         with (
             warnings.catch_warnings(),
@@ -213,6 +214,7 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        torch.set_float32_matmul_precision(precision)
         logging.set_verbosity(verbosity)
         if had_bar:
             logging.enable_progress_bar()
