@@ -1,7 +1,7 @@
-"""Ways to the same logits: with and without a cache, in a batch and alone, saved, compiled, with other attention.
+"""Ways to the same logits: cached or not, in a batch or alone, saved, compiled, other attention.
 
-They hold for any model of the family. Every answer is compared with its own tokens read at once, row by row, without a
-cache; so a near tie that is decided otherwise is no difference.
+They hold for any model of the family. Each answer is compared with its own tokens read at once,
+row by row, without a cache. So it does not matter which of two near-equal tokens was chosen.
 """
 
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers.utils
+from torch import Tensor
 from transformers import CompileConfig
 
 from .remote import ask_without_the_package
@@ -38,7 +39,8 @@ def batch(subject: Subject) -> Found:
     side = subject.processor.tokenizer.padding_side
     if found.is_ok or side == "left":
         return found
-    return found._replace(wrong=f"the tokenizer pads on the {side}, generation needs padding on the left")
+    wrong = f"the tokenizer pads on the {side}, generation needs padding on the left"
+    return found._replace(wrong=wrong)
 
 
 def save_and_load(subject: Subject) -> Found:
@@ -48,17 +50,20 @@ def save_and_load(subject: Subject) -> Found:
     loaded = loaded.to(model.device).eval()
     before, after = model.state_dict(), loaded.state_dict()
     names = sorted(before.keys() | after.keys())
-    other = [name for name in names if name not in before or name not in after or not _same(before[name], after[name])]
+    other = [name for name in names if not _same(before.get(name), after.get(name))]
     again = Subject(loaded, subject.processor, subject.scratch)
     nothing = torch.zeros(0, dtype=torch.long)
     logits = (one.whole(one.rows(TWO_IMAGES), nothing) for one in (again, subject))
-    wrong = f"{len(other)} of {len(names)} tensors changed, the first is {other[0]}" if other else ""
+    wrong = ""
+    if other:
+        wrong = f"{len(other)} of {len(names)} tensors changed, the first is {other[0]}"
     return Found(relative_error(*logits), subject.tolerance, wrong)
 
 
 def remote_code(subject: Subject) -> Found:
-    text, names = PROMPTS[ONE_IMAGE]
-    found = ask_without_the_package(subject, text.format(image=subject.processor.image_token), names)
+    text, images = PROMPTS[ONE_IMAGE]
+    prompt = text.format(image=subject.processor.image_token)
+    found = ask_without_the_package(subject, prompt, images)
     expected = subject.whole(subject.rows(ONE_IMAGE), torch.zeros(0, dtype=torch.long))
     return Found(relative_error(subject.real(found), expected), subject.tolerance)
 
@@ -81,7 +86,7 @@ def attention(name: str, subject: Subject) -> Found:
     try:
         model.set_attn_implementation(name)
         with stance:
-            new_ids, logits = subject.decode(subject.rows(*ALL), 3)
+            new_ids, logits = subject.decode(subject.rows(*ALL, padding_side="left"), 3)
         model.set_attn_implementation("eager")
         return Found(subject.whole_error(ALL, new_ids, logits), subject.tolerance, detail=detail)
     finally:
@@ -93,8 +98,8 @@ def compiled(subject: Subject) -> Found:
     _check_compiler(subject.model.device)
     config = CompileConfig(fullgraph=True, dynamic=False, mode="default")
     config._compile_all_devices = True  # transformers compiles on GPUs alone unless told
-    error = subject.decoding_error((ONE_IMAGE,), cache_implementation="static", compile_config=config)
-    return Found(error, subject.tolerance)
+    options = {"cache_implementation": "static", "compile_config": config}
+    return Found(subject.decoding_error((ONE_IMAGE,), **options), subject.tolerance)
 
 
 def attention_checks() -> list[tuple[str, Callable[[Subject], Found]]]:
@@ -111,7 +116,11 @@ def _attention(subject: Subject) -> dict[str, str]:
     return {"attn_implementation": subject.model.config._attn_implementation}
 
 
-def _same(before: torch.Tensor, after: torch.Tensor) -> bool:
+def _same(before: Tensor | None, after: Tensor | None) -> bool:
+    if before is None or after is None:
+        return False
+    if hasattr(before, "__tensor_flatten__"):  # quantised: torchao has no equality
+        before, after = before.dequantize(), after.dequantize()
     return before.dtype == after.dtype and torch.equal(before, after)
 
 
@@ -125,6 +134,7 @@ def _check_compiler(device: torch.device) -> None:
         default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
         names, variable = [os.environ.get("CXX", default)], "CXX"
     if not any(map(shutil.which, names)):
-        raise Skipped(f"no C compiler, {names[0]} is not here: install it, or name yours in {variable}")
+        reason = f"{names[0]} is not here: install it, or name yours in {variable}"
+        raise Skipped(f"no C compiler, {reason}")
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         raise Skipped("no Python.h: install the headers of Python, often named python3-dev")

@@ -1,7 +1,7 @@
 """Make the numbers that `owl2-hf check` compares with: `python -m owl2_hf.checks.record`.
 
-Run it only with code that agrees with the original (tests/test_golden.py), on a CPU, and after a change of the bundled
-model alone: a change of the code must not change these numbers.
+Run it on a CPU, with code that agrees with the original (tests/test_golden.py), and only after a
+change of the bundled model. A change of the code must not change these numbers.
 """
 
 import json
@@ -22,14 +22,15 @@ def record() -> dict[str, torch.Tensor]:
     """Name -> numbers of all cases, in float32."""
     model, processor = load_default(dtype=torch.float32, attn_implementation="eager")
     subject = Subject(model, processor, Path(tempfile.gettempdir()))
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for case in CASES:
         inputs = subject.place(encode(processor, case))
         new_ids, logits = subject.decode(inputs, case.num_new)
-        best = logits[0].float().index_fill(-1, torch.tensor([model.config.text_config.eos_token_id]), -torch.inf)
-        first, second = best.topk(2).values.unbind(-1)
+        logits[..., model.config.text_config.eos_token_id] = -torch.inf  # which could not be chosen
+        first, second = logits[0].topk(2).values.unbind(-1)
         margin = (first - second).min().item()
-        sys.stderr.write(f"{case.name}: {processor.decode(new_ids[0])!r}, {margin:.2f} between the best two\n")
+        answer = processor.decode(new_ids[0])
+        sys.stderr.write(f"{case.name}: {answer!r}, {margin:.2f} between the best two\n")
         assert margin > MARGIN, "another device could choose another token"
         found = {
             "input_ids": inputs["input_ids"][0],
@@ -39,10 +40,11 @@ def record() -> dict[str, torch.Tensor]:
         if "pixel_values" in inputs:
             found["pixels"] = kept_pixels(inputs["pixel_values"])
             found["visual_tokens"] = image_features(subject, inputs["pixel_values"])
-        tensors |= {f"{case.name}/{name}": value.contiguous().clone() for name, value in found.items()}
+        for name, value in found.items():
+            tensors[f"{case.name}/{name}"] = value.contiguous().clone()
     return tensors
 
 
 if __name__ == "__main__":
-    versions = {one.name: one.version for one in installed_versions() if one.name in ("torch", "transformers")}
+    versions = {one.name: one.version for one in installed_versions()}
     save_file(record(), FILE, {"made_with": json.dumps(versions)})

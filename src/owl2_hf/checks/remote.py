@@ -1,5 +1,6 @@
 """The model by remote code, in a process that cannot import this package."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,40 +10,49 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..default import default_pictures
-from .subject import Subject
+from .subject import Skipped, Subject
 
 # `None` in sys.modules makes every `import owl2_hf` fail.
 SCRIPT = """
-import sys
+import json, sys
 sys.modules["owl2_hf"] = None
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-folder, target, device, attention, prompt, *pictures = sys.argv[1:]
+folder, target, device, attention, prompt, options, *images = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(
     folder, trust_remote_code=True, dtype="auto", attn_implementation=attention
 )
 assert type(model).__module__.startswith("transformers_modules"), type(model)
 model = model.to(device).eval()
-inputs = processor(text=prompt, images=pictures or None, return_tensors="pt").to(device, model.dtype)
+inputs = processor(text=prompt, images=images, return_tensors="pt", **json.loads(options))
+inputs = inputs.to(device, model.dtype)
 with torch.no_grad():
     logits = model(**inputs, logits_to_keep=1).logits[0]
 save_file({"logits": logits.cpu().contiguous()}, target)
 """
 
 
-def ask_without_the_package(subject: Subject, prompt: str, pictures: Sequence[str]) -> Tensor:
-    """(1, V) logits behind a prompt.
+def ask_without_the_package(subject: Subject, prompt: str, images: Sequence[str]) -> Tensor:
+    """(1, V) logits behind a prompt with bundled images.
 
     Raises:
         RuntimeError: The other process failed; its last words are in the text.
+        Skipped: The model is an adapter on another.
     """
+    if (subject.saved() / "adapter_config.json").is_file():
+        raise Skipped("an adapter is saved without the code, which comes with its base model")
     model, target = subject.model, subject.scratch / "logits.safetensors"
-    arguments = [subject.saved(), target, model.device, model.config._attn_implementation, prompt]
-    arguments += [default_pictures()[name] for name in pictures]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(subject.scratch / "modules")}
+    arguments = [subject.saved(), target, model.device, model.config._attn_implementation]
+    arguments += [prompt, json.dumps(subject.image_options)]
+    arguments += [default_pictures()[name] for name in images]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(subject.scratch / "modules"),
+    }
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, *map(str, arguments)],
         capture_output=True,
@@ -52,5 +62,5 @@ def ask_without_the_package(subject: Subject, prompt: str, pictures: Sequence[st
     )
     if result.returncode:
         words = result.stderr.strip().splitlines()
-        raise RuntimeError(words[-1] if words else f"the other process ended with exit code {result.returncode}")
+        raise RuntimeError(words[-1] if words else f"it ended with exit code {result.returncode}")
     return load_file(target)["logits"]

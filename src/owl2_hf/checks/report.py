@@ -15,7 +15,7 @@ class Check:
 
     Args:
         status: "ok", "failed" or "skipped".
-        difference: Largest difference that was seen; what it is the difference of stands in docs/check.md.
+        difference: Largest difference that was seen; docs/check.md says of what.
         tolerance: Largest difference that is fine.
         message: Why it was skipped; or what differs and what to do about it; or what was measured.
     """
@@ -28,8 +28,11 @@ class Check:
     message: str
 
     def line(self) -> str:
-        numbers = f"{_number(self.difference):>8} of {_number(self.tolerance):>6}" if self.difference is not None else ""
-        return f"{self.name:20} {self.status:8} {numbers:18} {self.seconds:5.1f} s  {self.message}".rstrip()
+        numbers = ""
+        if self.difference is not None:
+            numbers = f"{_number(self.difference):>8} of {_number(self.tolerance):>6}"
+        start = f"{self.name:20} {self.status:8} {numbers:18} {self.seconds:5.1f} s"
+        return f"{start}  {self.message}".rstrip()
 
 
 @dataclass
@@ -62,7 +65,11 @@ class Report:
     def header(self) -> list[str]:
         """Lines about this machine."""
         about = ", ".join(str(value) for value in self.platform.values())
-        return [f"{'owl2_hf':16} {self.version}", f"{'platform':16} {about}", *(one.line() for one in self.versions)]
+        return [
+            f"{'owl2_hf':16} {self.version}",
+            f"{'platform':16} {about}",
+            *(one.line() for one in self.versions),
+        ]
 
     def subject(self) -> str:
         """A line about the model."""
@@ -83,13 +90,17 @@ class Report:
         for check in found["checks"]:
             if check["difference"] is not None and not math.isfinite(check["difference"]):
                 check["difference"] = None
-        found["versions"] = {
-            one.name: {"version": one.version, "tested": not one.note, "note": one.note} for one in self.versions
-        }
+        found["versions"] = {one.name: one.to_dict() for one in self.versions}
         return {"ok": self.ok, **found}
 
     def __str__(self) -> str:
-        lines = [*self.header(), "", self.subject(), *(check.line() for check in self.checks), *self.summary()]
+        lines = [
+            *self.header(),
+            "",
+            self.subject(),
+            *(check.line() for check in self.checks),
+            *self.summary(),
+        ]
         return "\n".join(lines)
 
 

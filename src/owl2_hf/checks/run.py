@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ ONE_FAULT = "answers may be wrong; try the tested versions, then report this out
 MENDS = {
     "loading": REINSTALL,
     "token ids": f"the tokenizer is another one: {REINSTALL}",
-    "pixels": "images are prepared in another way: try a tested version of pillow, or install the package again",
+    "pixels": f"images are prepared in another way: try a tested version of pillow, or {REINSTALL}",
     "visual tokens": f"the vision encoder or the connector computes something else: {REINSTALL}",
     "logits": f"if the visual tokens are right, the decoder computes something else: {REINSTALL}",
     "answers": f"if the logits are right, decoding goes wrong, most likely the cache: {REINSTALL}",
@@ -56,14 +57,16 @@ def check(
     """Check that a model computes on this machine what it should.
 
     Args:
-        model: Folder or Hub id of a model; the bundled one if not given, which is also compared with stored numbers.
+        model: Folder or Hub id of a model; the bundled one if not given. The bundled one is also
+            compared with stored numbers.
         device: Where to run; the first CUDA or MPS device if there is one.
-        dtype: float32, bfloat16 or float16; float32 for the bundled model, what the checkpoint says for others.
+        dtype: float32, bfloat16 or float16. If not given, float32 for the bundled model and the
+            checkpoint's own for others.
         attn_implementation: As `from_pretrained` takes it.
         on_line: Called with each line of the report as soon as it is known.
 
     Raises:
-        ValueError: The device, the dtype or the attention is not there, or `model` cannot be loaded.
+        ValueError: There is no such device, dtype or attention, or `model` cannot be loaded.
     """
     say = on_line or (lambda line: None)
     where, kind = _device(device), _dtype(dtype)
@@ -77,36 +80,29 @@ def check(
     for line in (*report.header(), ""):
         say(line)
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
-
-        def load() -> Subject:
+        try:
             loaded, processor = _load(model, kind, attn_implementation)
-            return Subject(loaded.to(where).eval(), processor, Path(scratch))
-
-        def run(name: str, call: Callable[[], Found]) -> None:
-            report.checks.append(_run(name, call))
+            subject = Subject(loaded.to(where).eval(), processor, Path(scratch))
+        except Exception as error:
+            if model is not None or attn_implementation is not None:  # what the user asked for
+                raise
+            message = _words("loading", error)
+            report.checks.append(Check("loading", FAILED, None, None, 0.0, message))
             say(report.checks[-1].line())
-
-        if model is None and attn_implementation is None:
-            subjects: list[Subject] = []
-            found = _run("loading", lambda: subjects.append(load()) or Found(None, None))  # type: ignore[func-returns-value]
-            if not subjects:
-                report.checks.append(found)
-                say(found.line())
         else:
-            subjects = [load()]
-        for subject in subjects:
             report.dtype = str(subject.model.dtype).removeprefix("torch.")
             report.attn_implementation = subject.model.config._attn_implementation
             say(report.subject())
             for name, call in _checks(subject, is_bundled=model is None):
-                run(name, call)
+                report.checks.append(_run(name, call))
+                say(report.checks[-1].line())
     for line in report.summary():
         say(line)
     return report
 
 
 def _checks(subject: Subject, is_bundled: bool) -> Iterator[tuple[str, Callable[[], Found]]]:
-    """Name and call of each check, in the order in which one explains the next; the slowest comes last."""
+    """Name and call of each check: one explains the next, the slowest comes last."""
     if is_bundled:
         stored = Stored(subject)
         yield "token ids", stored.token_ids
@@ -125,7 +121,7 @@ def _checks(subject: Subject, is_bundled: bool) -> Iterator[tuple[str, Callable[
         ("compiled", consistency.compiled),
     ]
     for name, call in checks:
-        yield name, lambda call=call: call(subject)
+        yield name, partial(call, subject)
 
 
 def _run(name: str, call: Callable[[], Found]) -> Check:
@@ -142,49 +138,70 @@ def _run(name: str, call: Callable[[], Found]) -> Check:
     except torch.OutOfMemoryError:
         status, message = SKIPPED, "the device has too little memory for it"
     except Exception as error:  # whatever it is, the other checks go on
-        status, message = FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; {_mend(name)}"
+        status, message = FAILED, _words(name, error)
     return Check(name, status, difference, tolerance, time.perf_counter() - start, message)
+
+
+def _words(name: str, error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; {_mend(name)}"
 
 
 def _mend(name: str) -> str:
     return MENDS.get(name, OTHER_ATTENTION)
 
 
-def _load(model: str | os.PathLike | None, dtype: torch.dtype | None, attention: str | None) -> tuple[Any, Any]:
+def _load(
+    model: str | os.PathLike | None,
+    dtype: torch.dtype | None,
+    attention: str | None,
+) -> tuple[Any, Any]:
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
         if model is None:
             return default.load_default(dtype=dtype or torch.float32, **options)
         folder = str(default.default_dir()) if str(model) == "default" else str(model)
-        config = AutoConfig.from_pretrained(folder)
-        if config.model_type not in registration.MODEL_TYPES:
-            raise ValueError(f"expected a model of type 'mplug_owl2', got {config.model_type!r}")
-        loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto", **options)
+        _check_type(folder)
+        options["dtype"] = dtype or "auto"
+        loaded = AutoModelForImageTextToText.from_pretrained(folder, **options)
         if loaded.dtype not in RELATIVE:
-            raise ValueError(f"expected weights in {', '.join(DTYPES)}, got {loaded.dtype}; give --dtype")
+            known = ", ".join(DTYPES)
+            raise ValueError(f"expected weights in {known}, got {loaded.dtype}; give --dtype")
         return loaded, AutoProcessor.from_pretrained(folder)
     except (ValueError, OSError, ImportError) as error:
         if model is None and attention is None:
             raise
-        raise ValueError(f"{'the bundled model' if model is None else f'model {str(model)!r}'}: {error}") from error
+        name = "the bundled model" if model is None else f"model {str(model)!r}"
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _check_type(folder: str) -> None:
+    """Raises ValueError for another kind of model; loading tells of what has no configuration."""
+    try:
+        model_type = AutoConfig.from_pretrained(folder).model_type
+    except (ValueError, OSError):  # an adapter, or nothing
+        return
+    if model_type not in registration.MODEL_TYPES:
+        raise ValueError(f"expected a model of type 'mplug_owl2', got {model_type!r}")
 
 
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        has_mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
         found = torch.zeros(1, device=device)
         if found.is_meta:
             raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} cannot be used ({reason}); give cpu, cuda:0 or mps") from error
+        name = f"device {str(device)!r}"
+        raise ValueError(f"{name} cannot be used ({reason}); give cpu, cuda:0 or mps") from error
     return found.device
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or dtype in RELATIVE:
-        return dtype  # type: ignore[return-value]
+        return dtype
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {name!r}")

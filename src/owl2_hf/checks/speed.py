@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from .subject import Found, Subject
+from .subject import Found, Subject, num_bytes
 
 NUM_TOKENS = 32
 COPIED = {"cpu": 2**26, "cuda": 2**29}  # bytes; more than caches hold
@@ -20,16 +20,16 @@ def speed(subject: Subject) -> Found:
     seconds = max(_seconds(lambda: subject.decode(inputs, 1 + NUM_TOKENS), device) - rest, 1e-9)
     tokens, bandwidth = NUM_TOKENS / seconds, copy_bandwidth(device)
     share = tokens * bytes_per_token(subject.model) / bandwidth
-    detail = f"{tokens:.1f} tokens a second, {share:.1%} of the memory bandwidth ({bandwidth / 1e9:.1f} GB/s)"
-    return Found(None, None, detail=detail)
+    memory = f"{share:.1%} of the memory bandwidth ({bandwidth / 1e9:.1f} GB/s)"
+    return Found(None, None, detail=f"{tokens:.1f} tokens a second, {memory}")
 
 
 def bytes_per_token(model) -> int:
-    """Bytes of the weights that decoding a token reads: the text branch, the last norm and the head."""
+    """Bytes of the weights that a decoded token reads: text branch, last norm and head."""
     decoder = model.model.language_model
     read = [*decoder.norm.parameters(), *model.lm_head.parameters()]
     read += [weight for name, weight in decoder.layers.named_parameters() if "visual_" not in name]
-    return sum(weight.numel() * weight.element_size() for weight in read)
+    return sum(map(num_bytes, read))
 
 
 def copy_bandwidth(device: torch.device) -> float:

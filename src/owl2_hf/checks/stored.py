@@ -3,7 +3,6 @@
 `record.py` makes the file. N: images of a prompt, P: its positions, A: tokens of the answer.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from ..default import default_pictures
 from .subject import Found, Subject
 
 FILE = Path(__file__).with_name("expected.safetensors")
+IDS = ("input_ids", "new_ids")  # a prompt's (P,) and its answer's (A,)
 KEPT_IDS = slice(None, 1400, 22)  # of the logits at a position
 KEPT_PIXELS = slice(None, None, 29)
 
@@ -36,8 +36,9 @@ CASES = (
 )
 
 PIXELS = 1e-5
-# Largest absolute difference of visual tokens and logits to the stored ones, which are float32. Measured on a CPU with
-# eager and sdpa attention, in the order of the dtypes: 5e-6, 0.065 and 0.0071. Other devices round in other orders.
+# Largest absolute difference to the stored visual tokens and logits, which are float32.
+# Measured on a CPU with eager and sdpa attention: 5e-6 in float32, 0.065 in bfloat16, 0.0071 in
+# float16. The rest is for devices that round in another order.
 ABSOLUTE = {torch.float32: 5e-5, torch.bfloat16: 0.25, torch.float16: 0.03}
 # Between the best two tokens of a stored answer, so that rounding in any dtype chooses the same.
 MARGIN = 0.2
@@ -46,10 +47,11 @@ MARGIN = 0.2
 def encode(processor: Any, case: Case) -> Any:
     """The model's inputs of a case, as a chat makes them."""
     pictures = default_pictures()
-    parts = [
-        {"type": "image", "image": str(pictures[part])} if part in pictures else {"type": "text", "text": part}
-        for part in case.parts
-    ]
+    parts: list[dict[str, str]] = []
+    for part in case.parts:
+        image = pictures.get(part)
+        kind, value = ("image", str(image)) if image else ("text", part)
+        parts.append({"type": kind, kind: value})
     return processor.apply_chat_template(
         [{"role": "user", "content": parts}],
         add_generation_prompt=True,
@@ -75,7 +77,12 @@ def kept_logits(logits: Tensor) -> Tensor:
     return logits[..., KEPT_IDS].detach().cpu().float()
 
 
-def all_logits(subject: Subject, input_ids: Tensor, new_ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+def all_logits(
+    subject: Subject,
+    input_ids: Tensor,
+    new_ids: Tensor,
+    inputs: dict[str, Tensor],
+) -> Tensor:
     """(P + A, kept) logits of a prompt (P,) and its answer (A,), read as a whole."""
     ids = torch.cat((input_ids, new_ids))[None].to(subject.model.device)
     pictures = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
@@ -89,8 +96,7 @@ class Stored:
     def __init__(self, subject: Subject):
         self.subject = subject
         with safe_open(FILE, "pt") as file:
-            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-            self.made_with = json.loads(file.metadata()["made_with"])
+            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self.absolute = ABSOLUTE[subject.model.dtype]
 
     def _worst(self, errors: dict[str, float], tolerance: float) -> Found:
@@ -104,11 +110,13 @@ class Stored:
         return self.subject.place(encode(self.subject.processor, case))
 
     def token_ids(self) -> Found:
-        errors = {}
+        errors: dict[str, float] = {}
         for case in CASES:
-            ids, expected = encode(self.subject.processor, case)["input_ids"][0], self.tensors[f"{case.name}/input_ids"]
+            ids = encode(self.subject.processor, case)["input_ids"][0]
+            expected = self.tensors[f"{case.name}/input_ids"]
             same = min(len(ids), len(expected))
-            errors[case.name] = int((ids[:same] != expected[:same]).sum()) + abs(len(ids) - len(expected))
+            different = int((ids[:same] != expected[:same]).sum())
+            errors[case.name] = different + abs(len(ids) - len(expected))
         return self._worst(errors, 0)
 
     def pixels(self) -> Found:
@@ -130,25 +138,27 @@ class Stored:
     def logits(self) -> Found:
         errors = {}
         for case in CASES:
-            stored = {name: self.tensors[f"{case.name}/{name}"] for name in ("input_ids", "new_ids", "logits")}
-            found = all_logits(self.subject, stored["input_ids"], stored["new_ids"], self._inputs(case))
-            errors[case.name] = _largest(found, stored["logits"])
+            ids, new_ids = (self.tensors[f"{case.name}/{name}"] for name in IDS)
+            found = all_logits(self.subject, ids, new_ids, self._inputs(case))
+            errors[case.name] = _largest(found, self.tensors[f"{case.name}/logits"])
         return self._worst(errors, self.absolute)
 
     def answers(self) -> Found:
-        """Greedy ids; and the logits of each step, as far as the ids before it are the stored ones."""
+        """Greedy ids, and the logits of each step whose ids before it are the stored ones."""
         errors, wrong = {}, ""
         for case in CASES:
-            ids, new_ids = (self.tensors[f"{case.name}/{name}"] for name in ("input_ids", "new_ids"))
+            ids, new_ids = (self.tensors[f"{case.name}/{name}"] for name in IDS)
             expected = self.tensors[f"{case.name}/logits"][len(ids) - 1 : -1]  # (A, kept)
-            pictures = {name: value for name, value in self._inputs(case).items() if name == "pixel_values"}
-            inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None]), **pictures}
+            inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
+            if len(pixels := self._inputs(case).get("pixel_values", ())):
+                inputs["pixel_values"] = pixels
             found, logits = self.subject.decode(self.subject.place(inputs), len(new_ids))
             differs = found[0].cpu() != new_ids
             steps = int(differs.int().argmax()) + 1 if differs.any() else len(new_ids)
             errors[case.name] = _largest(kept_logits(logits[0, :steps]), expected[:steps])
             if differs.any() and not wrong:
-                said, meant = (self.subject.processor.decode(some).strip() for some in (found[0], new_ids))
+                decode = self.subject.processor.decode
+                said, meant = decode(found[0]).strip(), decode(new_ids).strip()
                 wrong = f"the prompt {case.name!r} is answered by {said!r}, not by {meant!r}"
         worst = self._worst(errors, self.absolute)
         return worst._replace(wrong=wrong or worst.wrong)

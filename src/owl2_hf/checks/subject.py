@@ -1,4 +1,7 @@
-"""The model under check, prompts for it, and how far two results are from each other."""
+"""The model under check, prompts for it, and how far two results are from each other.
+
+B: rows of a batch, A: tokens of an answer, V: vocabulary.
+"""
 
 import shutil
 from collections.abc import Mapping
@@ -20,8 +23,9 @@ PROMPTS = (
     ("USER: {image}{image}Which of them is yellow? ASSISTANT:", ("emoji-banana", "shapes-0")),
 )
 
-# Largest norm of the difference of two vectors of logits, over their norm. Measured on a CPU, in the order of the dtypes:
-# 5e-7, 0.009 and 0.0011 with the bundled model; 5e-6, 0.072 and 0.0085 with 32 random layers, where nothing damps errors.
+# Largest norm of the difference of two vectors of logits, over their norm. Measured on a CPU:
+# - the bundled model: 5e-7 in float32, 0.009 in bfloat16, 0.0011 in float16
+# - 32 layers of random weights: 5e-6, 0.072, 0.0085
 RELATIVE = {torch.float32: 5e-5, torch.bfloat16: 0.15, torch.float16: 0.03}
 
 
@@ -44,8 +48,8 @@ class Found(NamedTuple):
 
     @property
     def is_ok(self) -> bool:
-        # Written so that NaN is not ok.
-        return not self.wrong and (self.difference is None or self.difference <= (self.tolerance or 0))
+        is_small = self.difference is None or self.difference <= (self.tolerance or 0)
+        return is_small and not self.wrong  # NaN is not small
 
 
 @dataclass
@@ -58,17 +62,25 @@ class Subject:
     _saved: Path | None = field(default=None, init=False)
 
     @property
+    def image_options(self) -> dict[str, Any]:
+        """One crop an image where images are cut into crops, so that prompts fit the context."""
+        is_cropped = self.processor.image_processor.image_aspect_ratio == "anchors"
+        return {"crop_anchors": "grid_1"} if is_cropped else {}
+
+    @property
     def tolerance(self) -> float:
         return RELATIVE[self.model.dtype]
 
-    def rows(self, *numbers: int) -> dict[str, Tensor]:
-        """Inputs of some of `PROMPTS`, one batch, padded as the processor pads."""
+    def rows(self, *numbers: int, **kwargs: Any) -> dict[str, Tensor]:
+        """One batch of some of `PROMPTS`, padded as the processor pads unless `kwargs` differ."""
         pictures = default_pictures()
         image = self.processor.image_token
         text = [PROMPTS[number][0].format(image=image) for number in numbers]
         images = [[str(pictures[name]) for name in PROMPTS[number][1]] for number in numbers]
-        inputs = self.processor(text=text, images=images if any(images) else None, padding=True, return_tensors="pt")
-        return self.place(inputs)
+        options = {"padding": True, "return_tensors": "pt", **kwargs}
+        if any(images):
+            options |= {"images": images, **self.image_options}
+        return self.place(self.processor(text=text, **options))
 
     def place(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same inputs on the model's device, pixels in its dtype."""
@@ -87,15 +99,41 @@ class Subject:
         return torch.cat((logits[..., :reserved], logits[..., reserved + 1 :]), dim=-1)
 
     def whole(self, inputs: Mapping[str, Tensor], new_ids: Tensor) -> Tensor:
-        """Logits (new + 1, V) behind one unpadded prompt and each of its `new_ids` (new,), without a cache."""
+        """Logits behind a prompt and behind each token that follows it, made without a cache.
+
+        Args:
+            inputs: One prompt without padding.
+            new_ids: (A,)
+
+        Returns:
+            (A + 1, V)
+        """
         ids = torch.cat((inputs["input_ids"], new_ids[None].to(self.model.device)), dim=1)
         rest = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
         with torch.no_grad():
-            output = self.model(input_ids=ids, use_cache=False, logits_to_keep=len(new_ids) + 1, **rest)
-        return self.real(output.logits[0])
+            logits = self.model(
+                input_ids=ids,
+                use_cache=False,
+                logits_to_keep=len(new_ids) + 1,
+                **rest,
+            ).logits
+        return self.real(logits[0])
 
-    def decode(self, inputs: Mapping[str, Tensor], num_new: int, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Greedy answers of a fixed length, as `generate` makes them: ids (B, new) and their logits (B, new, V)."""
+    def decode(
+        self,
+        inputs: Mapping[str, Tensor],
+        num_new: int,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Greedy answers of `num_new` tokens by `generate`: ids (B, A) and logits (B, A, V).
+
+        Raises:
+            Skipped: The context of the model is too short.
+        """
+        needed = inputs["input_ids"].shape[1] + num_new
+        context = self.model.config.text_config.max_position_embeddings
+        if needed > context:
+            raise Skipped(f"it takes {needed} positions, the context of the model has {context}")
         output = self.model.generate(
             **inputs,
             min_new_tokens=num_new,
@@ -108,12 +146,12 @@ class Subject:
         )
         return output.sequences[:, -num_new:], torch.stack(output.logits, dim=1)
 
-    def decoding_error(self, numbers: tuple[int, ...], num_new: int = NUM_NEW, **kwargs: Any) -> float:
-        """How far the answers of a batch are from each of its rows alone, read as a whole without a cache."""
-        return self.whole_error(numbers, *self.decode(self.rows(*numbers), num_new, **kwargs))
+    def decoding_error(self, numbers: tuple[int, ...], **kwargs: Any) -> float:
+        """How far the answers of a batch are from each of its rows read alone, as a whole."""
+        return self.whole_error(numbers, *self.decode(self.rows(*numbers), NUM_NEW, **kwargs))
 
     def whole_error(self, numbers: tuple[int, ...], new_ids: Tensor, logits: Tensor) -> float:
-        """How far `logits` (B, new, V) of `new_ids` (B, new) are from each row alone, read as a whole."""
+        """How far `logits` (B, A, V) of `new_ids` (B, A) are from each row read as a whole."""
         errors = [
             relative_error(self.real(logits[row]), self.whole(self.rows(number), new_ids[row, :-1]))
             for row, number in enumerate(numbers)
@@ -127,11 +165,15 @@ class Subject:
             Skipped: There is no room for a second copy.
         """
         if self._saved is None:
-            needed = sum(value.numel() * value.element_size() for value in self.model.state_dict().values())
-            rooms = {"free on the disk": shutil.disk_usage(self.scratch).free, **_free_memory(self.model.device)}
+            needed = sum(map(num_bytes, self.model.state_dict().values()))
+            rooms = {
+                "free on the disk": shutil.disk_usage(self.scratch).free,
+                **_free_memory(self.model.device),
+            }
             for what, room in rooms.items():
                 if room < 1.1 * needed:
-                    raise Skipped(f"a second copy takes {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB are {what}")
+                    sizes = f"{needed / 1e9:.1f} GB, {room / 1e9:.1f} GB are {what}"
+                    raise Skipped(f"a second copy takes {sizes}")
             folder = self.scratch / "saved"
             self.model.save_pretrained(folder)
             self.processor.save_pretrained(str(folder))
@@ -144,6 +186,13 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-9)).max().item()
 
 
+def num_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor; of a quantised one, those of its parts."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(num_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
 def _free_memory(device: torch.device) -> dict[str, int]:
     """Bytes that are free where a second copy would lie, as far as this machine tells."""
     if device.type == "cuda":
@@ -152,4 +201,5 @@ def _free_memory(device: torch.device) -> dict[str, int]:
     if device.type != "cpu" or not table.is_file():
         return {}
     values = dict(line.split(":") for line in table.read_text(encoding="utf-8").splitlines())
-    return {"free in memory": 1024 * int(values["MemAvailable"].split()[0])} if "MemAvailable" in values else {}
+    available = values.get("MemAvailable")
+    return {} if available is None else {"free in memory": 1024 * int(available.split()[0])}

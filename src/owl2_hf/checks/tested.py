@@ -1,4 +1,4 @@
-"""The versions that this release was tested with; an update of the tests is an update of this table."""
+"""The versions that this release was tested with; whoever tests others changes this table."""
 
 from typing import NamedTuple
 

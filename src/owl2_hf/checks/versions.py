@@ -22,6 +22,9 @@ class Installed:
     version: str | None
     note: str
 
+    def to_dict(self) -> dict[str, str | bool | None]:
+        return {"version": self.version, "tested": not self.note, "note": self.note}
+
     def line(self) -> str:
         tested = " to ".join(dict.fromkeys(TESTED[self.name]))
         return f"{self.name:16} {self.version or '-':16} {self.note or f'tested: {tested}'}"
@@ -29,12 +32,18 @@ class Installed:
 
 def installed_versions() -> list[Installed]:
     """All that the model needs, and what else is installed of the packages that matter."""
-    found = [Installed(name, version := _version(name), _note(version, TESTED[name])) for name in TESTED]
-    return [one for one in found if one.version or one.name in REQUIRED]
+    found = {name: _version(name) for name in TESTED}
+    return [
+        Installed(name, version, _note(version, TESTED[name]))
+        for name, version in found.items()
+        if version or name in REQUIRED
+    ]
 
 
 def untested(packages: list[Installed]) -> list[str]:
-    return [f"{one.name} {one.version} is {one.note}" for one in packages if one.version and one.note]
+    """What is worth a note, in words."""
+    found = [one for one in packages if one.version and one.note]
+    return [f"{one.name} {one.version} is {one.note}" for one in found]
 
 
 def _version(name: str) -> str | None:
