@@ -12,7 +12,7 @@ class Tested(NamedTuple):
 
 # Name of the package on PyPI -> its tested versions.
 TESTED = {
-    "python": Tested("3.10", "3.11"),
+    "python": Tested("3.11", "3.11"),
     "torch": Tested("2.10.0", "2.13.0"),
     "transformers": Tested("5.17.0", "5.24.0"),
     "tokenizers": Tested("0.22.0", "0.23.3"),
