@@ -30,7 +30,7 @@ from owl2_hf.checks import (
     versions,
 )
 from owl2_hf.checks.subject import NUM_NEW, Skipped, Subject
-from owl2_hf.checks.tested import TESTED
+from owl2_hf.checks.tested import TESTED, Tested
 from owl2_hf.cli import app
 from owl2_hf.default import default_dir
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration, MplugOwl2TextModel
@@ -293,11 +293,13 @@ def test_a_lost_cache_is_seen(monkeypatch, quick):
         return forward(self, *args, **{**kwargs, "cache": None, "past_key_values": None})
 
     monkeypatch.setattr(MplugOwl2TextModel, "forward", without_cache)
-    found = failures(owl2_hf.check(device="cpu"))
+    checks = owl2_hf.check(device="cpu")
+    found, answers = failures(checks), checks.checks[4]
     assert "logits" not in found
     assert "most likely the cache" in found["answers"]
     # Whether the second step answers wrongly or is refused depends on the release.
     assert "is answered by" in found["answers"] or "0 in the cache" in found["answers"]
+    assert answers.difference is None or answers.difference > 1000 * answers.tolerance
     assert "other logits than the whole prompt" in found["cache"]
     assert "cache_implementation='static'" in found["static cache"]
 
@@ -512,6 +514,11 @@ def test_another_kind_of_model_is_refused(tmp_path):
 def test_versions_are_compared_with_the_tested_ones(version, note):
     found = versions._note(version, TESTED["transformers"])
     assert note in found and bool(note) == bool(found)
+
+
+def test_a_tested_release_covers_its_patches():
+    assert versions._note("3.11.7", Tested("3.10", "3.11")) == ""
+    assert versions._note("3.12.0", Tested("3.10", "3.11")) != ""
 
 
 def test_an_untested_version_is_a_note_and_no_failure(monkeypatch, quick):
