@@ -27,10 +27,11 @@ from owl2_hf.checks import (
     speed,
     stored,
     subject,
+    tested,
     versions,
 )
 from owl2_hf.checks.subject import NUM_NEW, Skipped, Subject
-from owl2_hf.checks.tested import TESTED, Tested
+from owl2_hf.checks.tested import TESTED
 from owl2_hf.cli import app
 from owl2_hf.default import default_dir
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration, MplugOwl2TextModel
@@ -517,8 +518,8 @@ def test_versions_are_compared_with_the_tested_ones(version, note):
 
 
 def test_a_tested_release_covers_its_patches():
-    assert versions._note("3.11.7", Tested("3.10", "3.11")) == ""
-    assert versions._note("3.12.0", Tested("3.10", "3.11")) != ""
+    assert versions._note("3.11.7", tested.Tested("3.10", "3.11")) == ""
+    assert versions._note("3.12.0", tested.Tested("3.10", "3.11")) != ""
 
 
 def test_an_untested_version_is_a_note_and_no_failure(monkeypatch, quick):
