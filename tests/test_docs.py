@@ -88,6 +88,7 @@ def place(tmp_path_factory):
 RUN_ELSEWHERE = {
     "adapters.md": "training/test_adapters.py",
     "analysis.md": "test_docs.py",
+    "check.md": "test_check.py",
     "coming-from.md": "test_docs.py",
     "demo.md": "test_demo.py",
     "performance.md": "test_docs.py",

@@ -12,6 +12,7 @@ from .default import default_pictures, load_default
 from .registration import register_when_looked_up
 
 if TYPE_CHECKING:
+    from .checks import check
     from .modeling import (
         MplugDocOwlConfig,
         MplugOwl2AbstractorConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "MplugOwl2VisionModel",
     "MplugOwl2VisualAbstractor",
     "MplugOwl21Config",
+    "check",
     "default_pictures",
     "load_default",
 ]
@@ -58,6 +60,8 @@ if not TYPE_CHECKING:  # to a type checker the names above are all there are
     def __getattr__(name):
         if name in ("modeling", "processing"):
             return import_module(f".{name}", __name__)
+        if name == "check":
+            return import_module(".checks", __name__).check
         if name in __all__:
             return getattr(import_module(".processing" if name.endswith("Processor") else ".modeling", __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

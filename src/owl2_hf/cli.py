@@ -148,6 +148,52 @@ def info(
             _say(f"{name:32} {value if isinstance(value, str) else format(value, ','):>14}")
 
 
+class Dtype(str, Enum):
+    """Types of numbers of weights."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+@app.command()
+@_report_mistakes
+def check(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of a model; the small bundled one, with its stored numbers, if not given."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu; a GPU if there is one.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Type of the numbers; float32, or what the checkpoint of --model says.")
+    ] = None,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="Attention to run with, for instance eager, sdpa or flex_attention.")
+    ] = None,
+    as_json: JSON = False,
+    debug: Debug = False,
+) -> None:
+    """Check that models compute on this machine what they should; begin an issue report with the output.
+
+    The exit code is 1 where a check fails.
+    """
+    from .checks import check as run
+
+    report = run(
+        model,
+        device=device,
+        dtype=dtype and dtype.value,
+        attn_implementation=attn_implementation,
+        on_line=None if as_json else typer.echo,
+    )
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
 _CONVERT_HELP = """Convert a checkpoint of the original into a folder that transformers loads, or back.
 
 SOURCE is recognised by what it holds, not by its name:
@@ -168,14 +214,6 @@ class Target(str, Enum):
     ours = "ours"
     original = "original"
     adapter = "adapter"
-
-
-class Dtype(str, Enum):
-    """Types of numbers that `convert` writes."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that stands in the target.")]

