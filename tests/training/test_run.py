@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 import owl2_hf
 from owl2_hf.cli import app
 from owl2_hf.training import run as run_module
+from owl2_hf.training.checkpoints import last_checkpoint, num_processes
 from owl2_hf.training.recipe import Recipe, load_recipe
 from owl2_hf.training.run import load_for_training, train
-from owl2_hf.training.trainer import NonFiniteError, Owl2Trainer, last_checkpoint
+from owl2_hf.training.trainer import NonFiniteError, Owl2Trainer
 
 BASE = {
     "max_steps": 4,
@@ -159,7 +160,7 @@ def test_a_loss_that_is_no_number_stops_the_run(recipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Owl2Trainer, "compute_loss", poisoned)
     with pytest.raises(
-        NonFiniteError, match=r"the loss is nan in step 4, .* checkpoint, .*checkpoint-2, is kept"
+        NonFiniteError, match=r"the loss is nan in step 4, .* checkpoint, .*checkpoint-3, is kept"
     ) as error:
         train(recipe())
     assert re.search(r"check the rows of this step: 'r\d+', 'r\d+'\.$", str(error.value))
@@ -268,6 +269,8 @@ def test_two_ranks_compute_what_one_does(recipe, tmp_path, sharding):
     pair = {**settings, "per_device_train_batch_size": 1, **sharding}
     _torchrun(recipe(output_dir=str(tmp_path / "two"), trainer=pair), tmp_path, 2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert last_checkpoint(tmp_path / "two").name == "checkpoint-3"
+    assert num_processes(last_checkpoint(tmp_path / "two")) == 2
     expected = weights(tmp_path / "one")
     for name, value in weights(tmp_path / "two").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
@@ -307,3 +310,102 @@ def test_bad_rows_of_a_file_are_named_before_the_model_is_loaded(tmp_path, recip
 def test_what_is_not_installed_is_named(recipe):
     with pytest.raises(ValueError, match=r"^trainer: .*clearml"):
         train(recipe(trainer={"report_to": "clearml"}))
+
+
+def everything(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 1}], ids=["steps", "epochs"]
+)
+def test_a_finished_run_stays_as_it_is_when_it_is_resumed(recipe, tmp_path, length):
+    made = recipe(trainer={**length, "lr_scheduler_type": "constant"})
+    steps = train(made).steps
+    before = everything(tmp_path / "run")
+    command = ["train", str(tmp_path / "recipe.yaml"), "--resume"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'run'}: all {steps} steps were finished before; nothing was changed\n"
+    assert everything(tmp_path / "run") == before
+
+
+def test_a_finished_run_goes_on_to_more_steps(recipe):
+    train(recipe(trainer={"max_steps": 2}))
+    assert train(recipe(trainer={"max_steps": 3}), resume=True).steps == 3
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors"])
+def test_a_run_that_died_before_its_model_was_written_takes_no_more_steps(recipe, tmp_path, name):
+    made = recipe(trainer={"lr_scheduler_type": "constant"})
+    train(made)
+    expected = weights(tmp_path / "run" / "checkpoint-4")  # the tensors are the file
+    file = tmp_path / "run" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    report = train(made, resume=True)
+    assert (report.steps, report.loss, report.was_finished) == (4, None, False)
+    assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize("adapter", [None, {"preset": "language", "r": 4, "lora_dropout": 0.2}], ids=["model", "lora"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(recipe, tmp_path, caplog, adapter):
+    made = recipe(adapter=adapter)
+    train(made)
+    run = tmp_path / "run"
+    whole = losses(run)
+    (run / "trainer_state.json").unlink()  # it died at the last checkpoint
+    file = run / "checkpoint-4" / ("adapter_model.safetensors" if adapter else "optimizer.pt")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    caplog.clear()
+    report = train(made, resume=True)
+    assert f"not whole is checkpoint-4: {file.name} is cut short or damaged; going on from checkpoint-2." in caplog.text
+    assert report.resumed_from == str(run / "checkpoint-2") and losses(run) == whole
+    assert last_checkpoint(run).name == "checkpoint-4"
+
+
+def test_a_run_without_a_whole_checkpoint_says_what_is_wrong_with_each(recipe, tmp_path):
+    made = recipe(trainer={"save_only_model": True})
+    train(made)
+    (tmp_path / "run" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="to go on from; checkpoint-4: optimizer.pt is missing; checkpoint-2: optim"):
+        train(made, resume=True)
+
+
+def failing_rows():
+    """Stands in for `Collator`: the rows of the fourth step, read one step ahead, fail."""
+
+    class Failing(run_module.Collator):
+        batches = 0
+
+        def __call__(self, rows):
+            self.batches += 1
+            if self.batches == 4:
+                raise OSError("the disk is gone")
+            return super().__call__(rows)
+
+    return Failing
+
+
+def test_an_error_in_the_middle_leaves_a_checkpoint_to_go_on_from(recipe, tmp_path, monkeypatch, caplog):
+    settings = {"save_steps": 100, "lr_scheduler_type": "cosine"}
+    train(recipe(output_dir=str(tmp_path / "whole"), trainer=settings))
+    made = recipe(trainer=settings)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
+        patch.setattr(run_module, "Collator", failing_rows())
+        train(made)
+    assert "The run ends in step 3; checkpoint-2 holds it until then." in caplog.text
+    report = train(made, resume=True)
+    assert report.resumed_from == str(tmp_path / "run" / "checkpoint-2")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
+
+
+def test_an_error_within_an_update_keeps_no_half_of_it(recipe, tmp_path, monkeypatch):
+    def dies(self, *args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(run_module.Owl2Trainer, "_get_learning_rate", dies)  # asked for right after the update
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(recipe())
+    assert last_checkpoint(tmp_path / "run") is None

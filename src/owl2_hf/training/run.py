@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from torch.utils.data import ConcatDataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from ..default import default_dir
 from .adapters import lora_config
+from .checkpoints import STATE, VERSIONS, is_finished, last_checkpoint, num_processes, steps_of
 from .collator import Collator
 from .components import Parameters, count_parameters, freeze_all_but
 from .data import check_rows, load_rows
 from .recipe import DataRecipe, Recipe
 from .resolution import set_image_size
-from .trainer import Owl2Trainer, RunRecord, last_checkpoint
+from .trainer import Owl2Trainer, RunRecord
 
 # What this package needs of the Trainer; a recipe may not say otherwise.
 _FIXED: dict[str, Any] = {
@@ -37,6 +39,8 @@ _FIXED: dict[str, Any] = {
     "accelerator_config": {"dispatch_batches": False, "split_batches": False},
     "logging_nan_inf_filter": False,
 }
+logger = logging.get_logger(__name__)
+
 _PACKAGES = ("owl2_hf", "torch", "transformers", "accelerate", "peft", "tokenizers", "numpy", "pillow")
 
 
@@ -52,6 +56,7 @@ class TrainReport:
         parameters: Components, what trained of them, and how fast.
         counts: Rows in all, rows that were cut at `max_length`, and rows that had no label left.
         eval_loss: Loss on the rows to evaluate on, after the last step.
+        was_finished: The run that should go on had all its steps and its model, so nothing was done.
     """
 
     output_dir: str
@@ -61,9 +66,12 @@ class TrainReport:
     parameters: list[Parameters] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     eval_loss: float | None = None
+    was_finished: bool = False
 
     def summary(self) -> str:
         """The run in one line."""
+        if self.was_finished:
+            return f"all {self.steps} steps were finished before; nothing was changed"
         parts = [f"{self.steps} steps"]
         parts += [] if self.loss is None else [f"training loss {self.loss:.4f}"]
         parts += [] if self.eval_loss is None else [f"evaluation loss {self.eval_loss:.4f}"]
@@ -81,7 +89,7 @@ def train(
     """Train a model as a recipe says.
 
     Args:
-        resume: Go on from the last whole checkpoint in the output folder.
+        resume: Go on from the last whole checkpoint in the output folder; a finished run stays as it is.
         dry_run: Load everything and count the parameters, but take no step and write nothing.
         on_parameters: Called with the components before the first step.
 
@@ -103,8 +111,19 @@ def train(
         on_parameters(rows)
 
     trainer = _trainer(recipe)
-    record = RunRecord({"recipe.yaml": recipe.to_yaml(), "versions.json": _versions()}, keep)
+    if resume and is_finished(output_dir, trainer.num_steps()):
+        return TrainReport(str(output_dir), steps_of(output_dir), None, None, was_finished=True)
+    if resume and checkpoint is None:
+        raise ValueError(f"{output_dir} holds a run that is not finished, and no whole checkpoint to go on from.")
+    if checkpoint is not None and num_processes(checkpoint) != trainer.args.world_size:
+        logger.warning(
+            f"{checkpoint} is of {num_processes(checkpoint)} processes, this run has {trainer.args.world_size}: random "
+            "numbers and the order of rows are not those that an uninterrupted run would have."
+        )
+    versions = _versions(trainer.args.world_size)
+    record = RunRecord({"recipe.yaml": recipe.to_yaml(), VERSIONS: versions}, keep)
     trainer.add_callback(record)
+    first = 0 if checkpoint is None else steps_of(checkpoint)
     with _naming_rows():
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     eval_loss = trainer.evaluate()["eval_loss"] if recipe.data.eval is not None else None
@@ -116,7 +135,7 @@ def train(
     return TrainReport(
         str(output_dir),
         trainer.state.global_step,
-        result.training_loss,
+        result.training_loss if trainer.state.global_step > first else None,
         None if checkpoint is None else str(checkpoint),
         shown,
         trainer.data_collator.counts,
@@ -218,12 +237,22 @@ def _output(recipe: Recipe, resume: bool) -> tuple[Path, Path | None]:
     folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: expected a folder to make as output_dir.")
-    checkpoint = last_checkpoint(folder) if resume else None
-    if resume and checkpoint is None:
-        raise ValueError(f"{folder} holds no whole checkpoint to go on from.")
+    checkpoint = _checkpoint(folder) if resume else None
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: resume the run that it holds, or name another output_dir.")
     return folder, checkpoint
+
+
+def _checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; says which ones are passed over. A finished run needs none."""
+    damaged: list[str] = []
+    found = last_checkpoint(folder, lambda checkpoint, reason: damaged.append(f"{checkpoint.name}: {reason}"))
+    if found is None and not (folder / STATE).is_file():
+        raise ValueError(f"{'; '.join([f'{folder} holds no whole checkpoint to go on from', *damaged])}.")
+    if damaged:
+        instead = "" if found is None else f"; going on from {found.name}"
+        logger.warning(f"{folder}: not whole is {', '.join(damaged)}{instead}.")
+    return found
 
 
 def _arguments(recipe: Recipe) -> TrainingArguments:
@@ -274,8 +303,9 @@ def _rows(data: DataRecipe, sources: str | list[str]) -> Any:
     return ConcatDataset(loaded)
 
 
-def _versions() -> str:
-    return json.dumps({name: importlib.metadata.version(name) for name in _PACKAGES}, indent=2) + "\n"
+def _versions(processes: int) -> str:
+    versions: dict[str, str | int] = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return json.dumps({**versions, "processes": processes}, indent=2) + "\n"
 
 
 def _plot_losses(history: list[dict[str, float]], file: Path) -> None:
