@@ -250,14 +250,13 @@ def test_a_folder_that_holds_something_is_left_alone(recipe, tmp_path):
         train(recipe())
 
 
-def _torchrun(recipe: Recipe, folder: Path, processes: int) -> None:
+def _torchrun(recipe: Recipe, folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
     file = folder / f"ranks{processes}.yaml"
     file.write_text(recipe.to_yaml())
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
     command = [*launch, "--standalone", "-m", "owl2_hf", "train", str(file)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("sharding", [{}, {"fsdp": True, "fsdp_config": {"version": 2}}], ids=["ddp", "fsdp2"])
@@ -267,7 +266,8 @@ def test_two_ranks_compute_what_one_does(recipe, tmp_path, sharding):
     single = recipe(output_dir=str(tmp_path / "one"), trainer=settings)
     train(single)
     pair = {**settings, "per_device_train_batch_size": 1, **sharding}
-    _torchrun(recipe(output_dir=str(tmp_path / "two"), trainer=pair), tmp_path, 2)
+    done = _torchrun(recipe(output_dir=str(tmp_path / "two"), trainer=pair), tmp_path, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert last_checkpoint(tmp_path / "two").name == "checkpoint-3"
     assert num_processes(last_checkpoint(tmp_path / "two")) == 2
@@ -287,15 +287,53 @@ def test_the_documentation_shows_what_runs(rows, tmp_path, monkeypatch, capsys):
     assert "2 steps, training loss" in capsys.readouterr().out
 
 
-def test_a_bad_row_is_one_line_also_from_a_worker(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+@pytest.fixture
+def damaged(rows, tmp_path):
+    """Forty rows with an image each: the 36th is no image, and one that is cut short only shows when it is decoded."""
     turns = [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]
-    rows = [{"id": "7", "image": "broken.png", "conversations": turns}]  # that is seen when it is opened
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    command = ["train", "lora", "--model", "default", "--data", str(tmp_path / "rows.json"), "--out"]
-    result = CliRunner().invoke(app, [*command, str(tmp_path / "run")])
+    shutil.copy(rows.parent / "0.png", tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+
+    def write(name, image):
+        lines = [{"id": f"r{number}", "image": "good.png", "conversations": turns} for number in range(1, 41)]
+        lines[35]["image"] = image
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return str(tmp_path / name)
+
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:-100])
+    return write
+
+
+def test_a_broken_image_is_named_before_the_model_is_loaded(damaged, recipe, monkeypatch):
+    monkeypatch.setattr("owl2_hf.training.run.load_for_training", None)
+    with pytest.raises(ValueError, match=r"rows\.jsonl: row 36 \(id 'r36'\): .*broken\.png': it is not a picture"):
+        train(recipe(data={"train": damaged("rows.jsonl", "broken.png")}))
+
+
+def test_bad_rows_are_skipped_where_the_recipe_says_so(damaged, recipe, tmp_path, caplog):
+    file = Path(damaged("rows.jsonl", "broken.png"))
+    lines = file.read_text().splitlines()
+    lines[2], lines[7] = "{no JSON", lines[7].replace("good.png", "cut.png")
+    file.write_text("\n".join(lines))
+    length = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 1, "save_strategy": "no"}
+    report = train(recipe(data={"train": str(file), "bad_rows": "skip"}, trainer=length))
+    assert report.steps == 40 and report.summary().endswith("3 rows skipped")
+    assert (report.counts["rows"], report.counts["skipped"]) == (37, 3)
+    for place in (r"row 3: ", r"row 8 \(id 'r8'\): .*cut\.png'", r"row 36 \(id 'r36'\): .*broken\.png'"):
+        assert re.search(rf"{re.escape(str(file))}: {place}.* The row is skipped\.", caplog.text), place
+
+
+def test_what_only_decoding_shows_is_one_line_from_a_worker_and_leaves_a_checkpoint(damaged, tmp_path):
+    settings = {**BASE, "max_steps": 40, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+    settings |= {"save_steps": 100, "dataloader_num_workers": 1, "dataloader_prefetch_factor": 1, "bf16": False}
+    settings |= {"gradient_accumulation_steps": 1}
+    command = ["train", "lora", "--model", "default", "--data", damaged("rows.jsonl", "cut.png")]
+    command += [f"--set=trainer.{name}={json.dumps(value)}" for name, value in settings.items()]
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "run")])
     assert result.exit_code == 1 and "Traceback" not in result.stderr
-    assert re.search(r"^owl2-hf: row '7': .* `owl2-hf data check` names all bad rows\.$", result.stderr, re.MULTILINE)
+    message = r"^owl2-hf: \S+rows\.jsonl: row 36 \(id 'r36'\): .* `owl2-hf data check` names all bad rows\.$"
+    assert re.search(message, result.stderr, re.MULTILINE)
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-34"
 
 
 def test_bad_rows_of_a_file_are_named_before_the_model_is_loaded(tmp_path, recipe, monkeypatch):
@@ -367,7 +405,7 @@ def test_a_run_without_a_whole_checkpoint_says_what_is_wrong_with_each(recipe, t
     made = recipe(trainer={"save_only_model": True})
     train(made)
     (tmp_path / "run" / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="to go on from; checkpoint-4: optimizer.pt is missing; checkpoint-2: optim"):
+    with pytest.raises(ValueError, match=r"to go on from; checkpoint-4: optimizer\.pt is missing; checkpoint-2: optim"):
         train(made, resume=True)
 
 
@@ -409,3 +447,15 @@ def test_an_error_within_an_update_keeps_no_half_of_it(recipe, tmp_path, monkeyp
     with pytest.raises(RuntimeError, match="out of memory"):
         train(recipe())
     assert last_checkpoint(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize("sharding", [{}, {"fsdp": True, "fsdp_config": {"version": 2}}], ids=["ddp", "fsdp2"])
+def test_a_bad_row_of_one_rank_ends_all_of_them_with_a_checkpoint(damaged, recipe, tmp_path, sharding):
+    settings = {"max_steps": 20, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}
+    settings |= {"save_steps": 100, **sharding}
+    done = _torchrun(recipe(data={"train": damaged("rows.jsonl", "cut.png")}, trainer=settings), tmp_path, 2)
+    assert done.returncode == 1
+    assert re.search(r"owl2-hf: \S+rows\.jsonl: row 36 \(id 'r36'\)", done.stderr)
+    assert "owl2-hf: the rows of process 1 ended the run, as it says itself." in done.stderr
+    kept = last_checkpoint(tmp_path / "run")
+    assert kept.name == "checkpoint-16" and num_processes(kept) == 2

@@ -26,7 +26,7 @@ from .adapters import lora_config
 from .checkpoints import STATE, VERSIONS, is_finished, last_checkpoint, num_processes, steps_of
 from .collator import Collator
 from .components import Parameters, count_parameters, freeze_all_but
-from .data import check_rows, load_rows
+from .data import load_rows, look_over
 from .recipe import DataRecipe, Recipe
 from .resolution import set_image_size
 from .trainer import Owl2Trainer, RunRecord
@@ -41,6 +41,7 @@ _FIXED: dict[str, Any] = {
 }
 logger = logging.get_logger(__name__)
 
+MAX_LOOKING = 8  # processes that look over the rows
 _PACKAGES = ("owl2_hf", "torch", "transformers", "accelerate", "peft", "tokenizers", "numpy", "pillow")
 
 
@@ -54,7 +55,7 @@ class TrainReport:
         loss: Mean training loss of the steps of this call.
         resumed_from: Checkpoint that the run went on from.
         parameters: Components, what trained of them, and how fast.
-        counts: Rows in all, rows that were cut at `max_length`, and rows that had no label left.
+        counts: Rows in all, rows that were cut at `max_length`, that had no label left, and bad ones that were skipped.
         eval_loss: Loss on the rows to evaluate on, after the last step.
         was_finished: The run that should go on had all its steps and its model, so nothing was done.
     """
@@ -75,7 +76,7 @@ class TrainReport:
         parts = [f"{self.steps} steps"]
         parts += [] if self.loss is None else [f"training loss {self.loss:.4f}"]
         parts += [] if self.eval_loss is None else [f"evaluation loss {self.eval_loss:.4f}"]
-        names = {"truncated": "cut at max_length", "without_labels": "without a label left"}
+        names = {"truncated": "cut at max_length", "without_labels": "without a label left", "skipped": "skipped"}
         parts += [f"{self.counts[key]} rows {name}" for key, name in names.items() if self.counts.get(key)]
         return ", ".join(parts)
 
@@ -157,7 +158,8 @@ def _naming_rows() -> Iterator[None]:
 
 def _trainer(recipe: Recipe) -> Owl2Trainer:
     arguments = _arguments(recipe)
-    _check_files(recipe.data)
+    if recipe.data.bad_rows == "stop":
+        _check_files(recipe.data, arguments)
     # The Trainer seeds everything, but a fresh adapter is drawn before there is one.
     set_seed(arguments.seed)
     model, processor = load_for_training(recipe)
@@ -170,7 +172,12 @@ def _trainer(recipe: Recipe) -> Owl2Trainer:
             train_dataset=rows,
             eval_dataset=eval_rows,
             # accelerate deals streams out to processes as tensors, which names are not.
-            data_collator=Collator(processor, recipe.data.max_length, name_rows=not recipe.data.streaming),
+            data_collator=Collator(
+                processor,
+                recipe.data.max_length,
+                name_rows=not recipe.data.streaming,
+                skip_bad=recipe.data.bad_rows == "skip",
+            ),
             processing_class=processor,
             learning_rates=recipe.learning_rates,
             vision_layer_decay=recipe.vision_layer_decay,
@@ -275,11 +282,12 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
-def _check_files(data: DataRecipe) -> None:
-    """Refuse files with bad rows before the model is loaded; pictures must be there, but are not opened yet."""
+def _check_files(data: DataRecipe, arguments: TrainingArguments) -> None:
+    """Refuse files with bad rows before the model is loaded; of images the header is read. Ranks share the rows."""
+    share = (arguments.process_index, arguments.world_size)
     for name in filter(os.path.isfile, [*_names(data.train), *_names(data.eval or [])]):
-        bad = check_rows(name, data.image_folder, open_images=False, allow_outside=data.allow_outside).bad
-        if bad:
+        rows = load_rows(name, data.image_folder, allow_outside=data.allow_outside)
+        if bad := look_over(rows, min(os.cpu_count() or 1, MAX_LOOKING), *share):
             first = f"row {bad[0].row}{f' (id {bad[0].id!r})' if bad[0].id else ''}: {bad[0].reason}"
             others = f" {len(bad) - 1:,} more rows are bad:" if len(bad) > 1 else ""
             raise ValueError(f"{name}: {first}{others} `owl2-hf data check` names all of them.")
@@ -294,7 +302,14 @@ def _rows(data: DataRecipe, sources: str | list[str]) -> Any:
     if not names or not all(names):
         raise ValueError("the recipe names no data: set data.train to a file, a folder or a data set's id.")
     loaded = [
-        load_rows(name, data.image_folder, streaming=data.streaming, allow_outside=data.allow_outside) for name in names
+        load_rows(
+            name,
+            data.image_folder,
+            streaming=data.streaming,
+            allow_outside=data.allow_outside,
+            skip_bad=data.bad_rows == "skip",
+        )
+        for name in names
     ]
     if len(loaded) == 1:
         return loaded[0]

@@ -96,7 +96,7 @@ class Owl2Trainer(Trainer):
         try:
             if progress.saved_step != step:
                 self._save_checkpoint(self.model, trial=None)
-                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+                self.callback_handler.on_save(self.args, self.state, self.control)  # type: ignore[has-type]
             logger.warning(f"The run ends in step {step + 1}; {PREFIX_CHECKPOINT_DIR}-{step} holds it until then.")
         except Exception as error:  # the one that ends the run matters more
             logger.warning(f"The run ends in step {step + 1}, and step {step} could not be kept: {error}")
