@@ -40,6 +40,9 @@ class Owl2Trainer(Trainer):
         NonFiniteError: In training, before the step would change a parameter.
     """
 
+    compute_loss_func: Any
+    control: Any
+
     def __init__(
         self,
         *args: Any,
@@ -51,6 +54,9 @@ class Owl2Trainer(Trainer):
         self._rates, self._vision_layer_decay = dict(learning_rates or {}), vision_layer_decay
         # What the collator calls the rows of this step.
         self._rows: deque[list[str]] = deque(maxlen=self.args.gradient_accumulation_steps)
+        if self.args.label_smoothing_factor and self.compute_loss_func is None:
+            self.label_smoother = None
+            self.compute_loss_func = SmoothedLoss(self.model.config, self.args.label_smoothing_factor)
         self._progress = Progress()
         self.add_callback(self._progress)
 
@@ -96,7 +102,7 @@ class Owl2Trainer(Trainer):
         try:
             if progress.saved_step != step:
                 self._save_checkpoint(self.model, trial=None)
-                self.callback_handler.on_save(self.args, self.state, self.control)  # type: ignore[has-type]
+                self.callback_handler.on_save(self.args, self.state, self.control)
             logger.warning(f"The run ends in step {step + 1}; {PREFIX_CHECKPOINT_DIR}-{step} holds it until then.")
         except Exception as error:  # the one that ends the run matters more
             logger.warning(f"The run ends in step {step + 1}, and step {step} could not be kept: {error}")
@@ -154,6 +160,36 @@ class Owl2Trainer(Trainer):
             "lower learning rate, a longer warm-up or bfloat16 instead of float16, and check the rows of this step"
             f"{rows}."
         )
+
+
+class SmoothedLoss:
+    """Loss with label smoothing (arXiv:1512.00567, section 7) over the ids that can be predicted.
+
+    transformers' own smooths over all logits; those of reserved ids are -10,000 each, and their mean is not a loss.
+    `Trainer(compute_loss_func=SmoothedLoss(model.config, 0.1))` takes it as well.
+
+    Args:
+        config: Of the model.
+        factor: Share of the target that all ids have in common.
+    """
+
+    def __init__(self, config: Any, factor: float):
+        self.config, self.factor = config, factor
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Logits (B, L, V) and labels (B, L) -> sum of the losses of T labels, over T or the number that is given."""
+        targets = labels[:, 1:]
+        is_learned = targets.ne(-100) & targets.ne(self.config.image_token_id)
+        log_probs = outputs["logits"][:, :-1][is_learned].float().log_softmax(-1)  # (T, V)
+        targets = targets[is_learned]  # (T,)
+        ids = torch.arange(log_probs.shape[-1], device=log_probs.device)
+        is_predicted = ids.ne(self.config.image_token_id)
+        if self.config.output_vocab_size is not None:
+            is_predicted &= ids.lt(self.config.output_vocab_size)
+        hard = log_probs.gather(-1, targets[:, None]).sum()
+        soft = log_probs[:, is_predicted].mean(-1).sum()
+        count = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch).clamp_min(1)
+        return -((1 - self.factor) * hard + self.factor * soft) / count.to(hard.device)
 
 
 class RunRecord(TrainerCallback):
