@@ -380,7 +380,7 @@ def test_the_documented_example_runs(tmp_path, monkeypatch):
     names: dict = {}
     exec(compile(training, "adapters.md, training", "exec"), names)
     processor, row = names["processor"], names["rows"][0]
-    batch = names["collator"]([copy.deepcopy(row)])
+    batch = names["trainer"].data_collator([copy.deepcopy(row)])
     # What is trained is what generation reads, and the answers alone count.
     question = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": row["messages"][0]["content"]}]
     chat = [{"role": "user", "content": question}, row["messages"][1]]

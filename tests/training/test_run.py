@@ -323,7 +323,7 @@ def test_bad_rows_are_skipped_where_the_recipe_says_so(damaged, recipe, tmp_path
         assert re.search(rf"{re.escape(str(file))}: {place}.* The row is skipped\.", caplog.text), place
 
 
-def test_what_only_decoding_shows_is_one_line_from_a_worker_and_leaves_a_checkpoint(damaged, tmp_path):
+def test_a_bad_row_is_one_line_also_from_a_worker(damaged, tmp_path):
     settings = {**BASE, "max_steps": 40, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
     settings |= {"save_steps": 100, "dataloader_num_workers": 1, "dataloader_prefetch_factor": 1, "bf16": False}
     settings |= {"gradient_accumulation_steps": 1}
