@@ -260,13 +260,12 @@ def _torchrun(recipe: Recipe, folder: Path, processes: int) -> subprocess.Comple
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("sharding", [{}, {"fsdp": True, "fsdp_config": {"version": 2}}], ids=["ddp", "fsdp2"])
-def test_two_ranks_compute_what_one_does(recipe, tmp_path, sharding):
+def test_two_ranks_compute_what_one_does(recipe, tmp_path):
     # In file order one rank sees a row with a picture and the other one without.
     settings = {"max_steps": 3, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.1}
     single = recipe(output_dir=str(tmp_path / "one"), trainer=settings)
     train(single)
-    pair = {**settings, "per_device_train_batch_size": 1, **sharding}
+    pair = {**settings, "per_device_train_batch_size": 1}
     done = _torchrun(recipe(output_dir=str(tmp_path / "two"), trainer=pair), tmp_path, 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
@@ -402,6 +401,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(recipe, tmp
     assert last_checkpoint(run).name == "checkpoint-4"
 
 
+def test_another_number_of_processes_is_said(recipe, tmp_path, caplog):
+    train(recipe(trainer={"max_steps": 2}))
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    for rank in range(2):
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
+    for name in ("rng_state.pth", "versions.json"):
+        (checkpoint / name).unlink()
+    report = train(recipe(trainer={"max_steps": 3}), resume=True)
+    assert (report.steps, report.resumed_from) == (3, str(checkpoint))
+    assert f"{checkpoint} is of 2 processes, this run has 1: random numbers and the order of rows" in caplog.text
+
+
 def test_a_run_without_a_whole_checkpoint_says_what_is_wrong_with_each(recipe, tmp_path):
     made = recipe(trainer={"save_only_model": True})
     train(made)
@@ -450,10 +461,9 @@ def test_an_error_within_an_update_keeps_no_half_of_it(recipe, tmp_path, monkeyp
     assert last_checkpoint(tmp_path / "run") is None
 
 
-@pytest.mark.parametrize("sharding", [{}, {"fsdp": True, "fsdp_config": {"version": 2}}], ids=["ddp", "fsdp2"])
-def test_a_bad_row_of_one_rank_ends_all_of_them_with_a_checkpoint(damaged, recipe, tmp_path, sharding):
+def test_a_bad_row_of_one_rank_ends_all_of_them_with_a_checkpoint(damaged, recipe, tmp_path):
     settings = {"max_steps": 20, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}
-    settings |= {"save_steps": 100, **sharding}
+    settings |= {"save_steps": 100}
     done = _torchrun(recipe(data={"train": damaged("rows.jsonl", "cut.png")}, trainer=settings), tmp_path, 2)
     assert done.returncode == 1
     assert re.search(r"owl2-hf: \S+rows\.jsonl: row 36 \(id 'r36'\)", done.stderr)

@@ -119,13 +119,33 @@ def test_dpo_reads_the_ids_of_inference(parts, seen, tmp_path, has_image):
 
 
 @pytest.mark.parametrize("has_image", [True, False])
-def test_grpo_reads_the_ids_of_inference(parts, seen, tmp_path, has_image):
+def test_kto_reads_the_ids_of_inference(parts, seen, tmp_path, has_image):
+    model, processor = parts
+    rows = [
+        {"prompt": turn("user", QUESTION), "completion": turn("assistant", answer), "label": label}
+        | ({"images": images()} if has_image else {})
+        for answer, label in ((ANSWER, True), (WORSE, False))
+    ]
+    trl.KTOTrainer(
+        model,
+        args=trl.KTOConfig(**settings(tmp_path, max_length=None, seed=0)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+        peft_config=lora_config("language", r=2),
+    ).train()
+    expected = [ids_of(processor, answer, has_image) for answer in (ANSWER, WORSE)]
+    assert all(ids in expected for ids in seen) and all(ids in seen for ids in expected), (seen, expected)
+
+
+@pytest.mark.parametrize("has_image", [True, False])
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_online_training_reads_the_ids_of_inference(parts, seen, tmp_path, kind, has_image):
     model, processor = parts
     row = {"prompt": turn("user", QUESTION)} | ({"images": images()} if has_image else {})
-    trl.GRPOTrainer(
+    getattr(trl, f"{kind}Trainer")(
         model,
         reward_funcs=lambda completions, **kwargs: [float(index) for index in range(len(completions))],
-        args=trl.GRPOConfig(**settings(tmp_path, num_generations=2, max_completion_length=4)),
+        args=getattr(trl, f"{kind}Config")(**settings(tmp_path, num_generations=2, max_completion_length=4)),
         train_dataset=Dataset.from_list([row, row]),
         processing_class=processor,
     ).train()
