@@ -134,9 +134,9 @@ def test_numbered_pictures_are_co_instructs_prompts(default, pictures):
     def rendered(images):
         return processor.apply_chat_template(numbered_images(images, "Which is sharper?"), add_generation_prompt=True)
 
-    assert rendered(pictures[:1]) == "USER: The image: <|image|> Which is sharper? ASSISTANT:"
+    assert rendered(pictures[:1]) == "<s>USER: The image: <|image|> Which is sharper? ASSISTANT:"
     assert rendered(pictures[:2]) == (
-        "USER: The first image: <|image|>\nThe second image: <|image|>Which is sharper? ASSISTANT:"
+        "<s>USER: The first image: <|image|>\nThe second image: <|image|>Which is sharper? ASSISTANT:"
     )
     with pytest.raises(ValueError, match="expected one to 10 pictures, got 0"):
         numbered_images([], "?")

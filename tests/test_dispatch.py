@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
+from owl2_hf.modeling.compatibility_mplug_owl2 import CACHE
 
 from .original import pad
 from .test_modeling_mplug_owl2 import IMAGE, RUN, llama_like, pictures, tiny_config
@@ -49,8 +50,8 @@ def test_a_decoding_step_is_llamas_whatever_the_depth(models):
     counts = []
     for model in models:
         cache = DynamicCache(config=model.config.get_text_config())
-        model(torch.tensor([[1, 5, 6]]), cache=cache, use_cache=True)
-        counts.append(operations(lambda model=model, cache=cache: model(torch.tensor([[7]]), cache=cache)))
+        model(torch.tensor([[1, 5, 6]]), **{CACHE: cache}, use_cache=True)
+        counts.append(operations(lambda model=model, cache=cache: model(torch.tensor([[7]]), **{CACHE: cache})))
     assert counts[0] - counts[1] == Counter(RESERVED_IDS) and not counts[1] - counts[0]
     assert not SYNCS & counts[0].keys()
 
@@ -119,3 +120,19 @@ def test_compiled_decoding_neither_breaks_nor_compiles_again(models):
         torch.cat([inputs["input_ids"], torch.tensor([[8, 9, 10, 11]])], dim=1), pixel_values=pictures(1)
     ).logits[:, -1:, :IMAGE]
     torch.testing.assert_close(output.logits[..., :IMAGE], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_graph_for_texts_of_any_length_takes_pictures_after_them(models):
+    model = models[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for ids in ([[1, 5, 6]], [[1, 5, 6, 7, 8]]):
+        compiled(input_ids=torch.tensor(ids))  # the second call makes the length a variable
+    for ids in ([1, 5, *RUN, 7], [1, 5, *RUN, 7, 8]):
+        inputs = {**pad([ids]), "pixel_values": pictures(1)}
+        inputs["mm_token_type_ids"] = inputs["input_ids"].eq(IMAGE).long()
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)
+    inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"][:, 1:]
+    with pytest.raises(ValueError, match="one indicator for each position"):
+        model(**inputs)

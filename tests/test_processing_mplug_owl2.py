@@ -67,7 +67,7 @@ def encode(processor, conversation, **kwargs):
     ],
 )
 def test_prompts_are_the_originals(processor, messages, prompt):
-    assert processor.apply_chat_template(messages, add_generation_prompt=True) == prompt
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == f"<s>{prompt}"
 
 
 def test_golden_conversations_give_the_originals_prompts_and_ids(golden_dir):
@@ -81,7 +81,7 @@ def test_golden_conversations_give_the_originals_prompts_and_ids(golden_dir):
                 parts += [picture(Image.open(golden_dir("A") / "e2e" / next(images)))] if index else []
                 parts += [text(piece)] if piece else []
             messages.append({"role": "assistant" if number % 2 else "user", "content": parts})
-        assert processor.apply_chat_template(messages, add_generation_prompt=True) == case["prompt"]
+        assert processor.apply_chat_template(messages, add_generation_prompt=True) == "<s>" + case["prompt"]
         from_chat = encode(processor, messages)
         pictures = [Image.open(golden_dir("A") / "e2e" / name) for name in case["images"]]
         from_string = processor(text=case["prompt"], images=pictures or None, return_tensors="pt")
@@ -112,12 +112,12 @@ def test_assistant_masks_need_no_help_from_the_template():
 
 def test_an_empty_system_message_adds_nothing(processor):
     messages = [{"role": "system", "content": ""}, user("q")]
-    assert processor.apply_chat_template(messages) == "USER: q "
+    assert processor.apply_chat_template(messages) == "<s>USER: q "
 
 
 def test_a_part_may_only_hold_the_place_of_a_picture(processor):
     for kind in ("image", "video"):
-        assert processor.apply_chat_template([user({"type": kind}, "a")]) == "USER: <|image|>a "
+        assert processor.apply_chat_template([user({"type": kind}, "a")]) == "<s>USER: <|image|>a "
     out = encode(processor, [user({"type": "image"}, "a")], processor_kwargs={"images": [RED]})
     assert out["pixel_values"].shape[0] == 1
     keys = {"type": "image", "image": RED, "url": None}

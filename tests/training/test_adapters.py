@@ -1,5 +1,6 @@
 """Adapters: what the presets target, every way of loading, refusals, checkpointing, merging, the documented example."""
 
+import contextlib
 import copy
 import json
 import re
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -18,7 +19,7 @@ from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration
 from owl2_hf.training.adapters import LORA_PRESETS, check_adapter, load_adapter, lora_config
 
 from ..original import expand_markers, pad
-from ..test_modeling_mplug_owl2 import RUN, pictures, tiny_config
+from ..test_modeling_mplug_owl2 import IMAGE, RUN, pictures, tiny_config
 
 DOCS = Path(__file__).parents[2] / "docs" / "adapters.md"
 INPUTS = {**pad([[1, 5, *RUN, 7]]), "pixel_values": pictures(1)}
@@ -380,7 +381,7 @@ def test_the_documented_example_runs(tmp_path, monkeypatch):
     names: dict = {}
     exec(compile(training, "adapters.md, training", "exec"), names)
     processor, row = names["processor"], names["rows"][0]
-    batch = names["collator"]([copy.deepcopy(row)])
+    batch = names["trainer"].data_collator([copy.deepcopy(row)])
     # What is trained is what generation reads, and the answers alone count.
     question = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": row["messages"][0]["content"]}]
     chat = [{"role": "user", "content": question}, row["messages"][1]]
@@ -396,3 +397,66 @@ def test_the_documented_example_runs(tmp_path, monkeypatch):
     assert torch.equal(logits(names["base"], inputs), logits(names["merged"], inputs))
     torch.testing.assert_close(logits(names["merged"], inputs), trained, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(trained, logits(owl2_hf.load_default(dtype="float32")[0], inputs), atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", LORA_PRESETS)
+def test_each_row_of_a_batch_may_have_an_adapter_of_its_own(model, preset):
+    adapted = adapt(model, preset)
+    adapted.add_adapter("second", lora_config(preset, r=2, lora_dropout=0.0))
+    adapted.double()  # what differs is then no rounding
+    torch.manual_seed(2)
+    for name, parameter in adapted.named_parameters():
+        if ".second." in name:
+            parameter.normal_(std=0.1)
+    rows = pad([[1, 5, *RUN, 7], [1, *RUN, 5, 7, 8], [1, 5, 6]])
+    inputs = {**rows, "pixel_values": pictures(2).double(), "mm_token_type_ids": rows["input_ids"].eq(IMAGE).long()}
+    names = ["default", "__base__", "second"]
+    mixed = adapted(**inputs, adapter_names=names).logits
+    for index, name in enumerate(names):
+        with contextlib.nullcontext() if name != "__base__" else adapted.disable_adapter():
+            if name != "__base__":
+                adapted.set_adapter(name)
+            alone = adapted(**inputs).logits
+        kept = inputs["attention_mask"][index].bool()
+        torch.testing.assert_close(mixed[index][kept], alone[index][kept], rtol=1e-9, atol=1e-9)
+    answers = adapted.generate(**inputs, adapter_names=names, max_new_tokens=2, do_sample=False)
+    assert answers.shape[0] == 3
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
+@pytest.mark.parametrize("has_image", [True, False])
+def test_virtual_tokens_in_front_of_a_prompt_are_text(model, kind, has_image):
+    settings = {"encoder_hidden_size": 8} if kind is PromptEncoderConfig else {}
+    torch.manual_seed(0)
+    base = copy.deepcopy(model)
+    tuned = get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=2, **settings)).eval()
+    inputs = pad([[1, 5, *RUN, 7] if has_image else [1, 5, 7], [1, 5, 6]])
+    inputs |= {"mm_token_type_ids": inputs["input_ids"].eq(IMAGE).long()}
+    inputs |= {"pixel_values": pictures(1)} if has_image else {}
+    got = logits(tuned, inputs)
+    # The same by hand, with an indicator for each position.
+    embeds = torch.cat([tuned.get_prompt(2), model.get_input_embeddings()(inputs["input_ids"])], dim=1)
+    by_hand = {**inputs, "inputs_embeds": embeds, "input_ids": None}
+    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        by_hand[name] = torch.nn.functional.pad(inputs[name], (2, 0), value=value)
+    torch.testing.assert_close(got, logits(model, by_hand), rtol=1e-5, atol=1e-6)
+    loss = tuned(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in tuned.prompt_encoder.parameters() if parameter.requires_grad)
+    answers = tuned.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert answers[:, -2].tolist() == got[:, -1].argmax(-1).tolist()
+
+
+def test_indicators_that_are_too_short_are_refused_where_no_tokens_are_virtual(model):
+    embeds = model.get_input_embeddings()(torch.tensor([[1, 5, *RUN, 7]]))
+    short = torch.tensor([[0, *[1] * len(RUN), 0]])
+    for extra in ({}, {"pixel_values": pictures(1)}):
+        with pytest.raises(ValueError, match="one indicator for each position"):
+            model(inputs_embeds=embeds, mm_token_type_ids=short, **extra)
+    frozen = model.requires_grad_(False)  # as virtual tokens leave a model; ids tell that there are none
+    with pytest.raises(ValueError, match="one indicator for each position"):
+        frozen(torch.tensor([[1, 5, *RUN, 7]]), mm_token_type_ids=short, pixel_values=pictures(1))
+    long = torch.tensor([[0, 0, 0, *[1] * len(RUN), 0]])
+    with pytest.raises(ValueError, match="one indicator for each position"):
+        frozen(inputs_embeds=embeds, mm_token_type_ids=long)

@@ -266,7 +266,7 @@ def test_truncated_and_unlabelled_rows_are_counted_in_all_workers(num_workers):
     collator = Collator(LLAMA, max_length=30)
     for _ in DataLoader(Rows(2 * rows), batch_size=1, collate_fn=collator, num_workers=num_workers):
         pass
-    assert collator.counts == {"rows": 6, "truncated": 4, "without_labels": 2}
+    assert collator.counts == {"rows": 6, "truncated": 4, "without_labels": 2, "skipped": 0}
     report = check_rows(rows, processor=LLAMA, max_length=30)
     assert (report.truncated, report.without_labels) == (2, 1)
 
@@ -333,3 +333,25 @@ def test_a_bad_row_is_named(sample, message):
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Collator(LLAMA, **options)
+
+
+def test_bad_rows_are_left_out_counted_and_named(tmp_path, caplog):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    RED.save(tmp_path / "red.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "red.png").read_bytes()[:-30])
+    good = [row("<image> a", "b", image=RED), row("c", "d")]
+    broken, cut = (row("<image> a", "b", id=name, image=f"{name}.png") for name in ("broken", "cut"))
+    collator = Collator(LLAMA, image_folder=tmp_path, skip_bad=True)
+    batch, expected = collator([good[0], broken, good[1], cut]), Collator(LLAMA)(good)
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[key], expected[key]) for key in expected)
+    assert collator.counts["skipped"] == 2 and collator.counts["rows"] == 2
+    assert all(f"row '{name}': '" in caplog.text for name in ("broken", "cut"))
+    assert caplog.text.count("The row is skipped.") == 2
+
+
+def test_a_batch_of_bad_rows_alone_has_nothing_to_learn():
+    batch = Collator(LLAMA, skip_bad=True)([row("a", ""), row("b", "")])
+    assert batch["labels"].tolist() == [[-100, -100]] and "pixel_values" not in batch
+    with pytest.raises(ValueError, match="answer 1 is empty"):
+        Collator(LLAMA)([row("a", ""), row("b", "")])

@@ -5,9 +5,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import owl2_hf
+from owl2_hf.training.adapters import lora_config
 from owl2_hf.training.components import (
     COMPONENTS,
     TRAINABLE,
+    Parameters,
     component_of,
     count_parameters,
     format_table,
@@ -131,6 +133,22 @@ def test_the_table_counts_every_parameter_once(model):
     assert by_name["language_model"].learning_rates == () and by_name["language_model"].trainable == 0
     table = format_table(rows)
     assert "connector" in table and "0.001" in table and "of the parameters train" in table
+
+
+def test_a_connector_that_trains_beside_an_adapter_counts_as_the_connector(model):
+    expected = sum(parameter.numel() for name, parameter in model.named_parameters() if "abstractor" in name)
+    adapted = get_peft_model(model, lora_config(r=2, train_connector=True))
+    for trains in ("adapters", "connector"):
+        freeze_all_but(adapted, trains)
+        rates = {"connector": 1e-3}
+        rows = {
+            row.component: row for row in count_parameters(adapted, parameter_groups(adapted, 1e-4, rates, None, 0, []))
+        }
+        assert rows["connector"] == Parameters("connector", expected, 0, (1e-3,))
+        assert rows["adapters"].learning_rates == (1e-4,)
+        in_adapter = sum(parameter.numel() for name, parameter in adapted.named_parameters() if ".lora_" in name)
+        assert (rows["adapters"].trainable, rows["adapters"].frozen) == (in_adapter, 0)
+        assert not any(".original_module." in name for name in trainable(adapted))
 
 
 def test_names_of_presets_and_components_agree():

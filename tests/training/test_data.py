@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from owl2_hf.cli import app
 from owl2_hf.default import load_default
-from owl2_hf.training.data import check_rows, load_rows
+from owl2_hf.training.data import check_rows, load_rows, look_over
 from owl2_hf.training.messages import pictures_of, to_messages
 
 from ..test_videos import make_video
@@ -312,7 +312,7 @@ def test_workers_share_the_rows_out(tmp_path, streaming):
 def test_lines_are_found_by_their_place_alone(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"id": str(index), "text": "ü" * (index % 7)} for index in range(2000)])
     rows = load_rows(path)
-    assert rows.rows._starts.dtype == np.int64
+    assert (rows.rows._places.dtype, rows.rows._places.shape) == (np.int64, (2000, 2))
     assert [rows[index]["id"] for index in (0, 7, 1999)] == ["0", "7", "1999"]
 
 
@@ -480,3 +480,38 @@ def test_a_video_file_is_one_frame_a_second(tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"broken\.mp4' is neither a picture nor a video"):
         to_messages(llava("<video> What happens?", "It moves.", video="broken.mp4"), tmp_path)
+
+
+# What is seen before a run
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_look_over_all_rows_names_the_bad_ones(tmp_path, num_workers):
+    RED.save(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    rows = [llava("<image> a", "b", id=f"r{number}", image="good.png") for number in range(600)]
+    rows[35]["image"], rows[598]["image"] = "broken.png", "gone.png"
+    rows[7]["conversations"] = []
+    loaded = load_rows(write(tmp_path / "rows.jsonl", rows))  # with an empty line behind each
+    found = look_over(loaded, num_workers)
+    assert [(bad.row, bad.id) for bad in found] == [(15, "r7"), (71, "r35"), (1197, "r598")]
+    assert "is not a picture in one of the formats" in found[1].reason
+    assert [bad.row for rank in (0, 1) for bad in look_over(loaded, num_workers, rank, 2)] == [1197, 15, 71]
+
+
+def test_a_look_neither_decodes_nor_fetches(tmp_path, monkeypatch):
+    RED.save(tmp_path / "good.png")
+    images = ["good.png", (tmp_path / "good.png").read_bytes(), RED, "https://example.org/a.png"]
+    rows = [llava("<image> a", "b", image=image) for image in images]
+    monkeypatch.setattr("owl2_hf.training.data.open_image", None)
+    assert look_over(load_rows(rows, tmp_path, allow_outside=True)) == []
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_lines_that_cannot_be_read_stay_as_bad_rows(tmp_path, streaming):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(llava("a", "b", id="1")) + "\n\n{broken\n")
+    first, second = load_rows(path, streaming=streaming, skip_bad=True)
+    assert to_messages(first)[0]["role"] == "user"
+    with pytest.raises(ValueError, match="not valid JSON at column 2"):
+        to_messages(second)

@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 import owl2_hf
 from owl2_hf.cli import app
 from owl2_hf.training import run as run_module
+from owl2_hf.training.checkpoints import last_checkpoint, num_processes
 from owl2_hf.training.recipe import Recipe, load_recipe
 from owl2_hf.training.run import load_for_training, train
-from owl2_hf.training.trainer import NonFiniteError, Owl2Trainer, last_checkpoint
+from owl2_hf.training.trainer import NonFiniteError, Owl2Trainer
 
 BASE = {
     "max_steps": 4,
@@ -159,7 +160,7 @@ def test_a_loss_that_is_no_number_stops_the_run(recipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Owl2Trainer, "compute_loss", poisoned)
     with pytest.raises(
-        NonFiniteError, match=r"the loss is nan in step 4, .* checkpoint, .*checkpoint-2, is kept"
+        NonFiniteError, match=r"the loss is nan in step 4, .* checkpoint, .*checkpoint-3, is kept"
     ) as error:
         train(recipe())
     assert re.search(r"check the rows of this step: 'r\d+', 'r\d+'\.$", str(error.value))
@@ -236,6 +237,7 @@ def test_pictures_of_another_size_are_trained_on(recipe, tmp_path):
 def test_mistakes_of_a_recipe_are_named(recipe, changes, message, monkeypatch):
     monkeypatch.setattr(run_module, "find_spec", lambda name: None)
     monkeypatch.setattr(run_module, "load_rows", lambda source, *args, **kwargs: [source])
+    monkeypatch.setattr(run_module, "look_over", lambda *args: [])
     with pytest.raises(ValueError, match=message):
         train(recipe(**changes))
 
@@ -249,25 +251,26 @@ def test_a_folder_that_holds_something_is_left_alone(recipe, tmp_path):
         train(recipe())
 
 
-def _torchrun(recipe: Recipe, folder: Path, processes: int) -> None:
+def _torchrun(recipe: Recipe, folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
     file = folder / f"ranks{processes}.yaml"
     file.write_text(recipe.to_yaml())
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
     command = [*launch, "--standalone", "-m", "owl2_hf", "train", str(file)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("sharding", [{}, {"fsdp": True, "fsdp_config": {"version": 2}}], ids=["ddp", "fsdp2"])
-def test_two_ranks_compute_what_one_does(recipe, tmp_path, sharding):
+def test_two_ranks_compute_what_one_does(recipe, tmp_path):
     # In file order one rank sees a row with a picture and the other one without.
     settings = {"max_steps": 3, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.1}
     single = recipe(output_dir=str(tmp_path / "one"), trainer=settings)
     train(single)
-    pair = {**settings, "per_device_train_batch_size": 1, **sharding}
-    _torchrun(recipe(output_dir=str(tmp_path / "two"), trainer=pair), tmp_path, 2)
+    pair = {**settings, "per_device_train_batch_size": 1}
+    done = _torchrun(recipe(output_dir=str(tmp_path / "two"), trainer=pair), tmp_path, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert last_checkpoint(tmp_path / "two").name == "checkpoint-3"
+    assert num_processes(last_checkpoint(tmp_path / "two")) == 2
     expected = weights(tmp_path / "one")
     for name, value in weights(tmp_path / "two").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
@@ -284,15 +287,53 @@ def test_the_documentation_shows_what_runs(rows, tmp_path, monkeypatch, capsys):
     assert "2 steps, training loss" in capsys.readouterr().out
 
 
-def test_a_bad_row_is_one_line_also_from_a_worker(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+@pytest.fixture
+def damaged(rows, tmp_path):
+    """Forty rows with an image each: the 36th is no image, and one that is cut short only shows when it is decoded."""
     turns = [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]
-    rows = [{"id": "7", "image": "broken.png", "conversations": turns}]  # that is seen when it is opened
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    command = ["train", "lora", "--model", "default", "--data", str(tmp_path / "rows.json"), "--out"]
-    result = CliRunner().invoke(app, [*command, str(tmp_path / "run")])
+    shutil.copy(rows.parent / "0.png", tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+
+    def write(name, image):
+        lines = [{"id": f"r{number}", "image": "good.png", "conversations": turns} for number in range(1, 41)]
+        lines[35]["image"] = image
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return str(tmp_path / name)
+
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:-100])
+    return write
+
+
+def test_a_broken_image_is_named_before_the_model_is_loaded(damaged, recipe, monkeypatch):
+    monkeypatch.setattr("owl2_hf.training.run.load_for_training", None)
+    with pytest.raises(ValueError, match=r"rows\.jsonl: row 36 \(id 'r36'\): .*broken\.png': it is not a picture"):
+        train(recipe(data={"train": damaged("rows.jsonl", "broken.png")}))
+
+
+def test_bad_rows_are_skipped_where_the_recipe_says_so(damaged, recipe, tmp_path, caplog):
+    file = Path(damaged("rows.jsonl", "broken.png"))
+    lines = file.read_text().splitlines()
+    lines[2], lines[7] = "{no JSON", lines[7].replace("good.png", "cut.png")
+    file.write_text("\n".join(lines))
+    length = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 1, "save_strategy": "no"}
+    report = train(recipe(data={"train": str(file), "bad_rows": "skip"}, trainer=length))
+    assert report.steps == 40 and report.summary().endswith("3 rows skipped")
+    assert (report.counts["rows"], report.counts["skipped"]) == (37, 3)
+    for place in (r"row 3: ", r"row 8 \(id 'r8'\): .*cut\.png'", r"row 36 \(id 'r36'\): .*broken\.png'"):
+        assert re.search(rf"{re.escape(str(file))}: {place}.* The row is skipped\.", caplog.text), place
+
+
+def test_a_bad_row_is_one_line_also_from_a_worker(damaged, tmp_path):
+    settings = {**BASE, "max_steps": 40, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+    settings |= {"save_steps": 100, "dataloader_num_workers": 1, "dataloader_prefetch_factor": 1, "bf16": False}
+    settings |= {"gradient_accumulation_steps": 1}
+    command = ["train", "lora", "--model", "default", "--data", damaged("rows.jsonl", "cut.png")]
+    command += [f"--set=trainer.{name}={json.dumps(value)}" for name, value in settings.items()]
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "run")])
     assert result.exit_code == 1 and "Traceback" not in result.stderr
-    assert re.search(r"^owl2-hf: row '7': .* `owl2-hf data check` names all bad rows\.$", result.stderr, re.MULTILINE)
+    message = r"^owl2-hf: \S+rows\.jsonl: row 36 \(id 'r36'\): .* `owl2-hf data check` names all bad rows\.$"
+    assert re.search(message, result.stderr, re.MULTILINE)
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-34"
 
 
 def test_bad_rows_of_a_file_are_named_before_the_model_is_loaded(tmp_path, recipe, monkeypatch):
@@ -307,3 +348,125 @@ def test_bad_rows_of_a_file_are_named_before_the_model_is_loaded(tmp_path, recip
 def test_what_is_not_installed_is_named(recipe):
     with pytest.raises(ValueError, match=r"^trainer: .*clearml"):
         train(recipe(trainer={"report_to": "clearml"}))
+
+
+def everything(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 1}], ids=["steps", "epochs"]
+)
+def test_a_finished_run_stays_as_it_is_when_it_is_resumed(recipe, tmp_path, length):
+    made = recipe(trainer={**length, "lr_scheduler_type": "constant"})
+    steps = train(made).steps
+    before = everything(tmp_path / "run")
+    command = ["train", str(tmp_path / "recipe.yaml"), "--resume"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'run'}: all {steps} steps were finished before; nothing was changed\n"
+    assert everything(tmp_path / "run") == before
+
+
+def test_a_finished_run_goes_on_to_more_steps(recipe):
+    train(recipe(trainer={"max_steps": 2}))
+    assert train(recipe(trainer={"max_steps": 3}), resume=True).steps == 3
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors"])
+def test_a_run_that_died_before_its_model_was_written_takes_no_more_steps(recipe, tmp_path, name):
+    made = recipe(trainer={"lr_scheduler_type": "constant"})
+    train(made)
+    expected = weights(tmp_path / "run" / "checkpoint-4")  # the tensors are the file
+    file = tmp_path / "run" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    report = train(made, resume=True)
+    assert (report.steps, report.loss, report.was_finished) == (4, None, False)
+    assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize("adapter", [None, {"preset": "language", "r": 4, "lora_dropout": 0.2}], ids=["model", "lora"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(recipe, tmp_path, caplog, adapter):
+    made = recipe(adapter=adapter)
+    train(made)
+    run = tmp_path / "run"
+    whole = losses(run)
+    (run / "trainer_state.json").unlink()  # it died at the last checkpoint
+    file = run / "checkpoint-4" / ("adapter_model.safetensors" if adapter else "optimizer.pt")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    caplog.clear()
+    report = train(made, resume=True)
+    assert f"not whole is checkpoint-4: {file.name} is cut short or damaged; going on from checkpoint-2." in caplog.text
+    assert report.resumed_from == str(run / "checkpoint-2") and losses(run) == whole
+    assert last_checkpoint(run).name == "checkpoint-4"
+
+
+def test_another_number_of_processes_is_said(recipe, tmp_path, caplog):
+    train(recipe(trainer={"max_steps": 2}))
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    for rank in range(2):
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
+    for name in ("rng_state.pth", "versions.json"):
+        (checkpoint / name).unlink()
+    report = train(recipe(trainer={"max_steps": 3}), resume=True)
+    assert (report.steps, report.resumed_from) == (3, str(checkpoint))
+    assert f"{checkpoint} is of 2 processes, this run has 1: random numbers and the order of rows" in caplog.text
+
+
+def test_a_run_without_a_whole_checkpoint_says_what_is_wrong_with_each(recipe, tmp_path):
+    made = recipe(trainer={"save_only_model": True})
+    train(made)
+    (tmp_path / "run" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"to go on from; checkpoint-4: optimizer\.pt is missing; checkpoint-2: optim"):
+        train(made, resume=True)
+
+
+def failing_rows():
+    """Stands in for `Collator`: the rows of the fourth step, read one step ahead, fail."""
+
+    class Failing(run_module.Collator):
+        batches = 0
+
+        def __call__(self, rows):
+            self.batches += 1
+            if self.batches == 4:
+                raise OSError("the disk is gone")
+            return super().__call__(rows)
+
+    return Failing
+
+
+def test_an_error_in_the_middle_leaves_a_checkpoint_to_go_on_from(recipe, tmp_path, monkeypatch, caplog):
+    settings = {"save_steps": 100, "lr_scheduler_type": "cosine"}
+    train(recipe(output_dir=str(tmp_path / "whole"), trainer=settings))
+    made = recipe(trainer=settings)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
+        patch.setattr(run_module, "Collator", failing_rows())
+        train(made)
+    assert "The run ends in step 3; checkpoint-2 holds it until then." in caplog.text
+    report = train(made, resume=True)
+    assert report.resumed_from == str(tmp_path / "run" / "checkpoint-2")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
+
+
+def test_an_error_within_an_update_keeps_no_half_of_it(recipe, tmp_path, monkeypatch):
+    def dies(self, *args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(run_module.Owl2Trainer, "_get_learning_rate", dies)  # asked for right after the update
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(recipe())
+    assert last_checkpoint(tmp_path / "run") is None
+
+
+def test_a_bad_row_of_one_rank_ends_all_of_them_with_a_checkpoint(damaged, recipe, tmp_path):
+    settings = {"max_steps": 20, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}
+    settings |= {"save_steps": 100}
+    done = _torchrun(recipe(data={"train": damaged("rows.jsonl", "cut.png")}, trainer=settings), tmp_path, 2)
+    assert done.returncode == 1
+    assert re.search(r"owl2-hf: \S+rows\.jsonl: row 36 \(id 'r36'\)", done.stderr)
+    assert "owl2-hf: the rows of process 1 ended the run, as it says itself." in done.stderr
+    kept = last_checkpoint(tmp_path / "run")
+    assert kept.name == "checkpoint-16" and num_processes(kept) == 2

@@ -18,7 +18,8 @@ from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration
 from owl2_hf.modeling.configuration_mplug_owl2 import padded_vocab_size
 from owl2_hf.modeling.modeling_mplug_owl2_abstractor import image_position_table
 from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
-from owl2_hf.training.trainer import Owl2Trainer, last_checkpoint
+from owl2_hf.training.checkpoints import last_checkpoint
+from owl2_hf.training.trainer import Owl2Trainer
 
 from .data import (
     COLORS,

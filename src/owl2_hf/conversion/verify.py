@@ -120,7 +120,8 @@ def _check_processor(processor: MplugOwl2Processor, config: MplugOwl2Config) -> 
         rendered = processor.apply_chat_template(chat, add_generation_prompt=True)
     except Exception as error:  # jinja raises many
         raise ConversionError(f"the chat template cannot be rendered: {error}") from None
-    if rendered != _PROMPT:
+    # What was converted by earlier versions leaves the first token to the tokenizer.
+    if rendered.removeprefix(processor.tokenizer.bos_token or "") != _PROMPT:
         raise ConversionError(f"the chat template gives {rendered!r}, expected {_PROMPT!r}.")
     num_tokens = len(processor.tokenizer)
     if num_tokens > config.text_config.vocab_size:

@@ -5,11 +5,12 @@ PEFT is not imported here: the file travels to the Hub, where a model must load 
 
 import json
 import re
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file, is_peft_available
 
@@ -119,6 +120,14 @@ def check_adapter_keys(source: Any, missing: Collection[str], unexpected: Collec
             f"The adapter {source} does not fit this model: {'; '.join(problems)}. Load the model that it was trained "
             "on (base_model_name_or_path in its adapter_config.json), and check that its files are whole."
         )
+
+
+def has_named_rows(model: nn.Module) -> bool:
+    """Whether each row of the batch has an adapter of its own (PEFT's `adapter_names`); hooks tell adapted layers."""
+    if "peft" not in sys.modules:
+        return False
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks)
 
 
 def _original_error(source: Any) -> str:

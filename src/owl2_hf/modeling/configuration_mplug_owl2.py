@@ -252,7 +252,8 @@ class MplugOwl2Config(ComposedConfig):
         "h_reducer_config": SubConfigSpec(config_class=MplugOwl2HReducerConfig, optional=True),
         "text_config": SubConfigSpec(config_class=MplugOwl2TextConfig),
     }
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_outputs"]
+    # Outputs that a Trainer does not gather: they are large, or differ in shape from batch to batch.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
     attribute_map = {"image_token_index": "image_token_id"}
 
     # Dictionaries on the way in, configurations from then on.

@@ -370,6 +370,8 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             nothing = self._untouched_vision_side()
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        elif mm_token_type_ids is not None:
+            mm_token_type_ids = self._behind_virtual_tokens(mm_token_type_ids, inputs_embeds)
 
         image_features = None
         if encoder_output is not None:
@@ -398,6 +400,16 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             image_outputs=encoder_output,
             **named_cache(outputs.cache),
         )
+
+    def _behind_virtual_tokens(self, mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> Tensor:
+        """(B, L) indicators for (B, P + L, D) embeddings, of which PEFT's prompt tuning put P in front: these are text.
+
+        PEFT does not say that it did, but it freezes all of the model; with a table that trains, lengths must agree.
+        """
+        num_virtual = inputs_embeds.shape[1] - mm_token_type_ids.shape[-1]
+        if num_virtual <= 0 or self.get_input_embeddings().weight.requires_grad:
+            return mm_token_type_ids
+        return nn.functional.pad(mm_token_type_ids, (num_virtual, 0))
 
     def _check_no_placeholder(self, input_ids: Tensor | None, cache: Cache | None) -> None:
         """A prompt that names pictures needs them; looked at once per prompt, not at each decoding step.

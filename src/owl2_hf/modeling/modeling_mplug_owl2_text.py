@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_mplug_owl2 import has_named_rows
 from .compatibility_mplug_owl2 import (
     BaseModelOutputWithPast,
     check_positions,
@@ -107,7 +108,9 @@ def match_indicators(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> Tensor
         ValueError: There is not one indicator for each position.
     """
     shape = inputs_embeds.shape[:2]
-    if mm_token_type_ids.shape not in (shape, (1, shape[1])):
+    rows, columns = mm_token_type_ids.shape
+    # Number by number: a traced graph knows whether two lengths are equal, not whether a list holds a shape.
+    if columns != shape[1] or (rows != shape[0] and rows != 1):
         raise ValueError(
             "mm_token_type_ids must have one indicator for each position: expected "
             f"{tuple(shape)}, got {tuple(mm_token_type_ids.shape)}."
@@ -338,6 +341,9 @@ class MplugOwl2TextModel(PreTrainedModel):
         routing = None
         if mm_token_type_ids is not None and self.config.has_modality_adaptive_module:
             routing = ModalityRouting.from_indicators(mm_token_type_ids, self.training)
+        if routing is not None and routing.order is not None and not self.training and has_named_rows(self):
+            # The adapted layers need the rows as they are.
+            routing = routing._replace(order=None, inverse=None)
 
         hidden_states = inputs_embeds
         position_embeddings = self._position_embeddings(hidden_states, position_ids, cache)

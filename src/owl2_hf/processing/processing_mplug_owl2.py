@@ -36,6 +36,7 @@ CHAT_TEMPLATE = """\
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
+{{- bos_token -}}
 {%- for message in messages -%}
     {%- set content = render(message.content) -%}
     {%- if message.role == 'system' -%}
@@ -71,7 +72,7 @@ _LOADING_OPTIONS = (
 # transformers 5.20 moves the masks of answers past the placeholders of the images in front of them.
 MASKS_FOLLOW_IMAGES = "placeholder_ends" in inspect.getsource(ProcessorMixin)
 # Upstream: mPLUG-Owl2.1 joins turns by the same characters, which are text to its tokenizer.
-QWEN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("eos_token", "'</s>'")
+QWEN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("{{- bos_token -}}\n", "").replace("eos_token", "'</s>'")
 
 
 class Decoded(str):
@@ -216,10 +217,16 @@ class MplugOwl2Processor(ProcessorMixin):
 
         Args:
             images: One picture, a flat list for all prompts in order, or a list for each prompt.
-            text: One prompt or several, with one `<|image|>` for each picture, whatever crops it is cut into.
+            text: One prompt or several, with one `<|image|>` for each picture, whatever crops it is cut into. `<s>` in
+                front, as chat templates write it, is the one that the tokenizer would write. Without special tokens a
+                text that begins with a space goes on where another ended, and gets no further space in front.
         """
         for name in (kwargs.get("text_kwargs") or {}).keys() - TextKwargs.__annotations__.keys():
             logger.warning_once(f"{type(self).__name__} ignores {name!r} of text_kwargs, which it does not know.")
+        settings: dict[str, Any] = {**(kwargs.get("text_kwargs") or {}), **kwargs}
+        has_special = settings.get("add_special_tokens", True)
+        if text is not None:
+            text = [self._as_going_on(one, has_special) for one in _to_prompts(text)]
         if "return_mm_token_type_ids" not in (kwargs.get("text_kwargs") or {}):
             kwargs.setdefault("return_mm_token_type_ids", True)
         inputs = super().__call__(images=images, text=text, **kwargs)
@@ -228,6 +235,13 @@ class MplugOwl2Processor(ProcessorMixin):
                 map(_unexpand, inputs["offset_mapping"], inputs["text_replacement_offsets"])
             )
         return inputs
+
+    def _as_going_on(self, text: str, has_special: bool) -> str:
+        """A text such that the tokenizer makes the same ids of it, whether a chat is handed on whole or in parts."""
+        if has_special:
+            return text.removeprefix(self.tokenizer.bos_token or "")
+        is_llama = self.tokenizer.bos_token is not None and self._drops_noncharacters()
+        return NO_PREFIX + text if is_llama and text.startswith(" ") else text
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """What stands for one picture: its placeholders, for DocOwl crop by crop behind their names."""
@@ -304,7 +318,8 @@ class MplugOwl2Processor(ProcessorMixin):
             last = shift = 0
             for match in pattern.finditer(prompt):
                 is_image = match[0] == self.image_token
-                replacement = next(images) if is_image else match[0] + NO_PREFIX
+                is_first = not match.start() and match[0] == self.tokenizer.bos_token
+                replacement = next(images) if is_image else match[0] + ("" if is_first else NO_PREFIX)
                 start, end = match.span()
                 new_span = (start + shift, start + shift + len(replacement))
                 offsets.append(

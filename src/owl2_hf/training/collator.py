@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import get_worker_info
+from transformers.utils import logging
 
-from .messages import pictures_of, to_messages
+from .messages import ORIGIN, pictures_of, to_messages
+
+logger = logging.get_logger(__name__)
 
 IGNORED = -100
-COUNTS = ("rows", "truncated", "without_labels")
+COUNTS = ("rows", "truncated", "without_labels", "skipped")
 MAX_WORKERS = 256
 
 
@@ -36,9 +39,11 @@ class Collator:
         padding_side: "right" or "left".
         pad_to_multiple_of: L is a multiple of it.
         name_rows: The batch also holds "rows", what to call each row in an error: `Owl2Trainer` takes it out again.
+        skip_bad: Leave out rows that cannot be learned from, count them, and warn about each. A batch of such rows
+            alone is one row without a label.
 
     Raises:
-        ValueError: A row cannot be learned from; the message names it.
+        ValueError: A row cannot be learned from, and should not be left out; the message names it.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Collator:
         padding_side: str = "right",
         pad_to_multiple_of: int | None = None,
         name_rows: bool = False,
+        skip_bad: bool = False,
     ):
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}.")
@@ -61,6 +67,7 @@ class Collator:
         self.padding_side = padding_side
         self.pad_to_multiple_of = pad_to_multiple_of
         self.name_rows = name_rows
+        self.skip_bad = skip_bad
         # Workers of a DataLoader write each into a line of its own, line 0 is the main process's.
         self._counts = torch.zeros(MAX_WORKERS, len(COUNTS), dtype=torch.long).share_memory_()
 
@@ -69,7 +76,7 @@ class Collator:
 
         With pictures also `pixel_values` (squares, 3, S, S).
         """
-        encoded = [self.truncate(row) for row in self.encode(rows)]
+        encoded = [self.truncate(row) for row in self.encode(rows)] or [self._nothing()]
         width = max(map(len, encoded))
         width += -width % (self.pad_to_multiple_of or 1)
         input_ids = [row.input_ids for row in encoded]
@@ -87,14 +94,30 @@ class Collator:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rows so far, in all workers: all, truncated ones, and ones that have no label."""
+        """Rows so far, in all workers: learned from, truncated, without a label, and left out."""
         return dict(zip(COUNTS, self._counts.sum(0).tolist(), strict=True))
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list["EncodedRow"]:
-        """Rows before truncation; their pictures are processed in one call."""
+        """Rows before truncation, without bad ones if these are skipped."""
+        try:
+            return self._encode(rows)
+        except (ValueError, OSError):
+            if not self.skip_bad:
+                raise
+        encoded = []
+        for row in rows:
+            try:
+                encoded += self._encode([row])
+            except (ValueError, OSError) as error:
+                logger.warning(f"{error} The row is skipped.")
+                self._count(skipped=1)
+        return encoded
+
+    def _encode(self, rows: Sequence[dict[str, Any]]) -> list["EncodedRow"]:
+        """Rows whose pictures are processed in one call."""
         chats, crops = [], []
         for number, row in enumerate(rows, 1):
-            with _naming(f"row {_name(row, number)}"):
+            with _naming(_place(row, number)):
                 chat = self._open(to_messages(row, self.image_folder))
                 chats.append(chat)
                 crops.append(self._count_crops(chat))
@@ -119,11 +142,20 @@ class Collator:
         """At most `max_length` positions, with whole pictures only; counts what becomes of the row."""
         length, num_squares = self._fitting(row)
         kept = EncodedRow(row.input_ids[:length], row.labels[:length], row.crops, row.squares[:num_squares])
-        worker = get_worker_info()
         # The first position is never predicted.
-        outcome = torch.tensor([1, len(kept) < len(row), bool(kept.labels[1:].eq(IGNORED).all())])
-        self._counts[worker.id % (MAX_WORKERS - 1) + 1 if worker else 0] += outcome
+        is_unlabelled = bool(kept.labels[1:].eq(IGNORED).all())
+        self._count(rows=1, truncated=len(kept) < len(row), without_labels=is_unlabelled)
         return kept
+
+    def _count(self, **outcome: int) -> None:
+        worker = get_worker_info()
+        line = worker.id % (MAX_WORKERS - 1) + 1 if worker else 0
+        self._counts[line] += torch.tensor([int(outcome.get(name, 0)) for name in COUNTS])
+
+    def _nothing(self) -> "EncodedRow":
+        """What stands for a batch without a row: two positions, nothing to learn."""
+        input_ids = torch.full((2,), self.processor.tokenizer.pad_token_id or 0)
+        return EncodedRow(input_ids, torch.full_like(input_ids, IGNORED), [], [])
 
     def _fitting(self, row: "EncodedRow") -> tuple[int, int]:
         """Positions and squares that `max_length` leaves."""
@@ -185,11 +217,18 @@ def _name(row: Any, number: int) -> str:
     return f"number {number} of the batch" if identity is None else repr(identity)
 
 
+def _place(row: Any, number: int) -> str:
+    """Where a row stands, in a message about it."""
+    if not isinstance(row, dict) or ORIGIN not in row:
+        return f"row {_name(row, number)}"
+    return row[ORIGIN] if row.get("id") is None else f"{row[ORIGIN]} (id {row['id']!r})"
+
+
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{name}: {error}") from error
 
 

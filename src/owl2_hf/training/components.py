@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 # Component -> pattern found in its parameters' names; the first that is found holds.
 COMPONENTS: dict[str, str] = {
-    "adapters": r"\.lora_|\.modules_to_save\.|\.(ia3|hada|lokr|oft|boft|vera)_|\.trainable_tokens_",
+    "adapters": r"\.lora_|\.(ia3|hada|lokr|oft|boft|vera)_|\.trainable_tokens_",
     "vision_tower": r"\bvision_tower\.",
     "connector": r"\b(visual_abstractor|h_reducer)\.",
     "visual_branch": r"\blanguage_model\.layers\.\d+\..*\bvisual_",
@@ -22,6 +22,8 @@ COMPONENTS: dict[str, str] = {
     "language_model": r"\blanguage_model\.",
 }
 _ALL = tuple(COMPONENTS)[1:]
+# PEFT's copy of a module that trains as a whole; the original stays beside it, unused.
+_COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
 # What trains; adapters, where there are any, always do.
 TRAINABLE: dict[str, tuple[str, ...]] = {
     # Stage 1 of the paper: everything that sees pictures.
@@ -56,9 +58,10 @@ def freeze_all_but(model: nn.Module, trains: str | Sequence[str]) -> None:
     for name, parameter in model.named_parameters():
         part = component_of(name)
         found.add(part)
-        if part != "adapters":
+        if part != "adapters" and _COPY not in name:
             # Quantised weights are integers: they cannot train.
-            parameter.requires_grad_(part in wanted and parameter.is_floating_point())
+            is_wanted = part in wanted and _ORIGINAL not in name
+            parameter.requires_grad_(is_wanted and parameter.is_floating_point())
     # A preset of everything covers what the model has; one that names parts has to find them.
     optional = {"embeddings", "lm_head", "visual_branch"} if set(wanted) >= {"language_model"} else set()
     if missing := [part for part in wanted if part not in found | optional]:
@@ -90,7 +93,7 @@ class Parameters:
 
 
 def count_parameters(model: nn.Module, groups: Iterable[Mapping[str, Any]] = ()) -> list[Parameters]:
-    """The components of a model with their parameters.
+    """The components of a model with their parameters; a module that trains as PEFT's copy counts once, as the copy.
 
     Args:
         groups: Of an optimizer, for the learning rates that really apply.
@@ -98,7 +101,11 @@ def count_parameters(model: nn.Module, groups: Iterable[Mapping[str, Any]] = ())
     rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     trainable, frozen = dict.fromkeys([*COMPONENTS, "other"], 0), dict.fromkeys([*COMPONENTS, "other"], 0)
     used: dict[str, set[float]] = {}
-    for name, parameter in model.named_parameters():
+    named = dict(model.named_parameters())
+    copied = {name.partition(_COPY)[0] for name in named if _COPY in name}
+    for name, parameter in named.items():
+        if _ORIGINAL in name and name.partition(_ORIGINAL)[0] in copied:
+            continue
         part = component_of(name)
         count = trainable if parameter.requires_grad else frozen
         count[part] += _num_elements(parameter)

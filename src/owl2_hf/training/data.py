@@ -5,17 +5,20 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
-from ..processing.image_processing_mplug_owl2 import open_image
-from .messages import pictures_of, to_messages
+from ..processing.image_processing_mplug_owl2 import FORMATS, MAX_IMAGE_PIXELS, open_image
+from .messages import ORIGIN, UNREADABLE, pictures_of, to_messages
 
 Row = dict[str, Any]
+
+ROWS_OF_A_WORKER = 256
 
 
 class JsonLines(Sequence[Row]):
@@ -25,8 +28,9 @@ class JsonLines(Sequence[Row]):
         self.path = Path(path)
 
     @cached_property
-    def _starts(self) -> np.ndarray:
-        return np.fromiter((start for _, start, _ in self._lines()), dtype=np.int64)
+    def _places(self) -> np.ndarray:
+        """(rows, 2) line number and first byte of each row."""
+        return np.fromiter((place for *place, _ in self._lines()), dtype=np.dtype((np.int64, 2)))
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
         """Number, counted from 1, first byte and content of every line that is not blank."""
@@ -46,7 +50,11 @@ class JsonLines(Sequence[Row]):
                 yield number, error
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._places)
+
+    def number_of(self, index: int) -> int:
+        """The line of a row, counted from 1."""
+        return int(self._places[index, 0])
 
     def __iter__(self) -> Iterator[Row]:
         for number, row in self.numbered():
@@ -55,14 +63,13 @@ class JsonLines(Sequence[Row]):
             yield row
 
     def __getitem__(self, index):
-        start = self._starts[index]
+        number, start = self._places[index]
         with self.path.open("rb") as file:
             file.seek(start)
             line = file.readline()
         try:
             return _parse(line)
         except ValueError as error:
-            number = next(number for number, first, _ in self._lines() if first == start)
             raise ValueError(f"{self.path}, line {number}: {error}") from None
 
 
@@ -76,35 +83,57 @@ def _parse(line: bytes) -> Row:
 
 
 class Rows(Dataset):
-    """Rows by index, each with where its pictures come from."""
+    """Rows by index, each with where it and its images come from.
 
-    def __init__(self, rows: Sequence[Row], place: Row | None = None):
-        self.rows = rows
-        self.place = place
+    Args:
+        name: Of the source, for messages about a row.
+        skip_bad: A row that cannot be read stays, as one that `to_messages` refuses.
+    """
+
+    def __init__(self, rows: Sequence[Row], place: Row | None = None, name: str | None = None, skip_bad: bool = False):
+        self.rows, self.place, self.name, self.skip_bad = rows, place, name, skip_bad
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        return _with_place(self.rows[index], self.place)
+        try:
+            row = self.rows[index]
+        except (ValueError, OSError) as error:
+            if not self.skip_bad:
+                raise
+            row = {UNREADABLE: str(error)}
+        return _with_place(row, self.place, self.name, self.number_of(index))
+
+    def number_of(self, index: int) -> int:
+        """What a row is called in messages, counted from 1: its line in a file of lines."""
+        return self.rows.number_of(index) if isinstance(self.rows, JsonLines) else range(len(self))[index] + 1
 
 
 class RowStream(IterableDataset):
-    """Rows one after another; the workers of a DataLoader share them out."""
+    """Rows one after another, as `Rows` has them; the workers of a DataLoader share them out."""
 
-    def __init__(self, rows: Iterable[Row], place: Row | None = None):
-        self.rows = rows
-        self.place = place
+    def __init__(self, rows: Iterable[Row], place: Row | None = None, name: str | None = None, skip_bad: bool = False):
+        self.rows, self.place, self.name, self.skip_bad = rows, place, name, skip_bad
 
     def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        rows = itertools.islice(iter(self.rows), first, None, step)
-        return (_with_place(row, self.place) for row in rows)
+        rows = itertools.islice(self._numbered(), first, None, step)
+        return (_with_place(row, self.place, self.name, number) for number, row in rows)
+
+    def _numbered(self) -> Iterator[tuple[int, Row]]:
+        if not isinstance(self.rows, JsonLines) or not self.skip_bad:
+            yield from enumerate(self.rows, 1)
+            return
+        for number, row in self.rows.numbered():
+            yield number, {UNREADABLE: str(row)} if isinstance(row, ValueError) else row
 
 
-def _with_place(row: Row, place: Row | None) -> Row:
-    return {**row, **place} if place is not None and isinstance(row, Mapping) else row
+def _with_place(row: Row, place: Row | None, name: str | None = None, number: int | None = None) -> Row:
+    if place is None or not isinstance(row, Mapping):
+        return row
+    return {**row, **place} if name is None else {**row, **place, ORIGIN: f"{name}: row {number}"}
 
 
 def load_rows(
@@ -113,6 +142,7 @@ def load_rows(
     split: str = "train",
     streaming: bool = False,
     allow_outside: bool = False,
+    skip_bad: bool = False,
 ):
     """Rows of training data, by index or as a stream, as PyTorch's DataLoader takes them.
 
@@ -124,6 +154,7 @@ def load_rows(
         streaming: Read the rows one after another.
         allow_outside: Rows may name pictures outside the folder and http(s) URLs. Rows that are given as they are, and
             without a folder, may do so anyway.
+        skip_bad: A row that cannot be read is no error here, but one that `to_messages` refuses, as bad rows are.
 
     Raises:
         ValueError: There is no such source, or it is of another kind.
@@ -141,6 +172,7 @@ def load_rows(
     place = None
     if isinstance(source, (str, Path)) or image_folder is not None:
         place = {"image_folder": image_folder and str(image_folder), "allow_outside": allow_outside}
+    name = str(source) if isinstance(source, (str, Path)) else None
     if isinstance(rows, Mapping):
         raise ValueError(f"expected rows, got splits {', '.join(map(str, rows))}: choose one of them.")
     if not hasattr(rows, "__iter__") and not hasattr(rows, "__getitem__"):
@@ -148,10 +180,10 @@ def load_rows(
     if isinstance(rows, IterableDataset) and hasattr(rows, "map"):  # of `datasets`, which shares itself out to workers
         return rows if place is None else rows.map(_with_place, fn_kwargs={"place": place})
     if streaming or not hasattr(rows, "__getitem__"):
-        return RowStream(rows, place)
+        return RowStream(rows, place, name, skip_bad)
     if not len(rows):
         raise ValueError(f"{source if isinstance(source, (str, Path)) else 'the data set'} holds no rows.")
-    return Rows(rows, place)
+    return Rows(rows, place, name, skip_bad)
 
 
 def _read_file(path: Path) -> Sequence[Row]:
@@ -271,8 +303,7 @@ def check_rows(
                 _open(messages)
             report.add(messages)
         except (ValueError, OSError) as error:
-            identity = row.get("id") if isinstance(row, Mapping) else None
-            report.bad.append(BadRow(number, None if identity is None else str(identity), str(error)))
+            report.bad.append(_bad_row(number, row, error))
         if on_row is not None:
             on_row(report.rows)
     if collator is not None:
@@ -281,6 +312,55 @@ def check_rows(
     if collator is not None and max_length is not None:
         report.truncated, report.without_labels = collator.counts["truncated"], collator.counts["without_labels"]
     return report
+
+
+def look_over(rows: Rows, num_workers: int = 0, first: int = 0, step: int = 1) -> list[BadRow]:
+    """Rows that cannot be learned from, as far as that is seen without decoding an image: its header is read.
+
+    Args:
+        num_workers: Processes that look; none for a few rows.
+        first, step: Look at every `step`-th row from index `first` on.
+    """
+    share = Subset(_Verdicts(rows), range(first, len(rows), step))
+    num_workers = min(num_workers, len(share) // ROWS_OF_A_WORKER)
+    loader = DataLoader(share, batch_size=ROWS_OF_A_WORKER, num_workers=num_workers, collate_fn=list)
+    return [verdict for batch in loader for verdict in batch if verdict is not None]
+
+
+class _Verdicts(Dataset):
+    """What is wrong with each row, `None` where nothing is."""
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+
+    def __getitem__(self, index: int) -> BadRow | None:
+        row: Any = {}
+        try:
+            row = self.rows[index]
+            for picture in pictures_of(to_messages(row)):
+                _look_at(picture)
+        except (ValueError, OSError) as error:
+            return _bad_row(self.rows.number_of(index), row, error)
+        return None
+
+
+def _look_at(picture: Any) -> None:
+    """Refuse an image whose header alone says that it cannot be opened; nothing is fetched."""
+    if isinstance(picture, Image.Image) or (isinstance(picture, str) and picture.startswith("http")):
+        return
+    if isinstance(picture, bytes) or not picture.startswith("data:"):
+        try:
+            with Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS) as opened:
+                if opened.width * opened.height <= MAX_IMAGE_PIXELS:
+                    return
+        except Exception:  # a damaged file makes decoders raise almost anything; below it is named
+            pass
+    open_image(picture)
+
+
+def _bad_row(number: int, row: Any, error: Exception) -> BadRow:
+    identity = row.get("id") if isinstance(row, Mapping) else None
+    return BadRow(number, None if identity is None else str(identity), str(error))
 
 
 def _open(messages: list[dict[str, Any]]) -> None:
@@ -308,4 +388,14 @@ def _numbered(rows: Any) -> Iterator[tuple[int, Any]]:
         yield from enumerate(rows, 1)
 
 
-__all__ = ["BadRow", "DataReport", "JsonLines", "RowStream", "Rows", "check_rows", "load_rows", "to_messages"]
+__all__ = [
+    "BadRow",
+    "DataReport",
+    "JsonLines",
+    "RowStream",
+    "Rows",
+    "check_rows",
+    "load_rows",
+    "look_over",
+    "to_messages",
+]

@@ -17,6 +17,9 @@ from ..videos import read_frames
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MARKERS = re.compile(r"<\|image\|>|<image>|<video>")
+# Keys that a row gets on its way: where it stands, and of one that could not be read why.
+ORIGIN = "_origin"
+UNREADABLE = "_unreadable"
 PAYLOADS = ("image", "video", "url", "path", "base64", "image_url")
 
 Message = dict[str, Any]
@@ -66,6 +69,8 @@ def to_messages(
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object, got {type(row).__name__}.")
+    if UNREADABLE in row:
+        raise ValueError(row[UNREADABLE])
     folder = row.get("image_folder") if image_folder is None else image_folder
     is_open = row.get("allow_outside", folder is None) if allow_outside is None else allow_outside
     place = _Place(folder, is_open)

@@ -28,6 +28,8 @@ class DataRecipe:
         max_length: Longest row in tokens, pictures included; longer ones lose their end.
         streaming: Read row by row, never all at once.
         allow_outside: Rows may name pictures outside the folder and http(s) URLs.
+        bad_rows: `stop` looks at all rows of the files before the first step, and ends there if one cannot be learned
+            from; `skip` leaves such rows out when they come, and says which.
     """
 
     train: str | list[str] = ""
@@ -36,6 +38,10 @@ class DataRecipe:
     max_length: int | None = 2048
     streaming: bool = False
     allow_outside: bool = False
+    bad_rows: str = "stop"
+
+    def __post_init__(self):
+        _check_choice("bad_rows", self.bad_rows, ("stop", "skip"))
 
 
 @strict

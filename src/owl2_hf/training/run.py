@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from torch.utils.data import ConcatDataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from ..default import default_dir
 from .adapters import lora_config
+from .checkpoints import STATE, VERSIONS, is_finished, last_checkpoint, num_processes, steps_of
 from .collator import Collator
 from .components import Parameters, count_parameters, freeze_all_but
-from .data import check_rows, load_rows
+from .data import load_rows, look_over
 from .recipe import DataRecipe, Recipe
 from .resolution import set_image_size
-from .trainer import Owl2Trainer, RunRecord, last_checkpoint
+from .trainer import Owl2Trainer, RunRecord
 
 # What this package needs of the Trainer; a recipe may not say otherwise.
 _FIXED: dict[str, Any] = {
@@ -37,6 +39,9 @@ _FIXED: dict[str, Any] = {
     "accelerator_config": {"dispatch_batches": False, "split_batches": False},
     "logging_nan_inf_filter": False,
 }
+logger = logging.get_logger(__name__)
+
+MAX_LOOKING = 8  # processes that look over the rows
 _PACKAGES = ("owl2_hf", "torch", "transformers", "accelerate", "peft", "tokenizers", "numpy", "pillow")
 
 
@@ -50,8 +55,9 @@ class TrainReport:
         loss: Mean training loss of the steps of this call.
         resumed_from: Checkpoint that the run went on from.
         parameters: Components, what trained of them, and how fast.
-        counts: Rows in all, rows that were cut at `max_length`, and rows that had no label left.
+        counts: Rows in all, rows that were cut at `max_length`, that had no label left, and bad ones that were skipped.
         eval_loss: Loss on the rows to evaluate on, after the last step.
+        was_finished: The run that should go on had all its steps and its model, so nothing was done.
     """
 
     output_dir: str
@@ -61,13 +67,16 @@ class TrainReport:
     parameters: list[Parameters] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     eval_loss: float | None = None
+    was_finished: bool = False
 
     def summary(self) -> str:
         """The run in one line."""
+        if self.was_finished:
+            return f"all {self.steps} steps were finished before; nothing was changed"
         parts = [f"{self.steps} steps"]
         parts += [] if self.loss is None else [f"training loss {self.loss:.4f}"]
         parts += [] if self.eval_loss is None else [f"evaluation loss {self.eval_loss:.4f}"]
-        names = {"truncated": "cut at max_length", "without_labels": "without a label left"}
+        names = {"truncated": "cut at max_length", "without_labels": "without a label left", "skipped": "skipped"}
         parts += [f"{self.counts[key]} rows {name}" for key, name in names.items() if self.counts.get(key)]
         return ", ".join(parts)
 
@@ -81,7 +90,7 @@ def train(
     """Train a model as a recipe says.
 
     Args:
-        resume: Go on from the last whole checkpoint in the output folder.
+        resume: Go on from the last whole checkpoint in the output folder; a finished run stays as it is.
         dry_run: Load everything and count the parameters, but take no step and write nothing.
         on_parameters: Called with the components before the first step.
 
@@ -103,8 +112,19 @@ def train(
         on_parameters(rows)
 
     trainer = _trainer(recipe)
-    record = RunRecord({"recipe.yaml": recipe.to_yaml(), "versions.json": _versions()}, keep)
+    if resume and is_finished(output_dir, trainer.num_steps()):
+        return TrainReport(str(output_dir), steps_of(output_dir), None, None, was_finished=True)
+    if resume and checkpoint is None:
+        raise ValueError(f"{output_dir} holds a run that is not finished, and no whole checkpoint to go on from.")
+    if checkpoint is not None and num_processes(checkpoint) != trainer.args.world_size:
+        logger.warning(
+            f"{checkpoint} is of {num_processes(checkpoint)} processes, this run has {trainer.args.world_size}: random "
+            "numbers and the order of rows are not those that an uninterrupted run would have."
+        )
+    versions = _versions(trainer.args.world_size)
+    record = RunRecord({"recipe.yaml": recipe.to_yaml(), VERSIONS: versions}, keep)
     trainer.add_callback(record)
+    first = 0 if checkpoint is None else steps_of(checkpoint)
     with _naming_rows():
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     eval_loss = trainer.evaluate()["eval_loss"] if recipe.data.eval is not None else None
@@ -116,7 +136,7 @@ def train(
     return TrainReport(
         str(output_dir),
         trainer.state.global_step,
-        result.training_loss,
+        result.training_loss if trainer.state.global_step > first else None,
         None if checkpoint is None else str(checkpoint),
         shown,
         trainer.data_collator.counts,
@@ -138,7 +158,8 @@ def _naming_rows() -> Iterator[None]:
 
 def _trainer(recipe: Recipe) -> Owl2Trainer:
     arguments = _arguments(recipe)
-    _check_files(recipe.data)
+    if recipe.data.bad_rows == "stop":
+        _check_files(recipe.data, arguments)
     # The Trainer seeds everything, but a fresh adapter is drawn before there is one.
     set_seed(arguments.seed)
     model, processor = load_for_training(recipe)
@@ -151,7 +172,12 @@ def _trainer(recipe: Recipe) -> Owl2Trainer:
             train_dataset=rows,
             eval_dataset=eval_rows,
             # accelerate deals streams out to processes as tensors, which names are not.
-            data_collator=Collator(processor, recipe.data.max_length, name_rows=not recipe.data.streaming),
+            data_collator=Collator(
+                processor,
+                recipe.data.max_length,
+                name_rows=not recipe.data.streaming,
+                skip_bad=recipe.data.bad_rows == "skip",
+            ),
             processing_class=processor,
             learning_rates=recipe.learning_rates,
             vision_layer_decay=recipe.vision_layer_decay,
@@ -218,12 +244,22 @@ def _output(recipe: Recipe, resume: bool) -> tuple[Path, Path | None]:
     folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: expected a folder to make as output_dir.")
-    checkpoint = last_checkpoint(folder) if resume else None
-    if resume and checkpoint is None:
-        raise ValueError(f"{folder} holds no whole checkpoint to go on from.")
+    checkpoint = _checkpoint(folder) if resume else None
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: resume the run that it holds, or name another output_dir.")
     return folder, checkpoint
+
+
+def _checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; says which ones are passed over. A finished run needs none."""
+    damaged: list[str] = []
+    found = last_checkpoint(folder, lambda checkpoint, reason: damaged.append(f"{checkpoint.name}: {reason}"))
+    if found is None and not (folder / STATE).is_file():
+        raise ValueError(f"{'; '.join([f'{folder} holds no whole checkpoint to go on from', *damaged])}.")
+    if damaged:
+        instead = "" if found is None else f"; going on from {found.name}"
+        logger.warning(f"{folder}: not whole is {', '.join(damaged)}{instead}.")
+    return found
 
 
 def _arguments(recipe: Recipe) -> TrainingArguments:
@@ -246,11 +282,12 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
-def _check_files(data: DataRecipe) -> None:
-    """Refuse files with bad rows before the model is loaded; pictures must be there, but are not opened yet."""
+def _check_files(data: DataRecipe, arguments: TrainingArguments) -> None:
+    """Refuse files with bad rows before the model is loaded; of images the header is read. Ranks share the rows."""
+    share = (arguments.process_index, arguments.world_size)
     for name in filter(os.path.isfile, [*_names(data.train), *_names(data.eval or [])]):
-        bad = check_rows(name, data.image_folder, open_images=False, allow_outside=data.allow_outside).bad
-        if bad:
+        rows = load_rows(name, data.image_folder, allow_outside=data.allow_outside)
+        if bad := look_over(rows, min(os.cpu_count() or 1, MAX_LOOKING), *share):
             first = f"row {bad[0].row}{f' (id {bad[0].id!r})' if bad[0].id else ''}: {bad[0].reason}"
             others = f" {len(bad) - 1:,} more rows are bad:" if len(bad) > 1 else ""
             raise ValueError(f"{name}: {first}{others} `owl2-hf data check` names all of them.")
@@ -265,7 +302,14 @@ def _rows(data: DataRecipe, sources: str | list[str]) -> Any:
     if not names or not all(names):
         raise ValueError("the recipe names no data: set data.train to a file, a folder or a data set's id.")
     loaded = [
-        load_rows(name, data.image_folder, streaming=data.streaming, allow_outside=data.allow_outside) for name in names
+        load_rows(
+            name,
+            data.image_folder,
+            streaming=data.streaming,
+            allow_outside=data.allow_outside,
+            skip_bad=data.bad_rows == "skip",
+        )
+        for name in names
     ]
     if len(loaded) == 1:
         return loaded[0]
@@ -274,8 +318,9 @@ def _rows(data: DataRecipe, sources: str | list[str]) -> Any:
     return ConcatDataset(loaded)
 
 
-def _versions() -> str:
-    return json.dumps({name: importlib.metadata.version(name) for name in _PACKAGES}, indent=2) + "\n"
+def _versions(processes: int) -> str:
+    versions: dict[str, str | int] = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return json.dumps({**versions, "processes": processes}, indent=2) + "\n"
 
 
 def _plot_losses(history: list[dict[str, float]], file: Path) -> None:

@@ -4,7 +4,6 @@ The loop, accumulation, precision, sharding, checkpoints and resuming are transf
 """
 
 import itertools
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -15,8 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
+from .checkpoints import last_checkpoint
 from .components import Parameters, count_parameters, parameter_groups
+
+logger = logging.get_logger(__name__)
 
 MAX_NAMED_ROWS = 16
 
@@ -26,7 +29,7 @@ class NonFiniteError(ValueError):
 
 
 class Owl2Trainer(Trainer):
-    """A Trainer whose learning rates differ by component.
+    """A Trainer whose learning rates differ by component, and that keeps what it trained when an error ends it.
 
     Args:
         learning_rates: Component -> learning rate, where not that of the arguments.
@@ -36,6 +39,9 @@ class Owl2Trainer(Trainer):
     Raises:
         NonFiniteError: In training, before the step would change a parameter.
     """
+
+    compute_loss_func: Any
+    control: Any
 
     def __init__(
         self,
@@ -48,6 +54,11 @@ class Owl2Trainer(Trainer):
         self._rates, self._vision_layer_decay = dict(learning_rates or {}), vision_layer_decay
         # What the collator calls the rows of this step.
         self._rows: deque[list[str]] = deque(maxlen=self.args.gradient_accumulation_steps)
+        if self.args.label_smoothing_factor and self.compute_loss_func is None:
+            self.label_smoother = None
+            self.compute_loss_func = SmoothedLoss(self.model.config, self.args.label_smoothing_factor)
+        self._progress = Progress()
+        self.add_callback(self._progress)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -69,6 +80,57 @@ class Owl2Trainer(Trainer):
             self.optimizer_cls_and_kwargs = (kind, kwargs)
         return super().create_optimizer(model)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; an error leaves a checkpoint of the last whole step."""
+        try:
+            return super().train(*args, **kwargs)
+        except Exception:
+            if self.args.world_size == 1:  # with several, the others are not here to save their part
+                self.keep_progress()
+            raise
+
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        *_, num_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return num_steps
+
+    def keep_progress(self) -> None:
+        """Write a checkpoint of the last whole step, unless there is one or the arguments want none."""
+        progress, step = self._progress, self.state.global_step
+        if not progress.is_whole or step == 0 or self.args.save_strategy == "no":
+            return
+        try:
+            if progress.saved_step != step:
+                self._save_checkpoint(self.model, trial=None)
+                self.callback_handler.on_save(self.args, self.state, self.control)
+            logger.warning(f"The run ends in step {step + 1}; {PREFIX_CHECKPOINT_DIR}-{step} holds it until then.")
+        except Exception as error:  # the one that ends the run matters more
+            logger.warning(f"The run ends in step {step + 1}, and step {step} could not be kept: {error}")
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers looks whether the run is at its end only after a step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """As in transformers; an error in the rows of one process ends all of them, together."""
+        if self.args.world_size == 1:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        error = None
+        try:
+            batches = list(itertools.islice(epoch_iterator, num_batches))
+        except Exception as raised:
+            error = raised
+        failed = self.accelerator.gather(torch.tensor([error is not None], device=device))
+        if failed.any():
+            self.keep_progress()
+            if error is not None:
+                raise error
+            raise ValueError(f"the rows of process {int(failed.int().argmax())} ended the run, as it says itself.")
+        return super().get_batch_samples(iter(batches), num_batches, device)
+
     def _prepare_inputs(self, inputs: Any) -> Any:
         self._rows.append(inputs.pop("rows", []))
         return super()._prepare_inputs(inputs)
@@ -87,7 +149,9 @@ class Owl2Trainer(Trainer):
     def _check_finite(self, name: str, value: Any) -> None:
         if math.isfinite(value):
             return
-        last = last_checkpoint(Path(self.args.output_dir))
+        if self.args.world_size == 1:  # several processes need not all see it
+            self.keep_progress()
+        last = last_checkpoint(self.args.output_dir)
         kept = f"the last checkpoint, {last}, is kept: go on from it" if last else "there is no checkpoint yet: begin"
         names = list(itertools.chain(*self._rows))
         rows = f": {', '.join(names[:MAX_NAMED_ROWS])}{', ...' if len(names) > MAX_NAMED_ROWS else ''}" if names else ""
@@ -96,6 +160,36 @@ class Owl2Trainer(Trainer):
             "lower learning rate, a longer warm-up or bfloat16 instead of float16, and check the rows of this step"
             f"{rows}."
         )
+
+
+class SmoothedLoss:
+    """Loss with label smoothing (arXiv:1512.00567, section 7) over the ids that can be predicted.
+
+    transformers' own smooths over all logits; those of reserved ids are -10,000 each, and their mean is not a loss.
+    `Trainer(compute_loss_func=SmoothedLoss(model.config, 0.1))` takes it as well.
+
+    Args:
+        config: Of the model.
+        factor: Share of the target that all ids have in common.
+    """
+
+    def __init__(self, config: Any, factor: float):
+        self.config, self.factor = config, factor
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Logits (B, L, V) and labels (B, L) -> sum of the losses of T labels, over T or the number that is given."""
+        targets = labels[:, 1:]
+        is_learned = targets.ne(-100) & targets.ne(self.config.image_token_id)
+        log_probs = outputs["logits"][:, :-1][is_learned].float().log_softmax(-1)  # (T, V)
+        targets = targets[is_learned]  # (T,)
+        ids = torch.arange(log_probs.shape[-1], device=log_probs.device)
+        is_predicted = ids.ne(self.config.image_token_id)
+        if self.config.output_vocab_size is not None:
+            is_predicted &= ids.lt(self.config.output_vocab_size)
+        hard = log_probs.gather(-1, targets[:, None]).sum()
+        soft = log_probs[:, is_predicted].mean(-1).sum()
+        count = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch).clamp_min(1)
+        return -((1 - self.factor) * hard + self.factor * soft) / count.to(hard.device)
 
 
 class RunRecord(TrainerCallback):
@@ -123,20 +217,21 @@ class RunRecord(TrainerCallback):
             (folder / name).write_text(text, encoding="utf-8")
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; a run may have died within one."""
-    found = [
-        path
-        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.rpartition("-")[2].isdigit() and _is_complete(path)
-    ]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+class Progress(TrainerCallback):
+    """Whether the parameters are those of a whole step, and which step was saved last."""
 
+    def __init__(self) -> None:
+        self.is_whole = False
+        self.saved_step = 0
 
-def _is_complete(checkpoint: Path) -> bool:
-    """The trainer's state is the last file of a checkpoint."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.is_whole, self.saved_step = True, state.global_step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.is_whole = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.is_whole = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved_step = state.global_step
