@@ -18,6 +18,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from owl2_hf.modeling import MplugOwl2TextConfig, MplugOwl2TextModel
+from owl2_hf.modeling.compatibility_mplug_owl2 import CACHE
 
 from .timing import DTYPES, Run, in_turns, parser, peak_memory, resident_memory, row, summarize, write
 
@@ -54,7 +55,7 @@ def runs_of(name: str, model: torch.nn.Module) -> dict[str, Run]:
     mixed = {"mm_token_type_ids": indicators()} if name == "ours" else {}
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model.eval()(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        model.eval()(inputs_embeds=embeds, **{CACHE: cache}, use_cache=True)
 
     @torch.no_grad()
     def prefill(**kwargs) -> None:
@@ -63,7 +64,7 @@ def runs_of(name: str, model: torch.nn.Module) -> dict[str, Run]:
     @torch.no_grad()
     def decode() -> None:
         for _ in range(16):
-            model.eval()(inputs_embeds=embeds[:, :1], past_key_values=cache, use_cache=True)
+            model.eval()(inputs_embeds=embeds[:, :1], **{CACHE: cache}, use_cache=True)
         cache.crop(-16)
 
     def train() -> None:

@@ -98,12 +98,12 @@ def speed(folder: Path, rounds: int) -> dict[str, Any]:
     prefills = [seconds(prefill) for _ in range(rounds + 1)][1:]
     encodings = [seconds(lambda: model.get_image_features(pixels)) for _ in range(rounds)]
     cache = DynamicCache(config=model.config.get_text_config())
-    model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     token = torch.tensor([[29871]])
     weights = passed_weights(model)
 
     def decode() -> None:
-        model(token, past_key_values=cache, use_cache=True)
+        model(token, **{CACHE: cache}, use_cache=True)
 
     runs = {"decode": decode, "decode without oneDNN": without_onednn(decode), "read": lambda: read_all(weights)}
     times = in_turns(runs, rounds=NUM_DECODED, warmup=2)
