@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
+from owl2_hf.modeling.compatibility_mplug_owl2 import CACHE
+
 from .full_size import timed
 from .timing import Run, in_turns, parser, seconds, summarize, write
 

