@@ -3,14 +3,45 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
+PIP_INSTALL = python -m pip install --quiet
+# Other versions than the pinned one would bring several GB of CUDA libraries.
+TORCH = $(shell grep '^torch==' constraints.txt)
+# What breaks first with another release of transformers; it runs on the oldest and on the newest versions too.
+FAST_HALF = tests/test_compatibility.py tests/test_golden.py tests/test_configuration_mplug_owl2.py \
+	tests/test_modeling_mplug_owl2.py tests/test_processing_mplug_owl2.py tests/test_image_processing_mplug_owl2.py \
+	tests/test_tokenization_mplug_owl2.py tests/test_default_model.py tests/test_pipeline.py tests/test_remote_code.py \
+	tests/test_registration.py tests/test_scoring.py tests/test_docowl.py tests/test_owl21.py \
+	tests/conversion/test_direct_loading.py tests/training/test_adapters.py
 
-.PHONY: demo test lint format site wheel clean
+.PHONY: demo test test-oldest test-newest constraints lint format site wheel clean
 
-demo: $(VENV)/ready
+demo: $(VENV)/installed
 	$(BIN)/owl2-hf describe
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q
+
+# The fast half of the tests on the oldest versions that pyproject.toml admits.
+test-oldest: build/oldest/ready
+	build/oldest/bin/python -m pytest -q $(FAST_HALF)
+
+# The fast half of the tests on the newest versions of today, nothing pinned but torch.
+test-newest:
+	rm -rf build/newest
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/$(PIP_INSTALL) '$(TORCH)' --editable '.[convert,train]' hypothesis pytest trl
+	build/newest/bin/python -m pip list --format freeze | grep -iE '^(transformers|peft|tokenizers|huggingface|trl)'
+	build/newest/bin/python -m pytest -q $(FAST_HALF)
+
+# Bring constraints.txt up to date: resolve, test everything, then write.
+constraints:
+	rm -rf build/resolved
+	$(PYTHON) -m venv build/resolved
+	build/resolved/bin/$(PIP_INSTALL) '$(TORCH)' --editable '.[dev]'
+	build/resolved/bin/python -m pytest -q
+	{ head -1 constraints.txt; build/resolved/bin/python -m pip list --format freeze --exclude pip --exclude setuptools \
+		--exclude owl2_hf | sed 's/+cpu$$//'; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -26,18 +57,26 @@ wheel: $(VENV)/ready
 	$(BIN)/python -m build --quiet --outdir dist
 	find dist -name '*.whl' -size -15M | grep whl
 	$(PYTHON) -m venv build/wheel
-	build/wheel/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) dist/*.whl
+	build/wheel/bin/$(PIP_INSTALL) --constraint $(CONSTRAINTS) dist/*.whl
 	cd build && wheel/bin/owl2-hf describe
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/ready: pyproject.toml $(CONSTRAINTS)
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(BIN)/$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable .
+	touch $@
+
+$(VENV)/ready: $(VENV)/installed
+	$(BIN)/$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+build/oldest/ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/$(PIP_INSTALL) --constraint constraints-oldest.txt --editable '.[convert]' accelerate hypothesis pytest
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build dist

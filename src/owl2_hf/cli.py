@@ -4,10 +4,10 @@ import copy
 import csv
 import dataclasses
 import json
+import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import Enum
 from functools import wraps
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .naming import DEFAULT_MODEL, naming_model
 from .printing import printable
 
 app = typer.Typer(
@@ -25,8 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-DEFAULT_MODEL = "default"  # the small model inside the package
 
 
 def _say(line: str, err: bool = False) -> None:
@@ -45,12 +44,23 @@ AllowOutside = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 
+# Libraries that write to the screen while they are imported, about parts of theirs that no command needs.
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+
+
+def _silence_start_up() -> None:
+    """Keep warnings of other libraries' imports off the screen; their errors stay."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with an image is in the error
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def _report_mistakes(command: Callable) -> Callable:
     """A user's mistake ends in one line and exit code 1, never in a traceback."""
 
     @wraps(command)
     def wrapped(*args, **kwargs):
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with an image is in the error
+        _silence_start_up()
         try:
             return command(*args, **kwargs)
         except typer.Exit:
@@ -69,15 +79,6 @@ def _report_mistakes(command: Callable) -> Callable:
             raise typer.Exit(1) from None
 
     return wrapped
-
-
-@contextmanager
-def _naming(model: str) -> Iterator[None]:
-    """transformers' errors do not always say which model they are about."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ValueError(f"model {model!r}: {error}") from error
 
 
 @app.command()
@@ -701,14 +702,14 @@ def _load(model: str | None) -> tuple[Any, Any]:
 
         logging.disable_progress_bar()  # it takes no time
         return load_default()
-    with _naming(model):
+    with naming_model(model):
         return AutoModelForImageTextToText.from_pretrained(model), AutoProcessor.from_pretrained(model)
 
 
 def _load_processor(model: str) -> Any:
     from transformers import AutoProcessor
 
-    with _naming(model):
+    with naming_model(model):
         return AutoProcessor.from_pretrained(_place(model))
 
 
@@ -723,7 +724,7 @@ def _facts(folder: str) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    with _naming(folder):
+    with naming_model(folder):
         config = AutoConfig.from_pretrained(folder)
     if config.model_type not in ("mplug_owl2", "mplug_owl2_1"):
         raise ValueError(f"{folder}: expected a model of type 'mplug_owl2', got '{config.model_type}'.")

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from .. import __version__, default, registration
+from ..naming import naming_model
 from . import consistency
 from .report import FAILED, OK, SKIPPED, Check, Report
 from .speed import speed
@@ -160,18 +161,20 @@ def _load(
         if model is None:
             return default.load_default(dtype=dtype or torch.float32, **options)
         folder = str(default.default_dir()) if str(model) == "default" else str(model)
-        _check_type(folder)
-        options["dtype"] = dtype or "auto"
-        loaded = AutoModelForImageTextToText.from_pretrained(folder, **options)
-        if loaded.dtype not in RELATIVE:
-            known = ", ".join(DTYPES)
-            raise ValueError(f"expected weights in {known}, got {loaded.dtype}; give --dtype")
-        return loaded, AutoProcessor.from_pretrained(folder)
-    except (ValueError, OSError, ImportError) as error:
-        if model is None and attention is None:
+        with naming_model(folder):
+            _check_type(folder)
+            options["dtype"] = dtype or "auto"
+            loaded = AutoModelForImageTextToText.from_pretrained(folder, **options)
+            if loaded.dtype not in RELATIVE:
+                known = ", ".join(DTYPES)
+                raise ValueError(f"expected weights in {known}, got {loaded.dtype}; give --dtype")
+            return loaded, AutoProcessor.from_pretrained(folder)
+    except ImportError as error:  # of what an attention implementation needs
+        raise ValueError(f"the model cannot be loaded: {error}") from error
+    except ValueError as error:
+        if model is not None or attention is None:
             raise
-        name = "the bundled model" if model is None else f"model {str(model)!r}"
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"the bundled model: {error}") from error
 
 
 def _check_type(folder: str) -> None:

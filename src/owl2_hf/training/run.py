@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 from transformers.utils import logging
 
 from ..default import default_dir
+from ..naming import naming_model
 from .adapters import lora_config
 from .checkpoints import STATE, VERSIONS, is_finished, last_checkpoint, num_processes, steps_of
 from .collator import Collator
@@ -191,13 +192,15 @@ def load_for_training(recipe: Recipe) -> tuple[Any, Any]:
     source = str(default_dir()) if recipe.model == "default" else recipe.model
     if not source:
         raise ValueError("the recipe names no model: set model to a folder or Hub id, or to default.")
-    processor = AutoProcessor.from_pretrained(source)
-    model = AutoModelForImageTextToText.from_pretrained(
-        source,
-        dtype=getattr(torch, recipe.dtype),
-        attn_implementation=recipe.attn_implementation,
-        **_quantization(recipe),
-    )
+    quantization = _quantization(recipe)
+    with naming_model(source):
+        processor = AutoProcessor.from_pretrained(source)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=getattr(torch, recipe.dtype),
+            attn_implementation=recipe.attn_implementation,
+            **quantization,
+        )
     if recipe.image_size is not None:
         model = set_image_size(model, processor, recipe.image_size)
     if recipe.adapter is not None:
