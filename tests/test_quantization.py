@@ -10,7 +10,8 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TorchA
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from owl2_hf.default import default_dir
-from owl2_hf.modeling.modeling_mplug_owl2 import UNQUANTIZED, MplugOwl2ForConditionalGeneration, _spare_vision_side
+from owl2_hf.modeling.loading_mplug_owl2 import UNQUANTIZED, spare_vision_side
+from owl2_hf.modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from owl2_hf.training.adapters import lora_config
 
 from .original import pad
@@ -61,7 +62,7 @@ def test_a_configuration_that_names_what_it_takes_is_left_as_it_is():
     one = r"re:model\.vision_tower\..*\.fc1"
     for names, is_spared in (({one: Int8WeightOnlyConfig()}, False), ({"_default": Int8WeightOnlyConfig()}, True)):
         config = TorchAoConfig(torchao.quantization.FqnToConfig(names))
-        assert (_spare_vision_side(config).modules_to_not_convert == UNQUANTIZED) == is_spared
+        assert (spare_vision_side(config).modules_to_not_convert == UNQUANTIZED) == is_spared
         assert config.modules_to_not_convert is None
 
 
@@ -95,7 +96,7 @@ def test_a_quantised_model_is_saved_and_loads_alike(int8, tmp_path):
 
 @pytest.mark.parametrize("given", [BitsAndBytesConfig(load_in_4bit=True), {"load_in_8bit": True}], ids=["4bit", "8bit"])
 def test_bitsandbytes_is_told_the_same(given):
-    skipped = _spare_vision_side(given).llm_int8_skip_modules
+    skipped = spare_vision_side(given).llm_int8_skip_modules
     model = MplugOwl2ForConditionalGeneration(tiny_config())
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     converted = {f"{name}.weight" for name in linears if should_convert_module(name, skipped)}

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers.modeling_utils import load_state_dict
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file, is_peft_available
+
+from .weight_files_mplug_owl2 import read_weights
 
 # What was trained beside the adapter in a fine-tune of the original: parameters of the base model, under our names.
 NON_LORA_FILE = "non_lora_trainables.safetensors"
@@ -99,7 +100,7 @@ def _read_tensors(source: str | Path, name: str, hub: dict[str, Any]) -> dict[st
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if path is None else load_state_dict(path)
+    return None if path is None else read_weights(Path(path))
 
 
 def check_adapter_keys(source: Any, missing: Collection[str], unexpected: Collection[str]) -> None:
