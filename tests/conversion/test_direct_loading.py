@@ -1,16 +1,20 @@
 """Checkpoints in the original's layout, loaded by transformers without converting them first."""
 
+import base64
 import json
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 
+from owl2_hf.conversion import convert
 from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2Model
+from owl2_hf.processing.tokenization_mplug_owl2 import has_tokenizer
 
-from .conftest import assert_same_bits, command, drop, edit, load_state, read_shards
+from ..test_modeling_mplug_owl2 import tiny_config
+from .conftest import assert_same_bits, command, drop, edit, edit_config, load_state, read_shards
 
 
 @pytest.mark.parametrize("name", ["A", "B", "C", "C2", "S"])
@@ -20,6 +24,119 @@ def test_parameters_are_those_of_the_converted_folder(golden_dir, tmp_path, name
     direct, info = MplugOwl2ForConditionalGeneration.from_pretrained(source, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_same_bits(load_state(tmp_path / "converted"), direct.state_dict())
+
+
+def save_as_original(config, folder):
+    """A model of the family, made anew, in the original's layout."""
+    torch.manual_seed(0)
+    MplugOwl2ForConditionalGeneration(config).save_pretrained(folder / "ours")
+    convert(folder / "ours", folder / "original", to="original")
+    return folder / "original"
+
+
+def docowl(folder):
+    tiny = tiny_config(vocab_size=128)
+    config = MplugOwl2Config(
+        vision_config={**tiny.vision_config.to_dict(), "image_size": 28},
+        text_config=tiny.text_config.to_dict(),
+        image_token_id=90,
+        output_vocab_size=90,
+        connector_type="h_reducer",
+    )
+    return save_as_original(config, folder)
+
+
+def owl21(folder, **text):
+    decoder = {
+        "vocab_size": 128,
+        "modality_specific_projections": ["q", "k", "v"],
+        "modality_specific_norms": False,
+        "num_key_value_heads": 6,
+        "attention_bias": True,
+        "attention_out_bias": False,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        **text,
+    }
+    return save_as_original(tiny_config(**decoder), folder)
+
+
+MADE = {"docowl": docowl, "owl21": owl21}
+
+
+def published_layout(golden_dir, name, tmp_path):
+    if name in MADE:
+        return MADE[name](tmp_path)
+    folder = golden_dir(name)
+    return folder / "mplug_owl2_base" if name == "G" else folder / "hf"
+
+
+def without_names(config):
+    """Settings without those that only saving gives: the folder's name, and what the model's class is called."""
+    return {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "architectures")}
+
+
+@pytest.mark.parametrize("name", ["A", "B", "C", "C2", "G", "H1", "Q1", "S", *MADE])
+def test_everything_is_as_in_the_converted_folder(golden_dir, tmp_path, name):
+    source = published_layout(golden_dir, name, tmp_path)
+    target = tmp_path / "converted"
+    convert(source, target)
+    direct, converted = (AutoModelForImageTextToText.from_pretrained(folder) for folder in (source, target))
+    assert_same_bits(direct.state_dict(), converted.state_dict())
+    assert without_names(direct.config) == without_names(converted.config)
+    assert direct.generation_config.to_dict() == converted.generation_config.to_dict()
+    one, other = (AutoConfig.from_pretrained(folder) for folder in (source, target))
+    assert without_names(one) == without_names(other)
+    config = direct.config
+    ids = torch.tensor([[5, 6, *[config.image_token_id] * config.num_image_tokens, 7, 8]])
+    side = config.vision_config.image_size
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    answers = [model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=8) for model in (direct, converted)]
+    assert answers[0].tolist() == answers[1].tolist()
+    if not has_tokenizer(source):
+        return
+    one, other = (AutoProcessor.from_pretrained(folder) for folder in (source, target))
+    before, after = (processor.image_processor.to_dict() for processor in (one, other))
+    assert before == {key: value for key, value in after.items() if key != "auto_map"}
+    assert one.chat_template == other.chat_template
+    for attribute in ("legacy", "num_image_tokens", "image_token_id"):
+        assert getattr(one, attribute) == getattr(other, attribute)
+    for attribute in ("special_tokens_map", "model_max_length", "padding_side"):
+        assert getattr(one.tokenizer, attribute) == getattr(other.tokenizer, attribute)
+    assert one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+
+
+def test_owl21_ends_its_answers_also_where_no_file_says_how(tmp_path):
+    """The published config.json names neither a vocabulary nor the token that ends a text."""
+    source = owl21(tmp_path)
+    (source / "generation_config.json").unlink()
+    edit_config(source, vocab_size=None)
+    model = AutoModelForImageTextToText.from_pretrained(source)
+    assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == 151643
+    edit_config(source, vocab_size=90)
+    assert AutoModelForImageTextToText.from_pretrained(source).generation_config.eos_token_id is None
+    pieces = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(70)]
+    (source / "qwen.tiktoken").write_text("\n".join(pieces) + "\n\n")
+    model = AutoModelForImageTextToText.from_pretrained(source)
+    assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == 70
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.tensor([[5, 6]])).last_hidden_state[0, -1]
+    model.lm_head.weight.data[70] = 100 * hidden  # so that it is the next token
+    assert model.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=9).tolist() == [[5, 6, 70]]
+
+
+def test_generation_settings_that_are_given_or_broken_do_not_spoil_direct_loading(golden_dir, source):
+    (source / "generation_config.json").write_text("{")
+    model = AutoModelForImageTextToText.from_pretrained(source)
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 0)
+    given = {"do_sample": False, "temperature": 0.2, "max_new_tokens": 7, "eos_token_id": [2, 9], "pad_token_id": "x"}
+    (source / "generation_config.json").write_text(json.dumps(given))
+    settings = AutoModelForImageTextToText.from_pretrained(source).generation_config
+    assert (settings.max_new_tokens, settings.eos_token_id, settings.pad_token_id) == (7, [2, 9], 0)
+    assert settings.temperature is None
+    settings.max_new_tokens = 3
+    own = AutoModelForImageTextToText.from_pretrained(source, generation_config=settings)
+    assert own.generation_config.max_new_tokens == 3
+    assert not hasattr(AutoModel.from_pretrained(source), "generation_config")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

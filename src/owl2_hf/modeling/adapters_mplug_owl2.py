@@ -92,7 +92,8 @@ def read_dora(source: str | Path, hub: dict[str, Any]) -> dict[str, Tensor] | No
     return {re.sub("lora_magnitude_vector$", r"\g<0>.weight", name): tensor for name, tensor in tensors.items()}
 
 
-def _read_tensors(source: str | Path, name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
+def find_file(source: str | Path, name: str, hub: dict[str, Any]) -> Path | None:
+    """A file of a folder or a repository; `None` where it has none."""
     path = cached_file(
         str(source),
         name,
@@ -100,7 +101,12 @@ def _read_tensors(source: str | Path, name: str, hub: dict[str, Any]) -> dict[st
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if path is None else read_weights(Path(path))
+    return None if path is None else Path(path)
+
+
+def _read_tensors(source: str | Path, name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
+    path = find_file(source, name, hub)
+    return None if path is None else read_weights(path)
 
 
 def check_adapter_keys(source: Any, missing: Collection[str], unexpected: Collection[str]) -> None:

@@ -8,19 +8,47 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers.generation import GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    WEIGHTS_INDEX_NAME,
+    logging,
+)
 
-from .adapters_mplug_owl2 import check_adapter_keys, find_adapter, hub_kwargs, read_dora, read_non_lora, read_settings
-from .compatibility_mplug_owl2 import AdapterMethods
+from .adapters_mplug_owl2 import (
+    check_adapter_keys,
+    find_adapter,
+    find_file,
+    hub_kwargs,
+    read_dora,
+    read_non_lora,
+    read_settings,
+)
 from .weight_files_mplug_owl2 import check_archive
+
+logger = logging.get_logger(__name__)
 
 # What quantisation leaves alone unless told otherwise: it is small beside the decoder, and what is lost of a picture is
 # not won back. Plain names, with and without a head on top: they are saved in config.json, where others compare them
 # literally (vLLM) though transformers reads patterns.
 _VISION_SIDE = ("vision_tower", "visual_abstractor", "h_reducer")
 UNQUANTIZED = [*_VISION_SIDE, *(f"model.{name}" for name in _VISION_SIDE), "lm_head"]
+
+# Settings of generation that the original's folders may have, and of which types.
+_GENERATION: dict[str, tuple[type, ...]] = {
+    "bos_token_id": (int,),
+    "eos_token_id": (int,),
+    "pad_token_id": (int,),
+    "max_length": (int,),
+    "max_new_tokens": (int,),
+    "do_sample": (bool,),
+    "repetition_penalty": (int, float),
+}
+_SAMPLING: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,)}
 
 
 class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
@@ -47,6 +75,10 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
         _check_index(pretrained_model_name_or_path)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = spare_vision_side(kwargs["quantization_config"])
+        hub, settings = hub_kwargs(kwargs), None
+        if kwargs.get("generation_config") is None and _is_original(pretrained_model_name_or_path, hub):
+            settings = _read_json(pretrained_model_name_or_path, GENERATION_CONFIG_NAME, hub)
+            kwargs["generation_config"] = GenerationConfig()  # until there is a configuration to complete it with
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -66,6 +98,8 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
                 f"{pretrained_model_name_or_path} lacks {len(lost)} parameters of this model, the first is {lost[0]}: "
                 "the checkpoint is incomplete, or its configuration is another model's."
             )
+        if settings is not None and model.can_generate():
+            model.generation_config = _generation_config(model.config, settings, pretrained_model_name_or_path, hub)
         return (model, info) if output_loading_info else model
 
     @staticmethod
@@ -98,6 +132,59 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
             self.delete_adapter(adapter_name or "default")
             raise
         return info
+
+
+def _is_original(source: Any, hub: dict[str, Any]) -> bool:
+    return source is not None and "visual_config" in _read_json(source, CONFIG_NAME, hub)
+
+
+def _generation_config(config, given: dict[str, Any], source: Any, hub: dict[str, Any]) -> GenerationConfig:
+    """As a converted folder has it: mostly the ids that end and pad."""
+    settings = original_generation_config(config, given)
+    vocabulary = find_file(source, "qwen.tiktoken", hub) if config.is_owl21 and settings.eos_token_id is None else None
+    if vocabulary is not None:
+        # Upstream: no configuration names the token that ends a text. It stands behind the pieces of the vocabulary.
+        pieces = vocabulary.read_bytes().split(b"\n")
+        settings.eos_token_id = settings.pad_token_id = sum(1 for piece in pieces if piece.strip())
+    return settings
+
+
+def _read_json(source: Any, name: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """A file's settings; none where there is no such file, or nothing to read in it."""
+    path = find_file(source, name, hub)
+    if path is None:
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        logger.warning(f"{path} is not JSON ({error}): it is left aside.")
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def original_generation_config(config, given: dict[str, Any]) -> GenerationConfig:
+    """How a model in the original's layout generates.
+
+    Args:
+        config: `MplugOwl2Config` of the model.
+        given: Its generation_config.json, which is taken as far as it is known and sound: transformers refuses to save
+            settings that have no effect.
+    """
+    text = config.text_config
+    values: dict[str, Any] = {
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": text.eos_token_id,
+        # Qwen has no token for padding, and its 0 is a text.
+        "pad_token_id": text.eos_token_id if config.is_owl21 else 0,
+    }
+    known = {**_GENERATION, **(_SAMPLING if given.get("do_sample") is True else {})}
+    for name, kinds in known.items():
+        if (value := given.get(name)) is not None and type(value) in kinds:
+            values[name] = value
+    ids = given.get("eos_token_id")
+    if isinstance(ids, list) and ids and all(type(value) is int for value in ids):
+        values["eos_token_id"] = ids
+    return GenerationConfig(**values)
 
 
 def spare_vision_side(quantization_config: Any) -> Any:
