@@ -1,12 +1,18 @@
 """Checkpoints in the original's layout, loaded by transformers without converting them first."""
 
 import base64
+import io
 import json
+import os
+import pickle
+import re
+import traceback
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 
 from owl2_hf.conversion import convert
@@ -14,7 +20,7 @@ from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration,
 from owl2_hf.processing.tokenization_mplug_owl2 import has_tokenizer
 
 from ..test_modeling_mplug_owl2 import tiny_config
-from .conftest import assert_same_bits, command, drop, edit, edit_config, load_state, read_shards
+from .conftest import assert_same_bits, command, drop, edit, edit_config, load_state, read_shards, refused
 
 
 @pytest.mark.parametrize("name", ["A", "B", "C", "C2", "S"])
@@ -264,3 +270,124 @@ def test_adapters_of_peft_do_not_notice_the_mapping(golden_dir, tmp_path, target
         info = plain.load_adapter(str(tmp_path))
         assert not info.missing_keys and not info.unexpected_keys
         assert torch.equal(plain(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "words"),
+    [
+        ("score_head.weight", (1, 24), "head of a scorer or of another task"),
+        ("model.score.weight", (1, 24), "head of a scorer or of another task"),
+        ("model.layers.9.mlp.up_proj.weight", (64, 24), "tells of fewer layers"),
+        ("model.layers.0.mlp.up_proj.bias", (64,), "or of layers without it"),
+        ("model.vision2text.vit_eos", (1, 1, 24), "connector's of DocOwl 1.5"),
+        ("model.hr_compressor.compressor_eos", (1, 1, 24), "DocOwl2's, which is not supported"),
+        ("base_model.model.lm_head.lora_A.weight", (2, 24), "adapter's, which load_adapter loads"),
+    ],
+)
+def test_a_tensor_without_a_place_is_an_error(source, key, shape, words):
+    edit(source, lambda tensors: tensors.update({key: torch.ones(shape)}))
+    for load in (AutoModelForImageTextToText.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match=f"has 1 tensors that .* has no place for, the first is .*{words}"):
+            load(source)
+        _, info = load(source, output_loading_info=True)
+        assert len(info["unexpected_keys"]) == 1
+
+
+def test_what_transformers_leaves_out_is_no_error(source, tmp_path):
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(source, lambda tensors: tensors.update({buffer: torch.ones(2)}))
+    AutoModelForImageTextToText.from_pretrained(source).save_pretrained(tmp_path / "ours")
+    for folder in (source, tmp_path / "ours"):
+        assert type(AutoModel.from_pretrained(folder)) is MplugOwl2Model  # without the head
+    state = load_file(tmp_path / "ours" / "model.safetensors")
+    config = AutoConfig.from_pretrained(source)
+    for given in (state, {**state, "score_head.weight": torch.ones(1)}):
+        model = MplugOwl2ForConditionalGeneration.from_pretrained(None, config=config, state_dict=dict(given))
+        assert_same_bits(state, model.state_dict())
+
+
+def test_weights_of_the_other_original_are_called_so(source, tmp_path):
+    edit_config(source, model_type="mplug_owl2_1")
+    with pytest.raises(
+        ValueError, match=r"holds the weights of mPLUG-Owl2 \('model\..*config\.json is mPLUG-Owl2\.1's"
+    ):
+        AutoModelForImageTextToText.from_pretrained(source)
+    assert "parameter of mPLUG-Owl2, but config.json is mPLUG-Owl2.1's" in refused("convert", source, tmp_path / "out")
+    other = owl21(tmp_path)
+    edit_config(other, model_type="mplug_owl2")
+    with pytest.raises(ValueError, match=r"holds the weights of mPLUG-Owl2\.1 \('transformer\."):
+        AutoModelForImageTextToText.from_pretrained(other)
+    assert "parameter of mPLUG-Owl2.1, but config.json is mPLUG-Owl2's" in refused("convert", other, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["num_attention_heads", "num_key_value_heads", "hidden_size", "num_hidden_layers"])
+@pytest.mark.parametrize(("value", "words"), [(0, "at least 1, got 0"), (-1, "at least 1"), (10**9, "at most 1")])
+def test_sizes_that_no_model_has_are_refused_before_it_is_built(source, name, value, words):
+    edit_config(source, **{name: value})
+    with pytest.raises(ValueError, match=f"text_config: {name} must be {words}"):
+        AutoModelForImageTextToText.from_pretrained(source)
+
+
+def test_an_index_that_names_a_tensor_twice_says_which(source, tmp_path):
+    (source / "pytorch_model.bin").rename(source / "pytorch_model-1-of-1.bin")
+    entry = '"model.norm.weight": "pytorch_model-1-of-1.bin"'
+    (source / "pytorch_model.bin.index.json").write_text(f'{{"weight_map": {{{entry}, {entry}}}}}')
+    with pytest.raises(ValueError, match=r"index\.json is not a weight index: it names 'model\.norm\.weight' twice"):
+        AutoModelForImageTextToText.from_pretrained(source)
+    assert "it names 'model.norm.weight' twice" in refused("convert", source, tmp_path / "target")
+
+
+BROKEN = {
+    "empty": (lambda content: b"", "it is empty"),
+    "lfs": (lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+    "page": (lambda content: b"<!DOCTYPE html><html></html>", "a web page"),
+    "half": (lambda content: content[: len(content) // 2], "it is damaged"),
+    "malicious": (lambda content: pickle.dumps({"a": Bomb()}), "damaged, or holds more than tensors"),
+    "archive": (lambda content: saved({"a": Bomb()}), "damaged, or holds more than tensors"),
+}
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("pytorch_model.bin", kind) for kind in BROKEN]
+    + [("model.safetensors", kind) for kind in ("empty", "lfs", "page", "half")],
+)
+def test_a_broken_weight_file_is_named(source, tmp_path, monkeypatch, name, kind, is_sharded):
+    monkeypatch.chdir(tmp_path)
+    tensors = torch.load(source / "pytorch_model.bin", weights_only=True)
+    (source / "pytorch_model.bin").unlink()
+    file = source / name
+    if is_sharded:
+        file = source / name.replace(".", "-00001-of-00001.")
+        (source / f"{name}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, file.name)}))
+    if name.endswith(".bin"):
+        torch.save(tensors, file)
+    else:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+    change, words = BROKEN[kind]
+    file.write_bytes(change(file.read_bytes()))
+    for dtype in ("auto", torch.float32):
+        with pytest.raises(ValueError, match=f"{re.escape(str(file))} cannot be read as weights: .*{words}") as caught:
+            AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        shown = "".join(traceback.format_exception(caught.value))
+        assert "weights_only" not in shown
+    for arguments in (
+        ("score", tmp_path / "a.png", "--model", source),
+        ("describe", tmp_path / "a.png", "--model", source),
+    ):
+        Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+        line = refused(*arguments)
+        assert words in line and "weights_only" not in line and "unexpected" not in line
+    assert not (tmp_path / "ran").exists()

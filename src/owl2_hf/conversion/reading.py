@@ -1,7 +1,6 @@
 """Weights that nobody vouches for: which files of a folder hold them, and what is wrong with a tensor or a file."""
 
 import hashlib
-import json
 import re
 import zipfile
 import zlib
@@ -12,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modeling.weight_files_mplug_owl2 import read_weights, record_start
+from ..modeling.weight_files_mplug_owl2 import read_weight_map, read_weights, record_start
 
 _WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)")
-_MAX_INDEX_BYTES = 64 * 2**20
 _MAX_NAME_LENGTH = 512
 _BLOCK = 2**23
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -66,21 +64,10 @@ def _indexed_files(index: Path) -> dict[Path, set[str] | None]:
 
 
 def _read_weight_map(index: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            raise ValueError("it names a tensor twice")
-        return values
-
     try:
-        if _existing(index).stat().st_size > _MAX_INDEX_BYTES:
-            raise ValueError(f"it is larger than {_MAX_INDEX_BYTES >> 20} MiB")
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError("its weight_map is not an object with entries")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConversionError(f"{index} is not a weight index: {error}") from None
-    return weight_map
+        return read_weight_map(_existing(index))
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
 
 
 def _natural(names: Sequence[str] | dict[str, Any]) -> list[str]:

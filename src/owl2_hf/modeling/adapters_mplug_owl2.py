@@ -64,12 +64,17 @@ def read_settings(source: str | Path, hub: dict[str, Any]) -> dict[str, Any] | N
     """Content of adapter_config.json; `None` where there is none.
 
     Raises:
-        ValueError: The adapter is one of the original's training code.
+        ValueError: The adapter is one of the original's training code, or the file is not JSON.
     """
     path = find_adapter_config_file(str(source), **hub)
     if path is None:
         return None
-    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected an object, got {type(settings).__name__}.")
     targets = settings.get("target_modules") or []
     if any(map(_ORIGINAL_NAME.search, [targets] if isinstance(targets, str) else targets)):
         raise ValueError(_original_error(source))
@@ -94,6 +99,8 @@ def read_dora(source: str | Path, hub: dict[str, Any]) -> dict[str, Tensor] | No
 
 def find_file(source: str | Path, name: str, hub: dict[str, Any]) -> Path | None:
     """A file of a folder or a repository; `None` where it has none."""
+    if Path(source).is_file():
+        return None
     path = cached_file(
         str(source),
         name,

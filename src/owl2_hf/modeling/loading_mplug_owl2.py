@@ -5,6 +5,8 @@ Quantisation leaves the vision side alone, and an adapter is loaded whole or not
 
 import copy
 import json
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
     logging,
 )
 
@@ -28,7 +32,8 @@ from .adapters_mplug_owl2 import (
     read_non_lora,
     read_settings,
 )
-from .weight_files_mplug_owl2 import check_archive
+from .conversion_mplug_owl2 import owner_of  # importing it also teaches transformers the original's layout
+from .weight_files_mplug_owl2 import check_archive, read_weight_map, read_weights
 
 logger = logging.get_logger(__name__)
 
@@ -50,6 +55,16 @@ _GENERATION: dict[str, tuple[type, ...]] = {
 }
 _SAMPLING: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,)}
 
+# Part of a name -> what has such tensors, where the model that config.json describes has not.
+_BELONGS_TO = {
+    r"\blora_": "it is an adapter's, which load_adapter loads",
+    r"\bhr_compressor\b": "it is DocOwl2's, which is not supported",
+    r"\b(h_reducer|vision2text)\b": "it is the connector's of DocOwl 1.5, and config.json names another",
+    r"\bvisual_abstractor\b": "it is a visual abstractor's, and that of config.json is another, or none",
+    r"\blayers\.\d+\.": "config.json tells of fewer layers, or of layers without it",
+    "": "it may be the head of a scorer or of another task, whose own class this is not",
+}
+
 
 class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
     @classmethod
@@ -60,9 +75,10 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
         other modules to leave.
 
         Raises:
-            ValueError: A weight file is broken; the checkpoint lacks parameters, which transformers would make up, or
-                has them in other shapes than its configuration says. A missing head is none, and whoever asks for
-                `output_loading_info` finds what is missing there instead. Or an adapter does not fit.
+            ValueError: A weight file is broken. The checkpoint lacks parameters, which transformers would make up, or
+                has tensors that the model has no place for, or parameters of other shapes than its configuration says.
+                A missing head is no error. Whoever asks for `output_loading_info` finds there what is missing and what
+                has no place, and gets no error for it. Or an adapter does not fit.
         """
         adapter = find_adapter(pretrained_model_name_or_path, kwargs)
         if adapter is not None:
@@ -72,10 +88,10 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
             model = loaded[0] if output_loading_info else loaded
             model.load_adapter(str(adapter.source), adapter_name, adapter_kwargs=adapter.hub)
             return loaded
-        _check_index(pretrained_model_name_or_path)
+        hub, settings = hub_kwargs(kwargs), None
+        _check_index(pretrained_model_name_or_path, hub)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = spare_vision_side(kwargs["quantization_config"])
-        hub, settings = hub_kwargs(kwargs), None
         if kwargs.get("generation_config") is None and _is_original(pretrained_model_name_or_path, hub):
             settings = _read_json(pretrained_model_name_or_path, GENERATION_CONFIG_NAME, hub)
             kwargs["generation_config"] = GenerationConfig()  # until there is a configuration to complete it with
@@ -83,21 +99,17 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
-        except RuntimeError as error:
+        except Exception as error:
+            _check_files(pretrained_model_name_or_path, hub)
             if "ignore_mismatched_sizes" not in str(error):
                 raise
             raise ValueError(
                 f"{pretrained_model_name_or_path}: the weights have other shapes than config.json says, as the report "
                 "above shows: mend it. Of mPLUG-Owl2.1, `owl2-hf convert` takes vocab_size from the weights."
             ) from error
-        is_base = not hasattr(model, cls.base_model_prefix)
-        lost = sorted(key for key in info["missing_keys"] if is_base or key.startswith(f"{cls.base_model_prefix}."))
         is_told = output_loading_info or pretrained_model_name_or_path is None or kwargs.get("state_dict") is not None
-        if lost and not is_told:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(lost)} parameters of this model, the first is {lost[0]}: "
-                "the checkpoint is incomplete, or its configuration is another model's."
-            )
+        if not is_told:
+            _check_keys(pretrained_model_name_or_path, model, info["missing_keys"], info["unexpected_keys"])
         if settings is not None and model.can_generate():
             model.generation_config = _generation_config(model.config, settings, pretrained_model_name_or_path, hub)
         return (model, info) if output_loading_info else model
@@ -202,17 +214,61 @@ def spare_vision_side(quantization_config: Any) -> Any:
     return quantization_config
 
 
-def _check_index(folder: Any) -> None:
+def _check_index(source: Any, hub: dict[str, Any]) -> None:
     """Entries of a local index stay in its folder; transformers would follow them anywhere.
 
     Raises:
-        ValueError: One does not.
+        ValueError: One does not, or the index is none.
     """
     for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
-        path = Path(str(folder)) / name
+        path = Path(str(source)) / (hub.get("subfolder") or "") / name
         if not path.is_file():
             continue
-        weight_map = json.loads(path.read_text(encoding="utf-8")).get("weight_map", {})
-        for entry in {str(value) for value in weight_map.values()}:
+        for entry in {str(value) for value in read_weight_map(path).values()}:
             if entry != Path(entry).name or "\\" in entry:
                 raise ValueError(f"{path} names {entry!r}, which is not a weight file of this folder.")
+
+
+def _check_files(source: Any, hub: dict[str, Any]) -> None:
+    """Look for a broken weight file, where loading has failed: the errors of its readers do not name it.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if source is None:
+        return
+    hub = {**hub, "local_files_only": True}
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        if (path := find_file(source, name, hub)) is None:
+            continue
+        names = {str(entry) for entry in read_weight_map(path).values()} if path.suffix == ".json" else {name}
+        for file in filter(None, (find_file(source, name, hub) for name in sorted(names))):
+            read_weights(file)
+
+
+def _check_keys(source: Any, model: PreTrainedModel, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Each parameter below the head is in the checkpoint, and each tensor of the checkpoint in the model."""
+    is_base = not hasattr(model, model.base_model_prefix)
+    lost = sorted(key for key in missing if is_base or key.startswith(f"{model.base_model_prefix}."))
+    kind = "mPLUG-Owl2.1" if model.config.is_owl21 else "mPLUG-Owl2"
+    for key in sorted(unexpected):
+        owner = owner_of(key)
+        if lost and owner not in (None, kind):
+            raise ValueError(
+                f"{source} holds the weights of {owner} ({key!r} is one), but its config.json is {kind}'s: mend it."
+            )
+    if lost:
+        raise ValueError(
+            f"{source} lacks {len(lost)} parameters of this model, the first is {lost[0]}: "
+            "the checkpoint is incomplete, or its configuration is another model's."
+        )
+    if unexpected:
+        first = min(unexpected)
+        raise ValueError(
+            f"{source} has {len(unexpected)} tensors that {type(model).__name__} has no place for, the first is "
+            f"{first!r}: {_what_it_may_be(first)}. With output_loading_info=True the model is loaded without them."
+        )
+
+
+def _what_it_may_be(key: str) -> str:
+    return next(words for pattern, words in _BELONGS_TO.items() if re.search(pattern, key))

@@ -28,7 +28,6 @@ from .compatibility_mplug_owl2 import (
     visual_tokens,
 )
 from .configuration_mplug_owl2 import MplugOwl2Config
-from .conversion_mplug_owl2 import RENAMED  # noqa: F401, importing it teaches transformers the original's layout
 from .loading_mplug_owl2 import MplugOwl2LoadableModel
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
 from .modeling_mplug_owl2_h_reducer import MplugOwl2HReducer
@@ -146,6 +145,8 @@ class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
 
 class MplugOwl2Model(MplugOwl2PreTrainedModel):
     """mPLUG-Owl2 without the language-model head."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
 
     def __init__(self, config: MplugOwl2Config):
         super().__init__(config)

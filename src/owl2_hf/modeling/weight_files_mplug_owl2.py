@@ -1,10 +1,11 @@
-"""Weight files that nobody vouches for: their tensors, mapped and never executed, or why they cannot be read.
+"""Weight files that nobody vouches for: their tensors, mapped and never executed, or why they cannot be read; indices.
 
 PyTorch maps a record of an archive at the length that the pickle beside it asks for. Where the record is shorter, it
 reads on into the next one and says nothing. So every record's own length is compared first.
 """
 
 import io
+import json
 import pickle
 import struct
 import warnings
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.serialization import safe_globals
 
+_MAX_INDEX_BYTES = 64 * 2**20
 _LOCAL_HEADER = 30  # bytes of a record's own header, before its name
 # Bytes of one element of a storage, by the name that its class has in a pickle.
 _WIDTHS = {
@@ -56,6 +58,32 @@ def read_weights(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected a dictionary of tensors, got {type(loaded).__name__}.")
     return loaded
+
+
+def read_weight_map(index: Path) -> dict[str, Any]:
+    """Which tensor an index places in which file; nobody has looked at the names yet.
+
+    Raises:
+        ValueError: It is no index, or names a tensor twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in values:
+                raise ValueError(f"it names {key[:512]!r} twice")
+            values[key] = value
+        return values
+
+    try:
+        if index.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError(f"it is larger than {_MAX_INDEX_BYTES >> 20} MiB")
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("its weight_map is not an object with entries")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index} is not a weight index: {error}") from None
+    return weight_map
 
 
 class _DamageError(ValueError):
