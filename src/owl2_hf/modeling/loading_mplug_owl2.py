@@ -28,9 +28,11 @@ from .adapters_mplug_owl2 import (
     find_adapter,
     find_file,
     hub_kwargs,
-    read_dora,
+    place_adapter,
+    read_adapter,
     read_non_lora,
     read_settings,
+    whole_dora_names,
 )
 from .conversion_mplug_owl2 import owner_of  # importing it also teaches transformers the original's layout
 from .weight_files_mplug_owl2 import check_archive, read_weight_map, read_weights
@@ -129,20 +131,32 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
             ValueError: A tensor of the adapter has no place in the model, or one of the model's is not in the adapter;
                 the model is left without it.
         """
+        saved, others = kwargs.get("adapter_state_dict"), {}
         if peft_model_id is not None:
             hub = hub_kwargs({**kwargs, **(kwargs.get("adapter_kwargs") or {})})
-            settings = read_settings(peft_model_id, hub) or {}
-            if settings.get("use_dora") and "adapter_state_dict" not in kwargs:
-                kwargs["adapter_state_dict"] = read_dora(peft_model_id, hub)
+            read_settings(peft_model_id, hub)  # which refuses an adapter of the original's
+            if saved is None:
+                saved = read_adapter(peft_model_id, hub, kwargs.get("use_safetensors"))
+                kwargs["adapter_state_dict"] = whole_dora_names(saved)
             others = read_non_lora(peft_model_id, hub)
             check_adapter_keys(peft_model_id, [], others.keys() - self.state_dict().keys())
-            self.load_state_dict(others, strict=False)
-        info = super().load_adapter(peft_model_id, adapter_name, **kwargs)
+        before = {name: tensor.clone() for name, tensor in self.state_dict().items() if name in others}
+        self.load_state_dict(others, strict=False)
+        adapter_name = adapter_name or "default"
+        is_new = adapter_name not in getattr(self, "peft_config", {})
         try:
-            check_adapter_keys(peft_model_id, info.missing_keys, info.unexpected_keys)
-        except ValueError:
-            self.delete_adapter(adapter_name or "default")
-            raise
+            info = super().load_adapter(peft_model_id, adapter_name, **kwargs)
+            place_adapter(peft_model_id, self, adapter_name, saved or {})
+        except Exception as error:
+            if is_new and adapter_name in getattr(self, "peft_config", {}):
+                self.delete_adapter(adapter_name)
+            self.load_state_dict(before, strict=False)
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"The adapter {peft_model_id} has tensors of other shapes than this model, as the report above shows: "
+                "load the model that it was trained on."
+            ) from error
         return info
 
 
