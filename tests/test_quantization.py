@@ -9,11 +9,13 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from owl2_hf.conversion import convert
 from owl2_hf.default import default_dir
 from owl2_hf.modeling.loading_mplug_owl2 import UNQUANTIZED, spare_vision_side
 from owl2_hf.modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from owl2_hf.training.adapters import lora_config
 
+from .conversion.test_direct_loading import docowl, owl21
 from .original import pad
 from .test_modeling_mplug_owl2 import RUN, pictures, tiny_config
 
@@ -48,6 +50,36 @@ def test_the_decoders_projections_of_both_modalities_are_quantised_and_nothing_e
     names = quantized_names(int8)
     assert names == decoder_linears(int8)
     assert any("visual_k_proj" in name for name in names)
+
+
+def int8_of(folder):
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config).eval()
+
+
+@pytest.mark.parametrize("layout", ["A", "docowl"])
+def test_the_originals_layout_is_quantised_as_the_converted_folder_is(golden_dir, tmp_path, layout):
+    source = golden_dir("A") / "hf" if layout == "A" else docowl(tmp_path)
+    convert(source, tmp_path / "converted")
+    direct, converted = int8_of(source), int8_of(tmp_path / "converted")
+    assert quantized_names(direct) == quantized_names(converted) == decoder_linears(direct)
+    config, side = direct.config, direct.config.vision_config.image_size
+    ids = torch.tensor([[5, 6, *[config.image_token_id] * config.num_image_tokens, 7]])
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        one, other = (model(input_ids=ids, pixel_values=pixels).logits for model in (direct, converted))
+    assert torch.equal(one, other)
+
+
+def test_owl21_in_the_originals_layout_is_to_be_converted_first(tmp_path):
+    source = owl21(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"mPLUG-Owl2\.1 in the original's layout is not quantised .* `owl2-hf convert`"
+    ):
+        int8_of(source)
+    convert(source, tmp_path / "converted")
+    model = int8_of(tmp_path / "converted")
+    assert quantized_names(model) == decoder_linears(model)
 
 
 def test_what_is_named_is_left_alone_instead(whole):

@@ -164,6 +164,8 @@ def convert(
             hashes = {file: sha256(file) for file in files}
         else:
             conversion = _Conversion(opened, report, DTYPES.get(dtype or ""), allow_nonfinite)
+            if to == "original":
+                original_config(opened.config)  # what it has no word for is refused before anything is written
             with _hashing(opened.files) as waiting:
                 conversion.write(folder, to == "original", max_shard_size, lambda file: on_file(file.name))
                 hashes = {file: found.result() for file, found in waiting.items()}

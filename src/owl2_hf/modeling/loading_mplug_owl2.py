@@ -92,9 +92,10 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
             return loaded
         hub, settings = hub_kwargs(kwargs), None
         _check_index(pretrained_model_name_or_path, hub)
+        is_original = _is_original(pretrained_model_name_or_path, hub)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = spare_vision_side(kwargs["quantization_config"])
-        if kwargs.get("generation_config") is None and _is_original(pretrained_model_name_or_path, hub):
+        if is_original and kwargs.get("generation_config") is None:
             settings = _read_json(pretrained_model_name_or_path, GENERATION_CONFIG_NAME, hub)
             kwargs["generation_config"] = GenerationConfig()  # until there is a configuration to complete it with
         try:
@@ -105,6 +106,11 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
             _check_files(pretrained_model_name_or_path, hub)
             if "ignore_mismatched_sizes" not in str(error):
                 raise
+            if is_original and (kwargs.get("tp_plan") or kwargs.get("distributed_config")):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is in the original's layout, which is not shared by ranks while "
+                    "loading. Bring it to this package's with `owl2-hf convert`."
+                ) from error
             raise ValueError(
                 f"{pretrained_model_name_or_path}: the weights have other shapes than config.json says, as the report "
                 "above shows: mend it. Of mPLUG-Owl2.1, `owl2-hf convert` takes vocab_size from the weights."
@@ -271,6 +277,11 @@ def _check_keys(source: Any, model: PreTrainedModel, missing: Collection[str], u
             raise ValueError(
                 f"{source} holds the weights of {owner} ({key!r} is one), but its config.json is {kind}'s: mend it."
             )
+    if lost and model.config.is_owl21 and getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"{source} lacks {len(lost)} parameters of this model, the first is {lost[0]}: mPLUG-Owl2.1 in the "
+            "original's layout is not quantised while loading. Bring it to this package's with `owl2-hf convert`."
+        )
     if lost:
         raise ValueError(
             f"{source} lacks {len(lost)} parameters of this model, the first is {lost[0]}: "
