@@ -217,7 +217,7 @@ def test_an_index_names_only_weight_files_of_its_folder(source, tmp_path, name):
     ("text", "message"),
     [
         ('{"weight_map": {"a": "pytorch_model-1-of-2.bin"}}', "which is missing"),
-        ('{"weight_map": {"a": "model.safetensors", "a": "model.safetensors"}}', "names a tensor twice"),
+        ('{"weight_map": {"a": "model.safetensors", "a": "model.safetensors"}}', "it names 'a' twice"),
         ('{"weight_map": []}', "weight_map is not an object"),
         ('{"weight_map": {}}', "weight_map is not an object with entries"),
         ("{}", "weight_map"),
