@@ -34,6 +34,7 @@ from .adapters_mplug_owl2 import (
     read_settings,
     whole_dora_names,
 )
+from .compatibility_mplug_owl2 import AdapterMethods
 from .conversion_mplug_owl2 import owner_of  # importing it also teaches transformers the original's layout
 from .weight_files_mplug_owl2 import check_archive, read_weight_map, read_weights
 
