@@ -70,6 +70,8 @@ _BELONGS_TO = {
 
 
 class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
+    """How the family's models are loaded, whole or with an adapter; the models themselves are elsewhere."""
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers, also from the original's layout, and from an adapter, whose base model is loaded first.
