@@ -110,7 +110,6 @@ class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
                 embeddings.weight[self.config.image_token_id] = 0
                 embeddings.weight[self.config.output_vocab_size or len(embeddings.weight) :] = 0
 
-    @classmethod
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
         """As in transformers, which ignores the name of a part that the model does not have; here it is an error."""
         self.config.check_attn_implementation(attn_implementation)
