@@ -22,7 +22,7 @@ from transformers import BatchFeature
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import owl2_hf
-from owl2_hf.modeling.modeling_mplug_owl2 import UNQUANTIZED
+from owl2_hf.modeling.loading_mplug_owl2 import UNQUANTIZED
 
 from .generation import answer, build, compiled_config, prompt
 from .timing import compare, parser, row, write

@@ -9,10 +9,13 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from owl2_hf.conversion import convert
 from owl2_hf.default import default_dir
-from owl2_hf.modeling.modeling_mplug_owl2 import UNQUANTIZED, MplugOwl2ForConditionalGeneration, _spare_vision_side
+from owl2_hf.modeling.loading_mplug_owl2 import UNQUANTIZED, spare_vision_side
+from owl2_hf.modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from owl2_hf.training.adapters import lora_config
 
+from .conversion.test_direct_loading import docowl, owl21
 from .original import pad
 from .test_modeling_mplug_owl2 import RUN, pictures, tiny_config
 
@@ -49,6 +52,36 @@ def test_the_decoders_projections_of_both_modalities_are_quantised_and_nothing_e
     assert any("visual_k_proj" in name for name in names)
 
 
+def int8_of(folder):
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config).eval()
+
+
+@pytest.mark.parametrize("layout", ["A", "docowl"])
+def test_the_originals_layout_is_quantised_as_the_converted_folder_is(golden_dir, tmp_path, layout):
+    source = golden_dir("A") / "hf" if layout == "A" else docowl(tmp_path)
+    convert(source, tmp_path / "converted")
+    direct, converted = int8_of(source), int8_of(tmp_path / "converted")
+    assert quantized_names(direct) == quantized_names(converted) == decoder_linears(direct)
+    config, side = direct.config, direct.config.vision_config.image_size
+    ids = torch.tensor([[5, 6, *[config.image_token_id] * config.num_image_tokens, 7]])
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        one, other = (model(input_ids=ids, pixel_values=pixels).logits for model in (direct, converted))
+    assert torch.equal(one, other)
+
+
+def test_owl21_in_the_originals_layout_is_to_be_converted_first(tmp_path):
+    source = owl21(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"mPLUG-Owl2\.1 in the original's layout is not quantised .* `owl2-hf convert`"
+    ):
+        int8_of(source)
+    convert(source, tmp_path / "converted")
+    model = int8_of(tmp_path / "converted")
+    assert quantized_names(model) == decoder_linears(model)
+
+
 def test_what_is_named_is_left_alone_instead(whole):
     config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["model.language_model", "lm_head"])
     model = AutoModelForImageTextToText.from_pretrained(default_dir(), dtype=torch.bfloat16, quantization_config=config)
@@ -61,7 +94,7 @@ def test_a_configuration_that_names_what_it_takes_is_left_as_it_is():
     one = r"re:model\.vision_tower\..*\.fc1"
     for names, is_spared in (({one: Int8WeightOnlyConfig()}, False), ({"_default": Int8WeightOnlyConfig()}, True)):
         config = TorchAoConfig(torchao.quantization.FqnToConfig(names))
-        assert (_spare_vision_side(config).modules_to_not_convert == UNQUANTIZED) == is_spared
+        assert (spare_vision_side(config).modules_to_not_convert == UNQUANTIZED) == is_spared
         assert config.modules_to_not_convert is None
 
 
@@ -95,7 +128,7 @@ def test_a_quantised_model_is_saved_and_loads_alike(int8, tmp_path):
 
 @pytest.mark.parametrize("given", [BitsAndBytesConfig(load_in_4bit=True), {"load_in_8bit": True}], ids=["4bit", "8bit"])
 def test_bitsandbytes_is_told_the_same(given):
-    skipped = _spare_vision_side(given).llm_int8_skip_modules
+    skipped = spare_vision_side(given).llm_int8_skip_modules
     model = MplugOwl2ForConditionalGeneration(tiny_config())
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     converted = {f"{name}.weight" for name in linears if should_convert_module(name, skipped)}

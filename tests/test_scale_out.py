@@ -105,6 +105,22 @@ def torchrun(arguments: list[str], cwd: Path = ROOT) -> str:
     return done.stdout
 
 
+REFUSED = """
+import sys
+import pytest, torch
+from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
+with pytest.raises(ValueError, match="original's layout, which is not shared by ranks .* `owl2-hf convert`"):
+    MplugOwl2ForConditionalGeneration.from_pretrained(sys.argv[1], tp_plan="auto")
+print("refused")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_the_originals_layout_is_to_be_converted_before_ranks_share_it(golden_dir, tmp_path):
+    (tmp_path / "load.py").write_text(REFUSED)
+    assert "refused" in torchrun([str(tmp_path / "load.py"), str(golden_dir("A") / "hf")])
+
+
 def one_process(folder: Path) -> MplugOwl2ForConditionalGeneration:
     return MplugOwl2ForConditionalGeneration.from_pretrained(folder, dtype="float32").eval()
 

@@ -13,7 +13,7 @@ from owl2_hf.conversion.lora import load_non_lora
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
 
 from ..original import expand_markers
-from .conftest import assert_same_bits, command, load_state, refused
+from .conftest import assert_same_bits, command, halve, load_state, refused, rewrite
 
 
 @pytest.fixture
@@ -250,3 +250,10 @@ def test_a_wrong_weight_beside_the_adapter_is_named(golden, tune, tmp_path):
         torch.save({**others, key: tensor}, tune / "non_lora_trainables.bin")
         line = refused("convert", tune, tmp_path / "target", "--base", golden / "mplug_owl2_base")
         assert message in line and repr(key) in line
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "non_lora_trainables.bin"])
+def test_a_record_that_is_too_short_is_refused(golden, tune, tmp_path, name):
+    rewrite(tune / name, halve(1))
+    line = refused("convert", tune, tmp_path / "target", "--base", golden / "mplug_owl2_base")
+    assert f"{name} is damaged: its tensors need" in line

@@ -16,7 +16,7 @@ from owl2_hf.modeling.conversion_mplug_owl2 import FUSED
 from owl2_hf.modeling.conversion_mplug_owl2 import RENAMED as ORIGINAL
 
 from ..original import expand_markers
-from .conftest import assert_same_bits, command, load_state, read_shards, refused
+from .conftest import assert_same_bits, command, halve, load_state, read_shards, refused, rewrite
 
 RANK = "iter_0000100/mp_rank_00/model_optim_rng.pt"
 
@@ -279,3 +279,12 @@ def test_settings_and_random_states_are_neither_needed_nor_built(golden, loaded,
     command("convert", tmp_path / "megatron", tmp_path / "target")
     assert_same_bits(load_state(whole), load_state(tmp_path / "target"))
     command("verify", tmp_path / "target", "--against", tmp_path / "megatron")
+
+
+def test_a_rank_whose_record_is_too_short_is_refused(golden, tmp_path):
+    shutil.copytree(golden / "megatron_iter", tmp_path / "source")
+    rank = tmp_path / "source" / RANK
+    rank.chmod(0o644)
+    rewrite(rank, halve(5))
+    line = refused("convert", tmp_path / "source", tmp_path / "target", "--base", golden / "tiny_config")
+    assert "model_optim_rng.pt is damaged: its tensors need" in line

@@ -1,8 +1,10 @@
 """Weight files that nobody vouches for: what is read, and what is refused, by name and without running anything."""
 
+import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -12,11 +14,13 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModel
 
 from owl2_hf.conversion import ConversionError, convert
 from owl2_hf.conversion.reading import read_tensors, sha256
+from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
 
-from .conftest import NORM, read_shards, refused
+from .conftest import NORM, command, halve, read_shards, refused, rewrite
 
 
 class Bomb:
@@ -213,7 +217,7 @@ def test_an_index_names_only_weight_files_of_its_folder(source, tmp_path, name):
     ("text", "message"),
     [
         ('{"weight_map": {"a": "pytorch_model-1-of-2.bin"}}', "which is missing"),
-        ('{"weight_map": {"a": "model.safetensors", "a": "model.safetensors"}}', "names a tensor twice"),
+        ('{"weight_map": {"a": "model.safetensors", "a": "model.safetensors"}}', "it names 'a' twice"),
         ('{"weight_map": []}', "weight_map is not an object"),
         ('{"weight_map": {}}', "weight_map is not an object with entries"),
         ("{}", "weight_map"),
@@ -268,3 +272,79 @@ def test_names_are_quoted(source, tmp_path):
     torch.save({**tensors, "evil\x1b[31m\nname": torch.ones(2)}, source / "pytorch_model.bin")
     line = refused("convert", source, tmp_path / "target")
     assert r"'evil\x1b[31m\nname'" in line and "\x1b" not in line
+
+
+@pytest.mark.parametrize("number", [0, 1, 40, 100])
+def test_a_record_shorter_than_its_tensors_is_refused_wherever_it_is_read(source, tmp_path, number):
+    command("convert", source, tmp_path / "right")
+    rewrite(source / "pytorch_model.bin", halve(number))
+    message = rf"pytorch_model\.bin is damaged: its tensors need \d+ bytes of the record '[^']+/data/{number}'"
+    assert re.search(message, refused("convert", source, tmp_path / "target"))
+    assert re.search(message, refused("verify", tmp_path / "right", "--against", source))
+    for load in (AutoModel.from_pretrained, MplugOwl2ForConditionalGeneration.from_pretrained):
+        for dtype in ("auto", torch.float32):
+            with pytest.raises(ValueError, match=message):
+                load(source, dtype=dtype)
+
+
+def test_every_record_is_checked(source):
+    path = source / "pytorch_model.bin"
+    whole = path.read_bytes()
+    for number in range(len(read_tensors(path))):
+        path.write_bytes(whole)
+        rewrite(path, halve(number))
+        with pytest.raises(ConversionError, match=f"/data/{number}'"):
+            read_tensors(path)
+
+
+def test_a_record_that_is_missing_or_too_long_or_cut_out_of_the_file_is_refused(source):
+    path = source / "pytorch_model.bin"
+    whole = path.read_bytes()
+    rewrite(path, lambda name, content: content + content if name.endswith("/data/3") else content)
+    with pytest.raises(ConversionError, match=r"need (\d+) bytes of the record '[^']+/data/3', which has (?!\1)"):
+        read_tensors(path)
+    with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(io.BytesIO(whole)) as before:
+        for name in before.namelist():
+            if not name.endswith("/data/3"):
+                archive.writestr(name, before.read(name))
+    with pytest.raises(ConversionError, match=r"has no record '[^']+/data/3', which its tensors need"):
+        read_tensors(path)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        record = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/3"))
+    start = record.header_offset + 200
+    path.write_bytes(whole[:start] + whole[start + 64 :])
+    with pytest.raises(ConversionError, match="damaged"):
+        read_tensors(path)
+
+
+def test_a_legacy_file_with_a_short_storage_is_refused(source):
+    path = source / "pytorch_model.bin"
+    legacy({"a": torch.arange(7.0), "b": torch.ones(300)}, path)
+    content = path.read_bytes()
+    start = content.index(struct.pack("<qff", 7, 0, 1))
+    path.write_bytes(content[:start] + struct.pack("<q", 3) + content[start + 8 : start + 20] + content[start + 36 :])
+    with pytest.raises(ConversionError, match="cannot be read as weights"):
+        read_tensors(path)
+
+
+def test_storages_of_every_type_are_read(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    names = [
+        "double",
+        "float",
+        "half",
+        "bfloat16",
+        "long",
+        "int",
+        "short",
+        "uint8",
+        "int8",
+        "bool",
+        "cfloat",
+        "cdouble",
+    ]
+    made = {name: torch.ones(3, dtype=getattr(torch, name)) for name in [*names, "cdouble", "float8_e4m3fn", "uint16"]}
+    others = {"part": torch.ones(9)[2:5], "turned": torch.ones(4, 3).t(), "none": torch.ones(0), "one": torch.ones(())}
+    torch.save({**made, **others, "trained": torch.nn.Parameter(torch.ones(2))}, path)
+    for name, tensor in read_tensors(path).items():
+        assert tensor.float().eq(1).all(), name

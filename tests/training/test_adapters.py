@@ -16,8 +16,11 @@ from transformers import AutoModelForImageTextToText
 import owl2_hf
 from owl2_hf.conversion import convert, load_non_lora
 from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration
+from owl2_hf.modeling.adapters_mplug_owl2 import check_adapter as check_in_model
+from owl2_hf.modeling.adapters_mplug_owl2 import place_adapter, read_adapter
 from owl2_hf.training.adapters import LORA_PRESETS, check_adapter, load_adapter, lora_config
 
+from ..conversion.conftest import halve, rewrite
 from ..original import expand_markers, pad
 from ..test_modeling_mplug_owl2 import IMAGE, RUN, pictures, tiny_config
 
@@ -170,6 +173,116 @@ def test_every_way_of_loading_gives_the_same_numbers(model, tmp_path, make):
         AutoModelForImageTextToText.from_pretrained(tmp_path),
     ):
         assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.parametrize("name", ["vision", "visual", "layer", "a", "model", "weight", "lora_A", "default"])
+@pytest.mark.parametrize("train_connector", [False, True])
+def test_an_adapter_may_have_any_name(model, tmp_path, name, train_connector):
+    adapted = adapt(model, train_connector=train_connector)
+    adapted.save_pretrained(tmp_path)
+    model.load_adapter(str(tmp_path), adapter_name=name)
+    assert torch.equal(logits(model), logits(adapted))
+
+
+def test_adapters_whose_names_hold_each_other_stand_side_by_side(model, saved):
+    expected = logits(PeftModel.from_pretrained(copy.deepcopy(model), saved))
+    for name in ("a", "a2", "default", "layer"):
+        model.load_adapter(str(saved), adapter_name=name)
+        model.set_adapter(name)
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("tokens", [[5, 7], {"embed_tokens": [5, 7]}])
+def test_tokens_that_were_trained_alone_load_in_every_way(tmp_path, is_tied, tokens):
+    torch.manual_seed(0)
+    config = tiny_config()
+    config.tie_word_embeddings = is_tied
+    base = tmp_path / "base"
+    MplugOwl2ForConditionalGeneration(config).save_pretrained(base)
+    model = MplugOwl2ForConditionalGeneration.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    fresh = [MplugOwl2ForConditionalGeneration.from_pretrained(base) for _ in range(3)]
+    fresh[0].load_adapter(str(tmp_path / "adapter"))
+    fresh[1] = load_adapter(fresh[1], tmp_path / "adapter")
+    fresh[2] = PeftModel.from_pretrained(fresh[2], tmp_path / "adapter")
+    for loaded in (*fresh, AutoModelForImageTextToText.from_pretrained(tmp_path / "adapter")):
+        assert torch.equal(logits(loaded), expected)
+
+
+def test_what_transformers_leaves_out_of_an_adapter_peft_puts_in(model, tmp_path):
+    adapted = adapt(model, train_connector=True)
+    adapted.save_pretrained(tmp_path)
+    saved = read_adapter(tmp_path, {})
+    loaded = copy.deepcopy(model)
+    loaded.load_adapter(str(tmp_path))
+    for name, parameter in loaded.named_parameters():
+        if "modules_to_save" in name or ".lora_B" in name:
+            parameter.data.zero_()
+    with pytest.raises(ValueError, match=r"was not loaded whole: the model has other values of \d+ tensors"):
+        check_in_model(tmp_path, loaded, "default", saved)
+    place_adapter(tmp_path, loaded, "default", saved)
+    assert torch.equal(logits(loaded), logits(adapted))
+
+
+def test_an_adapter_of_another_rank_than_it_says_is_refused(base, model, saved):
+    expected = logits(model)
+    settings = saved / "adapter_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "r": 3}))
+    with pytest.raises(ValueError, match="has tensors of other shapes than this model"):
+        model.load_adapter(str(saved))
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_name_that_is_taken_leaves_its_adapter_alone(model, saved):
+    model.load_adapter(str(saved))
+    expected = logits(model)
+    with pytest.raises(ValueError, match="already exists"):
+        model.load_adapter(str(saved))
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_a_refused_adapter_takes_what_was_trained_beside_it_along(model, saved):
+    expected = logits(model)
+    beside = {"model.language_model.norm.weight": torch.full((48,), 3.0)}
+    save_file(beside, saved / "non_lora_trainables.safetensors", metadata={"format": "pt"})
+    change(saved, lambda tensors: tensors.pop(KEY))
+    with pytest.raises(ValueError, match="does not fit this model"):
+        model.load_adapter(str(saved))
+    assert torch.equal(logits(model), expected)
+
+
+BROKEN = {
+    "short": (lambda file: rewrite(file, halve(0)), "is damaged: its tensors need"),
+    "empty": (lambda file: file.write_bytes(b""), "it is empty"),
+    "lfs": (lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer"),
+    "half": (lambda file: file.write_bytes(file.read_bytes()[:900]), "it is damaged"),
+}
+
+
+@pytest.mark.parametrize("loader", ["from_pretrained", "auto", "model.load_adapter", "load_adapter"])
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [*(("bin", kind) for kind in BROKEN), *(("safetensors", kind) for kind in ("empty", "lfs", "half"))],
+)
+def test_a_broken_adapter_file_is_named(base, saved, loader, kind, suffix):
+    file = saved / f"adapter_model.{suffix}"
+    if suffix == "bin":
+        tensors = load_file(saved / "adapter_model.safetensors")
+        (saved / "adapter_model.safetensors").unlink()
+        torch.save(tensors, file)
+        assert LOADERS[loader](base, saved) is not None
+    change_file, words = BROKEN[kind]
+    change_file(file)
+    with pytest.raises(ValueError, match=rf"adapter_model\.{suffix} .*{words}") as caught:
+        LOADERS[loader](base, saved)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_an_adapter_added_by_transformers_loads_again(model, tmp_path):

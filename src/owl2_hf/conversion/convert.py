@@ -24,6 +24,7 @@ from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, logging
 
 from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
 from ..modeling.conversion_mplug_owl2 import original_key, to_original
+from ..modeling.loading_mplug_owl2 import original_generation_config
 from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..modeling.modeling_mplug_owl2_abstractor import image_position_table, query_position_table
 from ..printing import printable
@@ -50,16 +51,6 @@ TARGETS = ("ours", "original", "adapter")
 _TABLES = {"q_pos_embed": query_position_table, "k_pos_embed": image_position_table}
 _COMPUTED = "the model computes it"
 _SHARD_SIZE = "5GB"
-_GENERATION: dict[str, tuple[type, ...]] = {
-    "bos_token_id": (int,),
-    "eos_token_id": (int,),
-    "pad_token_id": (int,),
-    "max_length": (int,),
-    "max_new_tokens": (int,),
-    "do_sample": (bool,),
-    "repetition_penalty": (int, float),
-}
-_SAMPLING: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,)}
 
 
 @dataclass
@@ -173,6 +164,8 @@ def convert(
             hashes = {file: sha256(file) for file in files}
         else:
             conversion = _Conversion(opened, report, DTYPES.get(dtype or ""), allow_nonfinite)
+            if to == "original":
+                original_config(opened.config)  # what it has no word for is refused before anything is written
             with _hashing(opened.files) as waiting:
                 conversion.write(folder, to == "original", max_shard_size, lambda file: on_file(file.name))
                 hashes = {file: found.result() for file, found in waiting.items()}
@@ -502,24 +495,10 @@ def _vocabulary_name(vocabulary: Path) -> str:
 
 
 def generation_config(source: Source) -> GenerationConfig:
-    """The source's, as far as it is known and sound: transformers refuses to save settings that have no effect."""
-    text = source.config.text_config
-    values: dict[str, Any] = {
-        "bos_token_id": text.bos_token_id,
-        "eos_token_id": text.eos_token_id,
-        # Qwen has no token for padding, and its 0 is a text.
-        "pad_token_id": text.eos_token_id if source.config.is_owl21 else 0,
-    }
+    """The source's, as far as it is known and sound."""
     try:
         given = read_json(source.folder / "generation_config.json")
     except ValueError as error:
         logger.warning(f"{printable(str(error))}; the tokens of config.json are taken instead.")
         given = {}
-    known = {**_GENERATION, **(_SAMPLING if given.get("do_sample") is True else {})}
-    for name, kinds in known.items():
-        if (value := given.get(name)) is not None and type(value) in kinds:
-            values[name] = value
-    ids = given.get("eos_token_id")
-    if isinstance(ids, list) and ids and all(type(value) is int for value in ids):
-        values["eos_token_id"] = ids
-    return GenerationConfig(**values)
+    return original_generation_config(source.config, given)

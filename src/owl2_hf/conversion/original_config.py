@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ..modeling.configuration_mplug_owl2 import DOCOWL_MODEL_TYPE, QWEN_FIXED, MplugOwl2Config
 from ..processing import MplugOwl2Processor
 from ..processing.tokenization_mplug_owl2 import QWEN_VOCABULARY
@@ -91,6 +93,11 @@ def original_config(config: MplugOwl2Config) -> dict[str, Any]:
     Raises:
         ConversionError: The original's code has no word for something in it.
     """
+    if config.output_vocab_size is None:
+        raise ConversionError(
+            "the original's code has no output_vocab_size None: its tables end with the last token, so give the number "
+            "of tokens in config.json."
+        )
     text, has_abstractor = config.text_config.to_dict(), config.connector_type == "abstractor"
     release = {"transformers_version": _TRANSFORMERS_VERSION}
     flat = {
@@ -179,7 +186,11 @@ def _parts(config: MplugOwl2Config):
 
 def _check_nothing_lost(flat: dict[str, Any], config: MplugOwl2Config) -> None:
     """What comes back from the original's form must be what went in."""
-    back = MplugOwl2Config.from_dict(json.loads(json.dumps(flat)))
+    try:
+        back = MplugOwl2Config.from_dict(json.loads(json.dumps(flat)))
+    except (ValueError, StrictDataclassError) as error:
+        reason = str(error.__cause__ or error)
+        raise ConversionError(f"the original's code has no model of this configuration: {reason}") from None
     pairs = zip((config, *_parts(config)), (back, *_parts(back)), strict=True)
     for ours, theirs in pairs:
         before, after = ours.to_dict(), theirs.to_dict()

@@ -1,23 +1,19 @@
-"""Weight files that nobody vouches for: which ones a folder has, and their tensors, mapped and never executed."""
+"""Weights that nobody vouches for: which files of a folder hold them, and what is wrong with a tensor or a file."""
 
 import hashlib
-import json
 import re
-import struct
-import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.serialization import safe_globals
+
+from ..modeling.weight_files_mplug_owl2 import read_weight_map, read_weights, record_start
 
 _WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)")
-_MAX_INDEX_BYTES = 64 * 2**20
 _MAX_NAME_LENGTH = 512
 _BLOCK = 2**23
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -68,21 +64,10 @@ def _indexed_files(index: Path) -> dict[Path, set[str] | None]:
 
 
 def _read_weight_map(index: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            raise ValueError("it names a tensor twice")
-        return values
-
     try:
-        if _existing(index).stat().st_size > _MAX_INDEX_BYTES:
-            raise ValueError(f"it is larger than {_MAX_INDEX_BYTES >> 20} MiB")
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError("its weight_map is not an object with entries")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConversionError(f"{index} is not a weight index: {error}") from None
-    return weight_map
+        return read_weight_map(_existing(index))
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
 
 
 def _natural(names: Sequence[str] | dict[str, Any]) -> list[str]:
@@ -97,60 +82,15 @@ def _existing(path: Path, words: str | None = None) -> Path:
 
 
 def read_tensors(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
-    """What one file holds, memory-mapped where its format allows: a tensor is read when it is used.
-
-    Args:
-        path: safetensors, or a pickle, which is read without running anything that it names.
-        allowed: Stand-ins for what a pickle may name beside tensors, as `torch.serialization.safe_globals` takes them.
+    """As `read_weights`.
 
     Raises:
         ConversionError: The file is damaged, or holds more than tensors.
     """
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dictionary
-        is_archive = _check_archive(path)
-        with safe_globals(list(allowed)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except ConversionError:
-        raise
-    except MemoryError:
-        raise ConversionError(f"{path} does not fit in memory.") from None
-    except Exception as error:
-        raise ConversionError(f"{path} cannot be read as weights: {_why_unreadable(path, error)}.") from None
-    if not isinstance(loaded, dict):
-        raise ConversionError(f"{path}: expected a dictionary of tensors, got {type(loaded).__name__}.")
-    return loaded
-
-
-def _check_archive(path: Path) -> bool:
-    """Whether the file is a zip archive, as PyTorch writes them: nothing in it is compressed or there twice."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if len({entry.filename for entry in entries}) < len(entries):
-        raise ConversionError(f"{path} holds a record twice: it was not written by PyTorch.")
-    if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
-        raise ConversionError(f"{path} is compressed: it was not written by PyTorch.")
-    return True
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    """PyTorch's own words would advise to load the file unsafely."""
-    with path.open("rb") as file:
-        start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
-    if not start:
-        return "it is empty"
-    if start.lstrip()[:1] == b"<":
-        return "it is a web page, not the file itself; download it again"
-    if isinstance(error, SafetensorError):
-        return f"it is damaged or cut off ({error})"
-    return f"it is damaged, or holds more than tensors ({type(error).__name__})"
+        return read_weights(path, allowed)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
 
 
 def check_tensor(where: str, tensor: Any, meta: bool = False) -> Tensor:
@@ -216,7 +156,7 @@ class _Records:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             for entry in archive.infolist():
                 if entry.CRC:  # PyTorch may be told not to compute any
-                    start = entry.header_offset + _local_header_size(file, entry)
+                    start = record_start(file, entry)
                     self._waiting.append((start, start + entry.file_size, entry))
         self._waiting.sort(key=lambda record: -record[0])
 
@@ -232,9 +172,3 @@ class _Records:
                 raise ConversionError(f"{self.path} is damaged: the checksum of its record {name} is wrong.")
             self._waiting.pop()
             self._found = 0
-
-
-def _local_header_size(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    """A record's own header repeats its name and may be padded, unlike its entry in the archive's directory."""
-    file.seek(entry.header_offset + 26)
-    return 30 + sum(struct.unpack("<HH", file.read(4)))

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
-from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
-from ..modeling.conversion_mplug_owl2 import to_ours
+from ..modeling.configuration_mplug_owl2 import MAX_LAYERS, MAX_SIZE, MplugOwl2Config
+from ..modeling.conversion_mplug_owl2 import owner_of, to_ours
 from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..processing.tokenization_mplug_owl2 import read_json
 from .reading import ConversionError, check_tensor, describe, has_weights, read_tensors, weight_files
 
-_MAX_LAYERS = 1000
-_MAX_SIZE = 2**20
 _MODEL_TYPES = ("mplug_owl2", "mplug_owl2_1", "mplug_docowl")
 _SIZES = ("num_", "_size", "head_dim", "projection_dim", "max_position_embeddings")
 
@@ -103,7 +101,11 @@ def rename(where: str, key: str, tensor: Tensor, config: MplugOwl2Config) -> lis
     try:
         return list(to_ours(key, tensor, config))
     except KeyError:
-        raise ConversionError(f"{where}: mPLUG-Owl2 has no such parameter.") from None
+        ours = "mPLUG-Owl2.1" if config.is_owl21 else "mPLUG-Owl2"
+        owner = owner_of(key)
+        if owner is not None:
+            raise ConversionError(f"{where}: it is a parameter of {owner}, but config.json is {ours}'s.") from None
+        raise ConversionError(f"{where}: {ours} has no such parameter.") from None
     except ValueError as error:
         raise ConversionError(f"{where}: {error}.") from None
 
@@ -171,6 +173,6 @@ def _check_sizes(path: Path, values: dict) -> None:
             _check_sizes(path, value)
         elif isinstance(value, int) and (name.startswith(_SIZES) or name.endswith(_SIZES)):
             least = 0 if "ngram" in name else 1
-            most = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+            most = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
             if not least <= value <= most:
                 raise ConversionError(f"{path}: {name} is {value}, expected {least} to {most}.")

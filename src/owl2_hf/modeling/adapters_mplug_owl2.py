@@ -1,18 +1,22 @@
 """PEFT adapters in a folder or on the Hub: where their base model is, and that every tensor of theirs finds its place.
 
-PEFT is not imported here: the file travels to the Hub, where a model must load without it.
+No line here imports PEFT before an adapter comes: the file travels to the Hub, where a model must load without it.
 """
 
 import json
 import re
 import sys
 from collections.abc import Collection
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import load_state_dict
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file, is_peft_available
+
+from .weight_files_mplug_owl2 import read_weights
 
 # What was trained beside the adapter in a fine-tune of the original: parameters of the base model, under our names.
 NON_LORA_FILE = "non_lora_trainables.safetensors"
@@ -63,12 +67,17 @@ def read_settings(source: str | Path, hub: dict[str, Any]) -> dict[str, Any] | N
     """Content of adapter_config.json; `None` where there is none.
 
     Raises:
-        ValueError: The adapter is one of the original's training code.
+        ValueError: The adapter is one of the original's training code, or the file is not JSON.
     """
     path = find_adapter_config_file(str(source), **hub)
     if path is None:
         return None
-    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected an object, got {type(settings).__name__}.")
     targets = settings.get("target_modules") or []
     if any(map(_ORIGINAL_NAME.search, [targets] if isinstance(targets, str) else targets)):
         raise ValueError(_original_error(source))
@@ -80,18 +89,34 @@ def read_non_lora(source: str | Path, hub: dict[str, Any]) -> dict[str, Tensor]:
     return _read_tensors(source, NON_LORA_FILE, hub) or {}
 
 
-def read_dora(source: str | Path, hub: dict[str, Any]) -> dict[str, Tensor] | None:
-    """An adapter's tensors, with DoRA's magnitudes under their whole names.
+def read_adapter(source: str | Path, hub: dict[str, Any], use_safetensors: bool | None = None) -> dict[str, Tensor]:
+    """An adapter's tensors under the names in its file.
+
+    Args:
+        use_safetensors: As in transformers: `False` prefers the pickle where there are both.
+
+    Raises:
+        ValueError: There are none, or the file is broken.
+    """
+    names = ["adapter_model.safetensors", "adapter_model.bin"]
+    for name in reversed(names) if use_safetensors is False else names:
+        if (tensors := _read_tensors(source, name, hub)) is not None:
+            return tensors
+    raise ValueError(f"{source} holds no adapter: expected {' or '.join(names)}.")
+
+
+def whole_dora_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, with DoRA's magnitudes under their whole names.
 
     PEFT saves `lora_magnitude_vector.weight` without its last part; transformers, unlike PEFT, does not put it back.
     """
-    tensors = _read_tensors(source, "adapter_model.safetensors", hub) or _read_tensors(source, "adapter_model.bin", hub)
-    if tensors is None:
-        return None
     return {re.sub("lora_magnitude_vector$", r"\g<0>.weight", name): tensor for name, tensor in tensors.items()}
 
 
-def _read_tensors(source: str | Path, name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
+def find_file(source: str | Path, name: str, hub: dict[str, Any]) -> Path | None:
+    """A file of a folder or a repository; `None` where it has none."""
+    if Path(source).is_file():
+        return None
     path = cached_file(
         str(source),
         name,
@@ -99,7 +124,12 @@ def _read_tensors(source: str | Path, name: str, hub: dict[str, Any]) -> dict[st
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if path is None else load_state_dict(path)
+    return None if path is None else Path(path)
+
+
+def _read_tensors(source: str | Path, name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
+    path = find_file(source, name, hub)
+    return None if path is None else read_weights(path)
 
 
 def check_adapter_keys(source: Any, missing: Collection[str], unexpected: Collection[str]) -> None:
@@ -128,6 +158,59 @@ def has_named_rows(model: nn.Module) -> bool:
         return False
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     return any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks)
+
+
+class NotPlacedError(ValueError):
+    """An adapter fits its model, but is not in it."""
+
+
+def place_adapter(source: Any, model: PreTrainedModel, adapter_name: str, saved: dict[str, Tensor]) -> None:
+    """Check an adapter that transformers has loaded, and let PEFT put in what transformers left out.
+
+    Before 5.19 that is all but the layers of the adapter itself: whole modules and single tokens that were trained.
+
+    Raises:
+        ValueError: The adapter does not fit.
+    """
+    try:
+        check_adapter(source, model, adapter_name, saved)
+    except NotPlacedError:
+        plain = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
+        import_module("peft").set_peft_model_state_dict(model, plain, adapter_name=adapter_name)
+        check_adapter(source, model, adapter_name, saved)
+
+
+def check_adapter(source: Any, model: PreTrainedModel, adapter_name: str, saved: dict[str, Tensor]) -> None:
+    """An adapter that is in a model is the one that was saved: all of it, and nothing else.
+
+    What belongs to it is PEFT's to say; parts of names are not enough, for an adapter may have any name.
+
+    Raises:
+        ValueError: It is not.
+    """
+    get_state_dict = import_module("peft").get_peft_model_state_dict
+    found = get_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+
+    def plain(name: str) -> str:
+        """Without PEFT's prefix, that of the model below a head, and the adapter's name, which PEFT takes out of it."""
+        name = name.removeprefix("base_model.model.").removeprefix(f"{model.base_model_prefix}.")
+        return ".".join(part for part in name.split(".") if part != adapter_name)
+
+    placed, given = ({plain(name): tensor for name, tensor in state.items()} for state in (found, saved))
+    # PEFT saves a whole embedding beside the update of one.
+    known = set(map(plain, model.state_dict()))
+    check_adapter_keys(source, placed.keys() - given.keys(), given.keys() - placed.keys() - known)
+    different = [name for name, tensor in placed.items() if not tensor.is_meta and not _is_same(tensor, given[name])]
+    if different:
+        raise NotPlacedError(
+            f"The adapter {source} was not loaded whole: the model has other values of {len(different)} tensors, the "
+            f"first is {min(different)}."
+        )
+
+
+def _is_same(tensor: Tensor, saved: Tensor) -> bool:
+    expected = saved.to(tensor.device, tensor.dtype)
+    return tensor.shape == expected.shape and torch.equal(tensor.nan_to_num(), expected.nan_to_num())
 
 
 def _original_error(source: Any) -> str:

@@ -24,6 +24,9 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_mplug_owl2.MplugOwl2ImageProcessor",
     "AutoProcessor": "processing_mplug_owl2.MplugOwl2Processor",
 }
+# No model is larger, and a file that says so is broken.
+MAX_LAYERS, MAX_SIZE = 1000, 2**20
+_SIZES = ("_size", "_dim", "_width", "max_position_embeddings")
 CONNECTOR_TYPES = ("abstractor", "h_reducer")
 # Model types of the original whose configurations are read besides our own.
 DOCOWL_MODEL_TYPE = "mplug_docowl"
@@ -61,7 +64,7 @@ class MplugOwl2VisionConfig(PreTrainedConfig):
     position_grid_size: int | None = None
 
     def validate_architecture(self):
-        _check_positive(self, "num_attention_heads", "patch_size", "num_channels", "num_hidden_layers")
+        _check_sizes(self)
         _check_divisible("vision hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         _check_divisible("image_size", self.image_size, "patch_size", self.patch_size)
         if self.use_cls_token and self.position_table_side != self.grid_size:
@@ -114,7 +117,7 @@ class MplugOwl2AbstractorConfig(PreTrainedConfig):
     projection_dim: int = 4096
 
     def validate_architecture(self):
-        _check_positive(self, "num_learnable_queries", "num_attention_heads", "grid_size", "num_hidden_layers")
+        _check_sizes(self)
         _check_divisible("abstractor hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         _check_divisible("abstractor hidden_size", self.hidden_size, "sin-cos halves of rows and columns", 4)
         _check_equal(
@@ -150,7 +153,7 @@ class MplugOwl2HReducerConfig(PreTrainedConfig):
     projection_dim: int = 4096
 
     def validate_architecture(self):
-        _check_positive(self, "hidden_size", "kernel_width", "grid_size")
+        _check_sizes(self)
         _check_divisible("H-Reducer grid_size", self.grid_size, "kernel_width", self.kernel_width)
 
     @property
@@ -187,6 +190,7 @@ class MplugOwl2TextConfig(LlamaConfig):
     log_n_length: int | None = None
 
     def __post_init__(self, **kwargs):
+        _check_sizes(self)
         # Of this configuration alone: a rule that fits no layer of a model makes transformers warn.
         own = {f"layers.*.self_attn.visual_{name}_proj": "colwise" for name in self.modality_specific_projections}
         self.base_model_tp_plan = {**LlamaConfig.base_model_tp_plan, **own}
@@ -555,10 +559,15 @@ def _h_reducer_fields(values: Any) -> dict[str, Any]:
     return {**fields, "kernel_width": int(width)}
 
 
-def _check_positive(config: PreTrainedConfig, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{config.base_config_key}: {name} must be at least 1, got {getattr(config, name)}.")
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """Before anything is divided by a size, or built of a billion layers."""
+    for name in sorted(_own_fields(type(config))):
+        value = getattr(config, name)
+        if isinstance(value, int) and (name.startswith("num_") or name.endswith(_SIZES)):
+            most = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+            if not 1 <= value <= most:
+                bound = "at least 1" if value < 1 else f"at most {most}"
+                raise ValueError(f"{config.base_config_key}: {name} must be {bound}, got {value}.")
 
 
 def _check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:

@@ -221,6 +221,17 @@ def to_ours(key: str, tensor: Tensor, config) -> Iterator[tuple[str, Tensor]]:
     yield target.format(number), tensor
 
 
+def owner_of(key: str) -> str | None:
+    """Which of the originals has a parameter of this name; `None` where none has, or all."""
+    template, _ = split_number(key)
+    found = [
+        name
+        for name, names in (("mPLUG-Owl2", _OWL2), ("mPLUG-Owl2.1", _OWL21))
+        if template in names.renamed or template in names.fused or template in names.stacked
+    ]
+    return found[0] if len(found) == 1 else None
+
+
 def original_key(name: str, config=None) -> tuple[str, tuple[str, ...]]:
     """Where the original keeps one of our parameters: its key, and all of our names that go into it.
 
@@ -301,7 +312,7 @@ class PadVocabulary(ConversionOps):
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs) -> dict[str, Tensor]:
         (table,) = map(_single, input_dict.values())
-        if config.is_owl21 and table.shape[0] < config.output_vocab_size:
+        if config.is_owl21 and table.shape[0] < (config.output_vocab_size or 0):
             # Upstream: the released mPLUG-Owl2.1 has fewer rows than its configuration says.
             config.output_vocab_size = table.shape[0]
         if table.shape[0] == config.output_vocab_size:

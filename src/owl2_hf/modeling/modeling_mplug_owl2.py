@@ -5,25 +5,17 @@ The connector is the visual abstractor, or the H-Reducer of DocOwl 1.5; Q + 1 ar
 B: batch, L: positions, N: pictures of the whole batch, D: width of the language model, V: embedding rows.
 """
 
-import copy
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import PreTrainedModel
-from transformers.quantizers.auto import AutoQuantizationConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 
-from .adapters_mplug_owl2 import check_adapter_keys, find_adapter, hub_kwargs, read_dora, read_non_lora, read_settings
 from .compatibility_mplug_owl2 import (
-    AdapterMethods,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     ImagesInGeneration,
@@ -36,7 +28,7 @@ from .compatibility_mplug_owl2 import (
     visual_tokens,
 )
 from .configuration_mplug_owl2 import MplugOwl2Config
-from .conversion_mplug_owl2 import RENAMED  # noqa: F401, importing it teaches transformers the original's layout
+from .loading_mplug_owl2 import MplugOwl2LoadableModel
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
 from .modeling_mplug_owl2_h_reducer import MplugOwl2HReducer
 from .modeling_mplug_owl2_text import MplugOwl2TextModel, match_indicators
@@ -47,12 +39,6 @@ logger = logging.get_logger(__name__)
 # Logit of ids that are never predicted. Its probability is exactly 0 in float32, so it neither wins nor changes a loss;
 # it is finite in float16, so that entropies (p * log p), beam scores and repetition penalties stay finite.
 RESERVED_LOGIT = -1e4
-
-# What quantisation leaves alone unless told otherwise: it is small beside the decoder, and what is lost of a picture is
-# not won back. Plain names, with and without a head on top: they are saved in config.json, where others compare them
-# literally (vLLM) though transformers reads patterns.
-_VISION_SIDE = ("vision_tower", "visual_abstractor", "h_reducer")
-UNQUANTIZED = [*_VISION_SIDE, *(f"model.{name}" for name in _VISION_SIDE), "lm_head"]
 
 
 @dataclass
@@ -95,7 +81,7 @@ class MplugOwl2CausalLMOutputWithPast(_WithImageOutputs, CausalLMOutputWithPast)
     image_outputs: MplugOwl2ImageFeatures | None = None
 
 
-class MplugOwl2PreTrainedModel(AdapterMethods, PreTrainedModel):
+class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
     config: MplugOwl2Config
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -124,50 +110,6 @@ class MplugOwl2PreTrainedModel(AdapterMethods, PreTrainedModel):
                 embeddings.weight[self.config.image_token_id] = 0
                 embeddings.weight[self.config.output_vocab_size or len(embeddings.weight) :] = 0
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, also from the original's layout, and from an adapter, whose base model is loaded first.
-
-        Quantisation leaves the vision encoder, the connector and the head as they are, unless its configuration names
-        other modules to leave.
-
-        Raises:
-            ValueError: The checkpoint lacks parameters, which transformers would make up, or has them in other shapes
-                than its configuration says. A missing head is none, and whoever asks for `output_loading_info` finds
-                what is missing there instead. Or an adapter does not fit.
-        """
-        adapter = find_adapter(pretrained_model_name_or_path, kwargs)
-        if adapter is not None:
-            kwargs.pop("adapter_kwargs", None)
-            adapter_name = kwargs.pop("adapter_name", None)
-            loaded = cls.from_pretrained(adapter.base, *args, output_loading_info=output_loading_info, **kwargs)
-            model = loaded[0] if output_loading_info else loaded
-            model.load_adapter(str(adapter.source), adapter_name, adapter_kwargs=adapter.hub)
-            return loaded
-        _check_index(pretrained_model_name_or_path)
-        if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = _spare_vision_side(kwargs["quantization_config"])
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):
-                raise
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: the weights have other shapes than config.json says, as the report "
-                "above shows: mend it. Of mPLUG-Owl2.1, `owl2-hf convert` takes vocab_size from the weights."
-            ) from error
-        is_base = not hasattr(model, cls.base_model_prefix)
-        lost = sorted(key for key in info["missing_keys"] if is_base or key.startswith(f"{cls.base_model_prefix}."))
-        is_told = output_loading_info or pretrained_model_name_or_path is None or kwargs.get("state_dict") is not None
-        if lost and not is_told:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(lost)} parameters of this model, the first is {lost[0]}: "
-                "the checkpoint is incomplete, or its configuration is another model's."
-            )
-        return (model, info) if output_loading_info else model
-
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
         """As in transformers, which ignores the name of a part that the model does not have; here it is an error."""
         self.config.check_attn_implementation(attn_implementation)
@@ -186,29 +128,6 @@ class MplugOwl2PreTrainedModel(AdapterMethods, PreTrainedModel):
             )
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
-    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs):
-        """As in transformers; what was trained beside a converted adapter goes into the model as well.
-
-        Raises:
-            ValueError: A tensor of the adapter has no place in the model, or one of the model's is not in the adapter;
-                the model is left without it.
-        """
-        if peft_model_id is not None:
-            hub = hub_kwargs({**kwargs, **(kwargs.get("adapter_kwargs") or {})})
-            settings = read_settings(peft_model_id, hub) or {}
-            if settings.get("use_dora") and "adapter_state_dict" not in kwargs:
-                kwargs["adapter_state_dict"] = read_dora(peft_model_id, hub)
-            others = read_non_lora(peft_model_id, hub)
-            check_adapter_keys(peft_model_id, [], others.keys() - self.state_dict().keys())
-            self.load_state_dict(others, strict=False)
-        info = super().load_adapter(peft_model_id, adapter_name, **kwargs)
-        try:
-            check_adapter_keys(peft_model_id, info.missing_keys, info.unexpected_keys)
-        except ValueError:
-            self.delete_adapter(adapter_name or "default")
-            raise
-        return info
-
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """As in transformers; from then on every id below `new_num_tokens` but the placeholder may be predicted."""
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
@@ -223,39 +142,10 @@ class MplugOwl2PreTrainedModel(AdapterMethods, PreTrainedModel):
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
-def _spare_vision_side(quantization_config: Any) -> Any:
-    """The same quantisation, with `UNQUANTIZED` where it says neither what it leaves alone nor what it takes."""
-    if isinstance(quantization_config, dict):
-        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
-    # torchao's FqnToConfig: "_default" stands for all that it does not name.
-    taken = getattr(getattr(quantization_config, "quant_type", None), "fqn_to_config", {"_default"})
-    if "_default" not in taken:
-        return quantization_config
-    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
-        if getattr(quantization_config, name, "") is None:
-            quantization_config = copy.copy(quantization_config)
-            setattr(quantization_config, name, list(UNQUANTIZED))
-    return quantization_config
-
-
-def _check_index(folder: Any) -> None:
-    """Entries of a local index stay in its folder; transformers would follow them anywhere.
-
-    Raises:
-        ValueError: One does not.
-    """
-    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
-        path = Path(str(folder)) / name
-        if not path.is_file():
-            continue
-        weight_map = json.loads(path.read_text(encoding="utf-8")).get("weight_map", {})
-        for entry in {str(value) for value in weight_map.values()}:
-            if entry != Path(entry).name or "\\" in entry:
-                raise ValueError(f"{path} names {entry!r}, which is not a weight file of this folder.")
-
-
 class MplugOwl2Model(MplugOwl2PreTrainedModel):
     """mPLUG-Owl2 without the language-model head."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
 
     def __init__(self, config: MplugOwl2Config):
         super().__init__(config)

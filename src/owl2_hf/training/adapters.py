@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..conversion import load_non_lora
-from ..modeling.adapters_mplug_owl2 import NON_LORA_FILE, check_adapter_keys, read_settings
+from ..modeling.adapters_mplug_owl2 import NON_LORA_FILE, read_adapter, read_settings
+from ..modeling.adapters_mplug_owl2 import check_adapter as _check_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -125,6 +126,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
 
     if read_settings(folder, {}) is None:
         raise ValueError(f"{folder} holds no adapter: expected a folder with adapter_config.json.")
+    read_adapter(folder, {})  # which refuses a broken file; PEFT would not say which it is, or not notice
     if (Path(folder) / NON_LORA_FILE).is_file():
         load_non_lora(model, folder)
     if isinstance(model, PeftModel):
@@ -141,10 +143,4 @@ def check_adapter(model: "PeftModel", folder: str | Path, adapter_name: str = "d
     Raises:
         ValueError: A tensor of the adapter has no place in the model, or one of the model's is not in the adapter.
     """
-    from peft import get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    placed = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False).keys()
-    saved = load_peft_weights(str(folder), device="cpu").keys()
-    # PEFT saves a whole embedding beside the update of one.
-    check_adapter_keys(folder, placed - saved, saved - placed - model.state_dict().keys())
+    _check_adapter(folder, model, adapter_name, read_adapter(folder, {}))

@@ -1,0 +1,302 @@
+"""What this family adds to transformers' loading: no weight is made up, none is left out, no broken file is read.
+
+Quantisation leaves the vision side alone, and an adapter is loaded whole or not at all.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from transformers.generation import GenerationConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    logging,
+)
+
+from .adapters_mplug_owl2 import (
+    check_adapter_keys,
+    find_adapter,
+    find_file,
+    hub_kwargs,
+    place_adapter,
+    read_adapter,
+    read_non_lora,
+    read_settings,
+    whole_dora_names,
+)
+from .compatibility_mplug_owl2 import AdapterMethods
+from .conversion_mplug_owl2 import owner_of  # importing it also teaches transformers the original's layout
+from .weight_files_mplug_owl2 import check_archive, read_weight_map, read_weights
+
+logger = logging.get_logger(__name__)
+
+# What quantisation leaves alone unless told otherwise: it is small beside the decoder, and what is lost of a picture is
+# not won back. Plain names, with and without a head on top: they are saved in config.json, where others compare them
+# literally (vLLM) though transformers reads patterns.
+_VISION_SIDE = ("vision_tower", "visual_abstractor", "h_reducer")
+UNQUANTIZED = [*_VISION_SIDE, *(f"model.{name}" for name in _VISION_SIDE), "lm_head"]
+
+# Settings of generation that the original's folders may have, and of which types.
+_GENERATION: dict[str, tuple[type, ...]] = {
+    "bos_token_id": (int,),
+    "eos_token_id": (int,),
+    "pad_token_id": (int,),
+    "max_length": (int,),
+    "max_new_tokens": (int,),
+    "do_sample": (bool,),
+    "repetition_penalty": (int, float),
+}
+_SAMPLING: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,)}
+
+# Part of a name -> what has such tensors, where the model that config.json describes has not.
+_BELONGS_TO = {
+    r"\blora_": "it is an adapter's, which load_adapter loads",
+    r"\bhr_compressor\b": "it is DocOwl2's, which is not supported",
+    r"\b(h_reducer|vision2text)\b": "it is the connector's of DocOwl 1.5, and config.json names another",
+    r"\bvisual_abstractor\b": "it is a visual abstractor's, and that of config.json is another, or none",
+    r"\blayers\.\d+\.": "config.json tells of fewer layers, or of layers without it",
+    "": "it may be the head of a scorer or of another task, whose own class this is not",
+}
+
+
+class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
+    """How the family's models are loaded, whole or with an adapter; the models themselves are elsewhere."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, also from the original's layout, and from an adapter, whose base model is loaded first.
+
+        Quantisation leaves the vision encoder, the connector and the head as they are, unless its configuration names
+        other modules to leave.
+
+        Raises:
+            ValueError: A weight file is broken. The checkpoint lacks parameters, which transformers would make up, or
+                has tensors that the model has no place for, or parameters of other shapes than its configuration says.
+                A missing head is no error. Whoever asks for `output_loading_info` finds there what is missing and what
+                has no place, and gets no error for it. Or an adapter does not fit.
+        """
+        adapter = find_adapter(pretrained_model_name_or_path, kwargs)
+        if adapter is not None:
+            kwargs.pop("adapter_kwargs", None)
+            adapter_name = kwargs.pop("adapter_name", None)
+            loaded = cls.from_pretrained(adapter.base, *args, output_loading_info=output_loading_info, **kwargs)
+            model = loaded[0] if output_loading_info else loaded
+            model.load_adapter(str(adapter.source), adapter_name, adapter_kwargs=adapter.hub)
+            return loaded
+        hub, settings = hub_kwargs(kwargs), None
+        _check_index(pretrained_model_name_or_path, hub)
+        is_original = _is_original(pretrained_model_name_or_path, hub)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = spare_vision_side(kwargs["quantization_config"])
+        if is_original and kwargs.get("generation_config") is None:
+            settings = _read_json(pretrained_model_name_or_path, GENERATION_CONFIG_NAME, hub)
+            kwargs["generation_config"] = GenerationConfig()  # until there is a configuration to complete it with
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except Exception as error:
+            _check_files(pretrained_model_name_or_path, hub)
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            if is_original and (kwargs.get("tp_plan") or kwargs.get("distributed_config")):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is in the original's layout, which is not shared by ranks while "
+                    "loading. Bring it to this package's with `owl2-hf convert`."
+                ) from error
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: the weights have other shapes than config.json says, as the report "
+                "above shows: mend it. Of mPLUG-Owl2.1, `owl2-hf convert` takes vocab_size from the weights."
+            ) from error
+        is_told = output_loading_info or pretrained_model_name_or_path is None or kwargs.get("state_dict") is not None
+        if not is_told:
+            _check_keys(pretrained_model_name_or_path, model, info["missing_keys"], info["unexpected_keys"])
+        if settings is not None and model.can_generate():
+            model.generation_config = _generation_config(model.config, settings, pretrained_model_name_or_path, hub)
+        return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        """As in transformers, which does not look how long a record is before it reads it."""
+        for file in checkpoint_files or ():
+            if not str(file).endswith(".safetensors"):  # whose header transformers checks
+                check_archive(Path(file))
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs):
+        """As in transformers; what was trained beside a converted adapter goes into the model as well.
+
+        Raises:
+            ValueError: A tensor of the adapter has no place in the model, or one of the model's is not in the adapter;
+                the model is left without it.
+        """
+        saved, others = kwargs.get("adapter_state_dict"), {}
+        if peft_model_id is not None:
+            hub = hub_kwargs({**kwargs, **(kwargs.get("adapter_kwargs") or {})})
+            read_settings(peft_model_id, hub)  # which refuses an adapter of the original's
+            if saved is None:
+                saved = read_adapter(peft_model_id, hub, kwargs.get("use_safetensors"))
+                kwargs["adapter_state_dict"] = whole_dora_names(saved)
+            others = read_non_lora(peft_model_id, hub)
+            check_adapter_keys(peft_model_id, [], others.keys() - self.state_dict().keys())
+        before = {name: tensor.clone() for name, tensor in self.state_dict().items() if name in others}
+        self.load_state_dict(others, strict=False)
+        adapter_name = adapter_name or "default"
+        is_new = adapter_name not in getattr(self, "peft_config", {})
+        try:
+            info = super().load_adapter(peft_model_id, adapter_name, **kwargs)
+            place_adapter(peft_model_id, self, adapter_name, saved or {})
+        except Exception as error:
+            if is_new and adapter_name in getattr(self, "peft_config", {}):
+                self.delete_adapter(adapter_name)
+            self.load_state_dict(before, strict=False)
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"The adapter {peft_model_id} has tensors of other shapes than this model, as the report above shows: "
+                "load the model that it was trained on."
+            ) from error
+        return info
+
+
+def _is_original(source: Any, hub: dict[str, Any]) -> bool:
+    return source is not None and "visual_config" in _read_json(source, CONFIG_NAME, hub)
+
+
+def _generation_config(config, given: dict[str, Any], source: Any, hub: dict[str, Any]) -> GenerationConfig:
+    """As a converted folder has it: mostly the ids that end and pad."""
+    settings = original_generation_config(config, given)
+    vocabulary = find_file(source, "qwen.tiktoken", hub) if config.is_owl21 and settings.eos_token_id is None else None
+    if vocabulary is not None:
+        # Upstream: no configuration names the token that ends a text. It stands behind the pieces of the vocabulary.
+        pieces = vocabulary.read_bytes().split(b"\n")
+        settings.eos_token_id = settings.pad_token_id = sum(1 for piece in pieces if piece.strip())
+    return settings
+
+
+def _read_json(source: Any, name: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """A file's settings; none where there is no such file, or nothing to read in it."""
+    path = find_file(source, name, hub)
+    if path is None:
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        logger.warning(f"{path} is not JSON ({error}): it is left aside.")
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def original_generation_config(config, given: dict[str, Any]) -> GenerationConfig:
+    """How a model in the original's layout generates.
+
+    Args:
+        config: `MplugOwl2Config` of the model.
+        given: Its generation_config.json, which is taken as far as it is known and sound: transformers refuses to save
+            settings that have no effect.
+    """
+    text = config.text_config
+    values: dict[str, Any] = {
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": text.eos_token_id,
+        # Qwen has no token for padding, and its 0 is a text.
+        "pad_token_id": text.eos_token_id if config.is_owl21 else 0,
+    }
+    known = {**_GENERATION, **(_SAMPLING if given.get("do_sample") is True else {})}
+    for name, kinds in known.items():
+        if (value := given.get(name)) is not None and type(value) in kinds:
+            values[name] = value
+    ids = given.get("eos_token_id")
+    if isinstance(ids, list) and ids and all(type(value) is int for value in ids):
+        values["eos_token_id"] = ids
+    return GenerationConfig(**values)
+
+
+def spare_vision_side(quantization_config: Any) -> Any:
+    """The same quantisation, with `UNQUANTIZED` where it says neither what it leaves alone nor what it takes."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    # torchao's FqnToConfig: "_default" stands for all that it does not name.
+    taken = getattr(getattr(quantization_config, "quant_type", None), "fqn_to_config", {"_default"})
+    if "_default" not in taken:
+        return quantization_config
+    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if getattr(quantization_config, name, "") is None:
+            quantization_config = copy.copy(quantization_config)
+            setattr(quantization_config, name, list(UNQUANTIZED))
+    return quantization_config
+
+
+def _check_index(source: Any, hub: dict[str, Any]) -> None:
+    """Entries of a local index stay in its folder; transformers would follow them anywhere.
+
+    Raises:
+        ValueError: One does not, or the index is none.
+    """
+    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        path = Path(str(source)) / (hub.get("subfolder") or "") / name
+        if not path.is_file():
+            continue
+        for entry in {str(value) for value in read_weight_map(path).values()}:
+            if entry != Path(entry).name or "\\" in entry:
+                raise ValueError(f"{path} names {entry!r}, which is not a weight file of this folder.")
+
+
+def _check_files(source: Any, hub: dict[str, Any]) -> None:
+    """Look for a broken weight file, where loading has failed: the errors of its readers do not name it.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if source is None:
+        return
+    hub = {**hub, "local_files_only": True}
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        if (path := find_file(source, name, hub)) is None:
+            continue
+        names = {str(entry) for entry in read_weight_map(path).values()} if path.suffix == ".json" else {name}
+        for file in filter(None, (find_file(source, name, hub) for name in sorted(names))):
+            read_weights(file)
+
+
+def _check_keys(source: Any, model: PreTrainedModel, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Each parameter below the head is in the checkpoint, and each tensor of the checkpoint in the model."""
+    is_base = not hasattr(model, model.base_model_prefix)
+    lost = sorted(key for key in missing if is_base or key.startswith(f"{model.base_model_prefix}."))
+    kind = "mPLUG-Owl2.1" if model.config.is_owl21 else "mPLUG-Owl2"
+    for key in sorted(unexpected):
+        owner = owner_of(key)
+        if lost and owner not in (None, kind):
+            raise ValueError(
+                f"{source} holds the weights of {owner} ({key!r} is one), but its config.json is {kind}'s: mend it."
+            )
+    if lost and model.config.is_owl21 and getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"{source} lacks {len(lost)} parameters of this model, the first is {lost[0]}: mPLUG-Owl2.1 in the "
+            "original's layout is not quantised while loading. Bring it to this package's with `owl2-hf convert`."
+        )
+    if lost:
+        raise ValueError(
+            f"{source} lacks {len(lost)} parameters of this model, the first is {lost[0]}: "
+            "the checkpoint is incomplete, or its configuration is another model's."
+        )
+    if unexpected:
+        first = min(unexpected)
+        raise ValueError(
+            f"{source} has {len(unexpected)} tensors that {type(model).__name__} has no place for, the first is "
+            f"{first!r}: {_what_it_may_be(first)}. With output_loading_info=True the model is loaded without them."
+        )
+
+
+def _what_it_may_be(key: str) -> str:
+    return next(words for pattern, words in _BELONGS_TO.items() if re.search(pattern, key))
