@@ -422,7 +422,7 @@ def test_what_the_chat_template_has_no_place_for_is_refused(processor):
         (name,) = options
         with pytest.raises(ValueError, match=f"The chat template has no place for {name}"):
             processor.apply_chat_template([user("hello")], **options)
-        assert processor.apply_chat_template([user("hello")], **{name: None}) == "USER: hello "
+        assert processor.apply_chat_template([user("hello")], **{name: None}) == "<s>USER: hello "
     with pytest.raises(ValueError, match="no place for tools"):
         processor.apply_chat_template([user("hello")], None, tools)
     template = "{{ tools[0].function.name }}"
