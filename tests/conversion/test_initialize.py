@@ -296,6 +296,8 @@ def test_the_names_of_control_tokens_in_a_message_are_text_for_a_byte_level_toke
     assert (
         processor.decode(encoded_chat["input_ids"][0]) == "USER: <|im_end|><|sep|><|image|> ASSISTANT: Yes.<|im_end|>"
     )
+    # This tokenizer begins no text with a token of its own, so a token in front is the user's.
+    assert processor(text=own.bos_token + "a")["input_ids"][0][0] == own.bos_token_id
 
 
 def test_a_llama_with_tokens_of_its_own_keeps_them(tmp_path, clip):

@@ -71,8 +71,10 @@ _LOADING_OPTIONS = (
 )
 # transformers 5.20 moves the masks of answers past the placeholders of the images in front of them.
 MASKS_FOLLOW_IMAGES = "placeholder_ends" in inspect.getsource(ProcessorMixin)
+# For tokenizers that begin no text with a token of their own, though they may know one.
+PLAIN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("{{- bos_token -}}\n", "")
 # Upstream: mPLUG-Owl2.1 joins turns by the same characters, which are text to its tokenizer.
-QWEN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("{{- bos_token -}}\n", "").replace("eos_token", "'</s>'")
+QWEN_CHAT_TEMPLATE = PLAIN_CHAT_TEMPLATE.replace("eos_token", "'</s>'")
 
 
 class Decoded(str):
@@ -131,7 +133,9 @@ class MplugOwl2Processor(ProcessorMixin):
                 f"The tokenizer has no token {image_token!r}: add it with "
                 f"tokenizer.add_special_tokens({{'image_token': {image_token!r}}}), or name another as image_token."
             )
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
+        super().__init__(
+            image_processor, tokenizer, chat_template=chat_template or _default_template(tokenizer), **kwargs
+        )
         self.auto_map = {"AutoProcessor": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
         if not legacy and not self._drops_noncharacters():
             raise ValueError(
@@ -239,7 +243,9 @@ class MplugOwl2Processor(ProcessorMixin):
     def _as_going_on(self, text: str, has_special: bool) -> str:
         """A text such that the tokenizer makes the same ids of it, whether a chat is handed on whole or in parts."""
         if has_special:
-            return text.removeprefix(self.tokenizer.bos_token or "")
+            bos = self.tokenizer.bos_token
+            is_doubled = bos is not None and text.startswith(bos) and _writes_bos(self.tokenizer)
+            return text.removeprefix(bos) if is_doubled else text
         is_llama = self.tokenizer.bos_token is not None and self._drops_noncharacters()
         return NO_PREFIX + text if is_llama and text.startswith(" ") else text
 
@@ -443,6 +449,16 @@ class MplugOwl2Processor(ProcessorMixin):
             return MultiModalData()
         crops = [self.image_processor.num_crops(*size, **kwargs) for size in image_sizes]
         return MultiModalData(num_image_tokens=[self.num_image_tokens * num for num in crops], num_image_patches=crops)
+
+
+def _default_template(tokenizer: Any) -> str:
+    """The template that begins as the tokenizer begins a text."""
+    return CHAT_TEMPLATE if _writes_bos(tokenizer) else PLAIN_CHAT_TEMPLATE
+
+
+def _writes_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins a text with its token for that."""
+    return tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def _check_preprocessing(path: Path, settings: dict[str, Any]) -> None:
