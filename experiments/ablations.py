@@ -3,7 +3,7 @@
 Does the modality-adaptive module help, how many queries does the abstractor need, how large must pictures be, are two
 stages better than one, and should the vision encoder train? Every variant differs from the base in one thing and is
 trained from the same beginnings with several seeds: a LLaMA of the embedded default model's size that has read text
-alone, and the default model's vision encoder. DATA_DIR is what `experiments.data` wrote. Finished runs
+alone, and the default model's vision encoder. DATA_DIR is what `experiments.small.data` wrote. Finished runs
 are not repeated.
 
 Writes OUT/results.json (every run), OUT/table.md (means and spreads) and OUT/ablations.png.
@@ -29,7 +29,7 @@ from owl2_hf.default import default_dir
 from owl2_hf.training.recipe import DataRecipe, Recipe
 from owl2_hf.training.run import train
 
-from .evaluate import evaluate
+from .small.evaluate import evaluate
 
 # Shown score -> (test file, its key, whether more is better).
 SCORES = {

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import data
-from training.default_model.data import Emoji
+from experiments.default_model.data import Emoji
+from experiments.small import data
 
 NAMES = ("cat", "dog", "bison", "red apple", "pear")
 PAIRS = [
@@ -54,7 +54,7 @@ def sources(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "load_emoji", lambda: emoji)
     monkeypatch.setattr(data, "load_style", lambda style: (random_pixels(len(emoji), 4, 64, 64), there))
     monkeypatch.setattr(data, "load_easy_vqa", lambda part: (random_pixels(len(PAIRS), 3, 64, 64), PAIRS))
-    monkeypatch.setattr("training.default_model.data.text_only_test", lambda emoji: [])
+    monkeypatch.setattr("experiments.default_model.data.text_only_test", lambda emoji: [])
     monkeypatch.setattr(data, "NUM_TEST", 1)
 
 

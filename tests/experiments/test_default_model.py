@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer_callback import TrainerCallback
 
-from training.default_model import train
-from training.default_model.data import Emoji
+from experiments.default_model import train
+from experiments.default_model.data import Emoji
 
 PAIRS = [
     [("what shape is in the image?", "circle"), ("what is the color of the circle?", "red"), ("is it red?", "yes")],

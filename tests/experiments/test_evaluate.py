@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import evaluate
-from experiments.data import row
+from experiments.small import evaluate
+from experiments.small.data import row
 from owl2_hf.default import default_dir
 
 ROWS = [

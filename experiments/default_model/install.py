@@ -1,4 +1,4 @@
-"""Put a trained model into the package: `python -m training.default_model.install TRAINED_FOLDER`.
+"""Put a trained model into the package: `python -m experiments.default_model.install TRAINED_FOLDER`.
 
 Copies the model, and beside it a few pictures that it was not trained on. Only pictures and questions that it answers
 rightly are taken, so they show what it can do; how often it is right is what `evaluate.py` measures.

@@ -1,8 +1,8 @@
-"""Conversations with pictures for both stages and their tests: `python -m experiments.data OUT --seed 0`.
+"""Conversations with pictures for both stages and their tests: `python -m experiments.small.data OUT --seed 0`.
 
 Every file holds one conversation a line, `{"messages": [...], "images": ["pictures/..."]}`; `images` is missing where a
-conversation has no picture. All names, styles and words are those of `training.default_model.data`: Twitter's drawings
-and every twentieth name are kept for the tests, and no sentence of the training files holds a held-out name.
+conversation has no picture. All names, styles and words are those of `experiments.default_model.data`: Twitter's
+drawings and every twentieth name are kept for the tests, and no sentence of the training files holds a held-out name.
 
 | file | pictures | what is asked |
 | --- | --- | --- |
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training.default_model.data import (
+from experiments.default_model.data import (
     COLORS,
     NAME_QUESTIONS,
     SHAPES,
@@ -40,7 +40,7 @@ from training.default_model.data import (
     load_style,
     on_white,
 )
-from training.packages import fetch
+from experiments.packages import fetch
 
 TRAIN_STYLES, TEST_STYLE = ("noto", "fluent modern", "fluent flat"), "twitter"
 CAPTION_VIEWS, INSTRUCT_VIEWS = 3, 2  # of the views of an emoji that training has

@@ -1,0 +1,1 @@
+"""A small real model, through both stages of the paper."""

@@ -1,1 +1,0 @@
-"""How the model in `src/owl2_hf/default/` was made: `python -m training.default_model.train --out DIR`."""
