@@ -12,12 +12,14 @@ import typer
 
 import owl2_hf
 from owl2_hf.cli import app
+from owl2_hf.modeling.compatibility_mplug_owl2 import CACHE
 from owl2_hf.scoring import PRESETS
 from owl2_hf.training.adapters import LORA_PRESETS
 from owl2_hf.training.components import TRAINABLE
 from owl2_hf.training.recipe import AdapterRecipe, DataRecipe, Recipe
 
 FILE = Path(__file__).with_name("public_interface.json")
+NAMES = {CACHE: "cache"}  # which older releases of transformers call past_key_values
 
 
 def options(command, path: str = "owl2-hf") -> dict[str, list[str]]:
@@ -43,7 +45,7 @@ def interface() -> dict:
         "commands": options(typer.main.get_command(app)),
         "configurations": {name: own_fields(getattr(owl2_hf, name)) for name in sorted(configs)},
         "image processor": sorted(owl2_hf.MplugOwl2ImageProcessor.valid_kwargs.__annotations__),
-        "calls": {name: list(inspect.signature(call).parameters) for name, call in calls.items()},
+        "calls": {name: [NAMES.get(p, p) for p in inspect.signature(call).parameters] for name, call in calls.items()},
         "recipes": {
             kind.__name__: [field.name for field in dataclasses.fields(kind)]
             for kind in (Recipe, DataRecipe, AdapterRecipe)
