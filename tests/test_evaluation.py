@@ -65,13 +65,13 @@ def test_settings_go_straight_into_generate():
 
 def test_the_entry_point_is_there():
     (found,) = [entry for entry in entry_points(group="lmms_eval.models") if entry.name == "owl2_hf"]
-    assert found.value == "owl2_hf.evaluation.lmms:manifest"
+    assert found.value == "owl2_hf.integrations.lmms_eval:manifest"
 
 
 @pytest.fixture
 def lmms():
     pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
-    from owl2_hf.evaluation import lmms
+    from owl2_hf.integrations import lmms_eval as lmms
 
     return lmms
 

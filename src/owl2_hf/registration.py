@@ -77,7 +77,7 @@ def register_in_vllm() -> None:
     """Name our class to vLLM, which calls this in each of its processes; the class is imported when it is needed."""
     from vllm import ModelRegistry
 
-    ModelRegistry.register_model("MplugOwl2ForConditionalGeneration", "owl2_hf.vllm_plugin:MplugOwl2ForVllm")
+    ModelRegistry.register_model("MplugOwl2ForConditionalGeneration", "owl2_hf.integrations.vllm:MplugOwl2ForVllm")
 
 
 def register_when_looked_up() -> None:

@@ -1,4 +1,4 @@
-"""The original's evaluation settings, and a model for the harness lmms-eval."""
+"""The original's evaluation settings."""
 
 from .settings import EVALUATIONS, Evaluation
 

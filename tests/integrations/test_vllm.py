@@ -29,7 +29,7 @@ CHAT = [{"type": "image_pil", "image_pil": PICTURES[0]}, {"type": "text", "text"
 
 
 def test_the_entry_point_names_the_model_class(monkeypatch):
-    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     [entry] = re.findall(r'entry-points\."vllm\.general_plugins"\]\nowl2_hf = "(.*)"', pyproject)
     named = {}
     vllm = ModuleType("vllm")
@@ -37,13 +37,13 @@ def test_the_entry_point_names_the_model_class(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     module, _, function = entry.partition(":")
     getattr(import_module(module), function)()
-    assert named == {"MplugOwl2ForConditionalGeneration": "owl2_hf.vllm_plugin:MplugOwl2ForVllm"}
+    assert named == {"MplugOwl2ForConditionalGeneration": "owl2_hf.integrations.vllm:MplugOwl2ForVllm"}
     assert owl2_hf.MplugOwl2Config.from_pretrained(default_dir()).architectures == [*named]
 
 
 def test_importing_the_package_does_not_import_vllm():
     assert "vllm" not in Path(owl2_hf.__file__).read_text()
-    assert "owl2_hf.vllm_plugin" not in sys.modules or importlib.util.find_spec("vllm")
+    assert "owl2_hf.integrations.vllm" not in sys.modules or importlib.util.find_spec("vllm")
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def settings(stages: int = 1, length: int = 4096, ntk: int | None = None, **conf
     ],
 )
 def test_settings_that_would_change_the_text_are_refused(given, message):
-    from owl2_hf.vllm_plugin import MplugOwl2ForVllm, _check_settings
+    from owl2_hf.integrations.vllm import MplugOwl2ForVllm, _check_settings
 
     with pytest.raises(ValueError, match=message):
         MplugOwl2ForVllm(vllm_config=settings(**given))
@@ -151,7 +151,7 @@ def test_settings_that_would_change_the_text_are_refused(given, message):
 
 @needs_vllm
 def test_vllm_tries_itself_out_with_a_picture_that_is_accepted(monkeypatch):
-    from owl2_hf.vllm_plugin import MplugOwl2ProcessingInfo
+    from owl2_hf.integrations.vllm import MplugOwl2ProcessingInfo
 
     processor = owl2_hf.MplugOwl2Processor.from_pretrained(default_dir())
     info = MplugOwl2ProcessingInfo(SimpleNamespace())

@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import owl2_hf
 
+from ..evaluation.settings import EVALUATIONS
 from ..limits import Context
-from .settings import EVALUATIONS
 
 
 def manifest() -> ModelManifest:

@@ -24,7 +24,7 @@ from vllm.multimodal.parse import ImageSize
 from vllm.multimodal.processing import ProcessorInputs, TimingContext
 from vllm.sequence import IntermediateTensors
 
-from .modeling import MplugOwl2ForConditionalGeneration
+from ..modeling import MplugOwl2ForConditionalGeneration
 
 
 class MplugOwl2ProcessingInfo(MultiModalProcessingInfo):
