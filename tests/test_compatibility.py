@@ -83,6 +83,8 @@ def test_the_cache_is_taken_under_both_names(model, inputs, name):
 def test_two_caches_are_refused(model, inputs):
     with pytest.raises(ValueError, match="cache or past_key_values, not both"):
         model(**inputs, cache=DynamicCache(), past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="cache or past_key_values, not both"):
+        model.generate(**inputs, cache=DynamicCache(), past_key_values=DynamicCache())
 
 
 def test_outputs_have_the_images_and_the_cache(model, inputs):

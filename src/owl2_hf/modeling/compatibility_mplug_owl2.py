@@ -27,12 +27,13 @@ from transformers.utils import TransformersKwargs, logging
 
 logger = logging.get_logger(__name__)
 
-# The releases that the whole test suite ran on.
+# Oldest and newest release that the tests ran on.
 TESTED = ("5.17.0", "5.24.0")
 
 # 5.24 calls the cache of keys and values `cache`, in arguments and in outputs; before that it was `past_key_values`.
 IS_CACHE_RENAMED = "cache" in inspect.signature(masking_utils.create_causal_mask).parameters
 CACHE = "cache" if IS_CACHE_RENAMED else "past_key_values"
+TWO_CACHES = "Give cache or past_key_values, not both: they are two names of the same thing."
 
 
 def named_cache(cache: Cache | None) -> dict[str, Cache | None]:
@@ -41,7 +42,13 @@ def named_cache(cache: Cache | None) -> dict[str, Cache | None]:
 
 
 def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a method of transformers, with the cache under the name that this release knows."""
+    """Keyword arguments of a method of transformers, with the cache under the name that this release knows.
+
+    Raises:
+        ValueError: It was given under both names.
+    """
+    if kwargs.get("cache") is not None and kwargs.get("past_key_values") is not None:
+        raise ValueError(TWO_CACHES)
     names = dict.fromkeys(("cache", "past_key_values"), CACHE)
     return {names.get(name, name): value for name, value in kwargs.items()}
 
@@ -57,7 +64,7 @@ def takes_past_key_values(forward: Callable) -> Callable:
     def renamed(self, *args, **kwargs):
         if (past := kwargs.pop("past_key_values", None)) is not None:
             if kwargs.get("cache") is not None:
-                raise ValueError("Give cache or past_key_values, not both: they are two names of the same thing.")
+                raise ValueError(TWO_CACHES)
             kwargs["cache"] = past
         return forward(self, *args, **kwargs)
 
