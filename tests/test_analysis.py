@@ -142,8 +142,9 @@ def without():
     """The bundled model with its text branch alone."""
     config = owl2_hf.MplugOwl2Config.from_pretrained(default_dir()).to_dict()
     config["text_config"].update(modality_specific_projections=[], modality_specific_norms=False)
-    model = owl2_hf.MplugOwl2ForConditionalGeneration.from_pretrained(
-        default_dir(), config=owl2_hf.MplugOwl2Config.from_dict(config), dtype=torch.float32
+    # Asking for what is missing allows the visual branch of the weights to be left out.
+    model, _ = owl2_hf.MplugOwl2ForConditionalGeneration.from_pretrained(
+        default_dir(), config=owl2_hf.MplugOwl2Config.from_dict(config), dtype=torch.float32, output_loading_info=True
     )
     return model.eval(), owl2_hf.MplugOwl2Processor.from_pretrained(default_dir())
 
