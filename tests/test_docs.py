@@ -89,6 +89,7 @@ RUN_ELSEWHERE = {
     "adapters.md": "training/test_adapters.py",
     "analysis.md": "test_docs.py",
     "check.md": "test_check.py",
+    "classification.md": "training/test_trl.py",
     "coming-from.md": "test_docs.py",
     "demo.md": "test_demo.py",
     "performance.md": "test_docs.py",

@@ -39,6 +39,7 @@ def own_fields(config: type) -> list[str]:
 def interface() -> dict:
     configs = [name for name in owl2_hf.__all__ if name.endswith("Config")]
     calls = {"MplugOwl2ForConditionalGeneration.forward": owl2_hf.MplugOwl2ForConditionalGeneration.forward}
+    calls["MplugOwl2ForSequenceClassification.forward"] = owl2_hf.MplugOwl2ForSequenceClassification.forward
     calls["MplugOwl2Processor"] = owl2_hf.MplugOwl2Processor.__init__
     return {
         "names": sorted(owl2_hf.__all__),

@@ -6,7 +6,12 @@ import re
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TorchAoConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    TorchAoConfig,
+)
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from owl2_hf.conversion import convert
@@ -79,6 +84,14 @@ def test_owl21_in_the_originals_layout_is_to_be_converted_first(tmp_path):
         int8_of(source)
     convert(source, tmp_path / "converted")
     model = int8_of(tmp_path / "converted")
+    assert quantized_names(model) == decoder_linears(model)
+
+
+def test_the_head_of_a_classifier_is_left_as_it_is():
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForSequenceClassification.from_pretrained(
+        default_dir(), dtype=torch.bfloat16, quantization_config=config
+    )
     assert quantized_names(model) == decoder_linears(model)
 
 

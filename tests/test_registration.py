@@ -49,6 +49,11 @@ import transformers.modeling_utils, owl2_hf
 from transformers import AutoModelForImageTextToText
 result = kinds(AutoModelForImageTextToText)
 """, MODEL),
+    "AutoModelForSequenceClassification": ("""
+import owl2_hf
+from transformers import AutoModelForSequenceClassification
+result = kinds(AutoModelForSequenceClassification)
+""", ["MplugOwl2ForSequenceClassification"] * 2),
     "AutoModelForMultimodalLM, modeling_utils imported after": ("""
 import owl2_hf, transformers.modeling_utils
 from transformers import AutoModelForMultimodalLM

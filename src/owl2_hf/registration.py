@@ -40,6 +40,7 @@ def register() -> None:
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
         AutoModelForPreTraining,
+        AutoModelForSequenceClassification,
         AutoProcessor,
     )
 
@@ -50,6 +51,7 @@ def register() -> None:
         MplugDocOwlConfig,
         MplugOwl2Config,
         MplugOwl2ForConditionalGeneration,
+        MplugOwl2ForSequenceClassification,
         MplugOwl2Model,
         MplugOwl21Config,
     )
@@ -67,6 +69,7 @@ def register() -> None:
     )
     for auto_class in auto_classes:
         auto_class.register(MplugOwl2Config, MplugOwl2ForConditionalGeneration, exist_ok=True)
+    AutoModelForSequenceClassification.register(MplugOwl2Config, MplugOwl2ForSequenceClassification, exist_ok=True)
     AutoImageProcessor.register(
         MplugOwl2Config, image_processor_classes={"pil": MplugOwl2ImageProcessor}, exist_ok=True
     )

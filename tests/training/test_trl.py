@@ -1,9 +1,12 @@
 """TRL's trainers and inference give the model the same token ids for the same conversation."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
-from transformers import pipeline
+from transformers import AutoModelForSequenceClassification, pipeline
 
 import owl2_hf
 from owl2_hf.training.adapters import lora_config
@@ -152,3 +155,69 @@ def test_online_training_reads_the_ids_of_inference(parts, seen, tmp_path, kind,
     prompt = ids_of(processor, has_image=has_image)
     assert len(seen) >= 4 and all(ids[: len(prompt)] == prompt for ids in seen)
     assert any(len(ids) > len(prompt) for ids in seen)
+
+
+@pytest.fixture
+def rewarding(parts, tmp_path):
+    """Folder of a model with its processor, as a reward model is made from it."""
+    for part in parts:
+        part.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_reward_model_trains_and_reads_the_ids_of_the_chat(parts, rewarding, tmp_path):
+    tokenizer = parts[1].tokenizer
+    row = {"chosen": turn("user", QUESTION) + turn("assistant", ANSWER)}
+    row["rejected"] = turn("user", QUESTION) + turn("assistant", WORSE)
+    config = trl.RewardConfig(**settings(tmp_path / "run", max_steps=4, learning_rate=1e-3, max_length=None))
+    trainer = trl.RewardTrainer(
+        str(rewarding), config, train_dataset=Dataset.from_list([row, row]), processing_class=tokenizer
+    )
+    assert type(trainer.model).__name__ == "MplugOwl2ForSequenceClassification"
+    read = []
+    trainer.model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs), with_kwargs=True)
+    trainer.train()
+    ids, mask = read[0]["input_ids"], read[0]["attention_mask"].bool()
+    expected = [
+        tokenizer.apply_chat_template(row[name], tokenize=True, return_dict=True)["input_ids"]
+        for name in ("chosen", "chosen", "rejected", "rejected")
+    ]
+    assert [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)] == expected
+    trainer.save_model(str(tmp_path / "reward"))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", num_labels=1).eval()
+    inputs = tokenizer.pad({"input_ids": expected}, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        chosen, _, rejected, _ = model(**inputs).logits[:, 0]
+    assert chosen > rejected
+
+
+def test_online_training_loads_a_reward_model_by_its_folder(parts, rewarding, tmp_path):
+    model, processor = parts
+    reward = AutoModelForSequenceClassification.from_pretrained(rewarding, num_labels=1)
+    reward.save_pretrained(tmp_path / "reward")
+    processor.tokenizer.save_pretrained(tmp_path / "reward")
+    row = {"prompt": turn("user", QUESTION)}
+    trainer = trl.GRPOTrainer(
+        model,
+        reward_funcs=str(tmp_path / "reward"),
+        args=trl.GRPOConfig(**settings(tmp_path / "run", num_generations=2, max_completion_length=4, logging_steps=1)),
+        train_dataset=Dataset.from_list([row, row]),
+        processing_class=processor,
+    )
+    assert type(trainer.reward_funcs[0]).__name__ == "MplugOwl2ForSequenceClassification"
+    trainer.train()
+    assert any(abs(entry.get("reward", 0)) > 0 for entry in trainer.state.log_history)
+
+
+def test_the_page_on_classes_and_rewards_runs_as_shown(parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for part in parts:
+        part.save_pretrained(tmp_path / "path" / "to" / "owl2")
+    for name in ("photo", "other"):
+        images()[0].save(tmp_path / f"{name}.jpg")
+    page = (Path(__file__).parents[2] / "docs" / "classification.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "classification.md", "exec"), names)
+    assert "torch.Size([2, 1])" in capsys.readouterr().out
+    assert AutoModelForSequenceClassification.from_pretrained("reward").config.num_labels == 1

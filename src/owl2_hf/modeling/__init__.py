@@ -12,6 +12,7 @@ from .configuration_mplug_owl2 import (
 )
 from .modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration, MplugOwl2Model, MplugOwl2PreTrainedModel
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
+from .modeling_mplug_owl2_classification import MplugOwl2ForSequenceClassification
 from .modeling_mplug_owl2_h_reducer import MplugOwl2HReducer
 from .modeling_mplug_owl2_text import MplugOwl2TextModel
 from .modeling_mplug_owl2_vision import MplugOwl2VisionModel
@@ -21,6 +22,7 @@ __all__ = [
     "MplugOwl2AbstractorConfig",
     "MplugOwl2Config",
     "MplugOwl2ForConditionalGeneration",
+    "MplugOwl2ForSequenceClassification",
     "MplugOwl2HReducer",
     "MplugOwl2HReducerConfig",
     "MplugOwl2Model",

@@ -108,6 +108,7 @@ def update_cache(cache: Any, key: Tensor, value: Tensor, layer_idx: int, kwargs:
 if IS_CACHE_RENAMED or TYPE_CHECKING:
     BaseModelOutputWithPast = modeling_outputs.BaseModelOutputWithPast
     CausalLMOutputWithPast = modeling_outputs.CausalLMOutputWithPast
+    SequenceClassifierOutputWithPast = modeling_outputs.SequenceClassifierOutputWithPast
 else:
 
     def _past_key_values(self: modeling_outputs.ModelOutput) -> Cache | None:
@@ -121,6 +122,12 @@ else:
 
     @dataclass
     class CausalLMOutputWithPast(modeling_outputs.CausalLMOutputWithPast):
+        """Args: as in transformers; the cache is also found as `cache`."""
+
+        cache = property(_past_key_values)
+
+    @dataclass
+    class SequenceClassifierOutputWithPast(modeling_outputs.SequenceClassifierOutputWithPast):
         """Args: as in transformers; the cache is also found as `cache`."""
 
         cache = property(_past_key_values)

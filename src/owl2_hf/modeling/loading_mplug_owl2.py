@@ -44,7 +44,7 @@ logger = logging.get_logger(__name__)
 # not won back. Plain names, with and without a head on top: they are saved in config.json, where others compare them
 # literally (vLLM) though transformers reads patterns.
 _VISION_SIDE = ("vision_tower", "visual_abstractor", "h_reducer")
-UNQUANTIZED = [*_VISION_SIDE, *(f"model.{name}" for name in _VISION_SIDE), "lm_head"]
+UNQUANTIZED = [*_VISION_SIDE, *(f"model.{name}" for name in _VISION_SIDE), "lm_head", "score"]
 
 # Settings of generation that the original's folders may have, and of which types.
 _GENERATION: dict[str, tuple[type, ...]] = {
@@ -61,6 +61,7 @@ _SAMPLING: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_p": 
 # Part of a name -> what has such tensors, where the model that config.json describes has not.
 _BELONGS_TO = {
     r"\blora_": "it is an adapter's, which load_adapter loads",
+    r"^score\.": "it is the head of a classifier, MplugOwl2ForSequenceClassification's",
     r"\bhr_compressor\b": "it is DocOwl2's, which is not supported",
     r"\b(h_reducer|vision2text)\b": "it is the connector's of DocOwl 1.5, and config.json names another",
     r"\bvisual_abstractor\b": "it is a visual abstractor's, and that of config.json is another, or none",

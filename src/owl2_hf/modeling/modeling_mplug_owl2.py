@@ -6,6 +6,7 @@ B: batch, L: positions, N: pictures of the whole batch, D: width of the language
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ from .modeling_mplug_owl2_h_reducer import MplugOwl2HReducer
 from .modeling_mplug_owl2_text import MplugOwl2TextModel, match_indicators
 from .modeling_mplug_owl2_vision import MplugOwl2VisionModel
 
+if TYPE_CHECKING:  # a folder that names the classifier needs its file: those named here are saved with this one
+    from .modeling_mplug_owl2_classification import MplugOwl2ForSequenceClassification  # noqa: F401
+
 logger = logging.get_logger(__name__)
 
 # Logit of ids that are never predicted. Its probability is exactly 0 in float32, so it neither wins nor changes a loss;
@@ -56,7 +60,7 @@ class MplugOwl2ImageFeatures(BaseModelOutputWithPooling):
     abstractor_attentions: tuple[Tensor, ...] | None = None
 
 
-class _WithImageOutputs:
+class WithImageOutputs:
     """An output with `image_outputs`."""
 
     image_outputs: MplugOwl2ImageFeatures | None
@@ -68,14 +72,14 @@ class _WithImageOutputs:
 
 
 @dataclass
-class MplugOwl2ModelOutputWithPast(_WithImageOutputs, BaseModelOutputWithPast):
+class MplugOwl2ModelOutputWithPast(WithImageOutputs, BaseModelOutputWithPast):
     """Args: image_outputs: what `get_image_features` made of the images of this step."""
 
     image_outputs: MplugOwl2ImageFeatures | None = None
 
 
 @dataclass
-class MplugOwl2CausalLMOutputWithPast(_WithImageOutputs, CausalLMOutputWithPast):
+class MplugOwl2CausalLMOutputWithPast(WithImageOutputs, CausalLMOutputWithPast):
     """Args: image_outputs: what `get_image_features` made of the images of this step."""
 
     image_outputs: MplugOwl2ImageFeatures | None = None
