@@ -92,6 +92,7 @@ RUN_ELSEWHERE = {
     "classification.md": "training/test_trl.py",
     "coming-from.md": "test_docs.py",
     "demo.md": "test_demo.py",
+    "export.md": "test_export.py",
     "performance.md": "test_docs.py",
     "scale-out.md": "test_scale_out.py",
     "serving.md": "test_serving.py",

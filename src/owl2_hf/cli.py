@@ -475,6 +475,24 @@ def init(
 
 @app.command()
 @_report_mistakes
+def export(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model, or 'default'.")],
+    target: Annotated[Path, typer.Argument(help="ONNX file to write.")],
+    as_json: JSON = False,
+    debug: Debug = False,
+) -> None:
+    """Write vision encoder and connector as an ONNX file, and compare what it computes with torch."""
+    from .export import export_vision
+
+    difference = export_vision(_place(model), target)
+    if as_json:
+        _say_json({"file": str(target), "difference": difference})
+        return
+    _say(f"{target}: pixel_values to image_features, at most {difference:.1e} from torch")
+
+
+@app.command()
+@_report_mistakes
 def train(
     recipe: Annotated[
         str,
