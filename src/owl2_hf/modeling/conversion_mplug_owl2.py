@@ -136,6 +136,13 @@ QWEN_STACKED: dict[str, tuple[str, str, str]] = {
 QWEN_PADDED = (_QWEN + "wte.weight", "lm_head.weight")
 
 
+# The head of Q-Scorer, a scorer on mPLUG-Owl2.
+Q_SCORER: dict[str, str | None] = {
+    **_with_bias("deepmlp.model.{}.linear", "score.layers.{}"),
+    **_with_bias("deepmlp.output_layer", "score.out_proj"),
+}
+
+
 class _Names(NamedTuple):
     """The names of one original."""
 
@@ -385,8 +392,9 @@ _stacks = [
     for branch, prefix in enumerate(("", "visual_"))
     for leaf in ("weight", "bias")
 ]
+_heads = [_renaming(source, target) for source, target in Q_SCORER.items() if target]
 # Remote code may be imported more than once.
 for _model_type in ("mplug_owl2", "mplug_docowl"):
-    register_checkpoint_conversion_mapping(_model_type, [*_renamings(_OWL2), *_paddings], overwrite=True)
+    register_checkpoint_conversion_mapping(_model_type, [*_renamings(_OWL2), *_heads, *_paddings], overwrite=True)
 register_checkpoint_conversion_mapping("mplug_owl2_1", [*_renamings(_OWL21), *_paddings, *_stacks], overwrite=True)
 register_checkpoint_conversion_mapping("mplug_owl2_vision", _splits, overwrite=True)

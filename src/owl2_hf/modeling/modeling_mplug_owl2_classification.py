@@ -2,10 +2,15 @@
 
 The head reads the last token of the prompt that is no padding, as in transformers' own sequence classifiers.
 
+Q-Scorer (arXiv:2511.07812) is such a model: its head reads the first token of the model's own answer, and is an MLP. A
+configuration with `deepmlp_hidden_dims`, the name in Q-Scorer's checkpoints, describes one.
+
 B: batch, L: positions, N: images of the whole batch, D: width of the language model, K: labels.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +37,27 @@ class MplugOwl2SequenceClassifierOutputWithPast(WithImageOutputs, SequenceClassi
     image_outputs: MplugOwl2ImageFeatures | None = None
 
 
+class MplugOwl2QScorerHead(nn.Module):
+    """Q-Scorer's MLP; a layer whose widths are equal adds its input.
+
+    Args:
+        widths: Of the layers between input and scores.
+    """
+
+    def __init__(self, hidden_size: int, widths: list[int], num_labels: int):
+        super().__init__()
+        sizes = [hidden_size, *widths]
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
+        self.out_proj = nn.Linear(sizes[-1], num_labels)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, D) -> (B, K)."""
+        for layer in self.layers:
+            output = layer(hidden_states).relu()
+            hidden_states = output + hidden_states if output.shape == hidden_states.shape else output
+        return self.out_proj(hidden_states)
+
+
 class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
     """mPLUG-Owl2 with `config.num_labels` scores for each prompt of text and images."""
 
@@ -44,7 +70,12 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = MplugOwl2Model(config)
-        self.score = nn.Linear(config.text_config.hidden_size, config.num_labels, bias=False)
+        text, widths = config.text_config, getattr(config, "deepmlp_hidden_dims", None)
+        self.score: nn.Module = nn.Linear(text.hidden_size, config.num_labels, bias=False)
+        self.reads_answer = widths is not None
+        if widths is not None:
+            self.score = MplugOwl2QScorerHead(text.hidden_size, widths, config.num_labels)
+            self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> MplugOwl2ImageFeatures:
@@ -77,21 +108,27 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
 
         Returns:
             `loss` where labels are given, `logits` (B, K), the cache, and on request hidden states and attentions.
+
+        Raises:
+            ValueError: Nothing tells what is padding; or a Q-Scorer got embeddings or a cache.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            mm_token_type_ids=mm_token_type_ids,
-            mm_encoder_outputs=mm_encoder_outputs,
-            **{**kwargs, "return_dict": True},
-        )
-        last = self._last_tokens(outputs.last_hidden_state, input_ids, attention_mask)  # (B,)
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache": cache,
+            "inputs_embeds": inputs_embeds,
+            "mm_token_type_ids": mm_token_type_ids,
+            "mm_encoder_outputs": mm_encoder_outputs,
+        }
+        if self.reads_answer:
+            inputs = self._with_answer(inputs)
+        outputs = self.model(**inputs, **{**kwargs, "return_dict": True})
+        hidden_states = outputs.last_hidden_state
+        last = self._last_tokens(hidden_states, inputs["input_ids"], inputs["attention_mask"])  # (B,)
         rows = torch.arange(len(last), device=last.device)
-        logits = self.score(outputs.last_hidden_state[rows, last])  # (B, K)
+        logits = self.score(hidden_states[rows, last])  # (B, K)
         loss = None if labels is None else self._loss(logits, labels)
         return MplugOwl2SequenceClassifierOutputWithPast(
             loss=loss,
@@ -101,6 +138,36 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
             image_outputs=outputs.image_outputs,
             **named_cache(outputs.cache),
         )
+
+    def _with_answer(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The prompts with the first token of their answers, which is the likeliest one.
+
+        The images are encoded once, and the prompts read twice, for the first time without gradients.
+        """
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if ids is None or inputs["cache"] is not None:
+            raise ValueError("Q-Scorer reads whole prompts and its own answer: expected input_ids, and no cache.")
+        if inputs["pixel_values"] is not None:
+            encoded = self.get_image_features(inputs["pixel_values"], return_dict=True)
+            inputs = {**inputs, "pixel_values": None, "mm_encoder_outputs": {"image": encoded}}
+        with torch.no_grad():
+            hidden_states = self.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+            last = self._last_tokens(hidden_states, ids, mask).to(ids.device)  # (B,)
+            rows = torch.arange(len(last), device=last.device)
+            # Rows behind these are of ids that no text has.
+            tokens = self.lm_head(hidden_states[rows, last])[:, : self.config.output_vocab_size].argmax(-1)
+        mask = torch.arange(ids.shape[1], device=ids.device) <= last[:, None] if mask is None else mask
+        extended = {"input_ids": (ids, tokens), "attention_mask": (mask, 1)}
+        if inputs["mm_token_type_ids"] is not None:
+            extended["mm_token_type_ids"] = (inputs["mm_token_type_ids"], 0)
+        if inputs["position_ids"] is not None:
+            positions = inputs["position_ids"].expand_as(ids)
+            extended["position_ids"] = (positions, positions[rows, last] + 1)
+        for name, (values, new) in extended.items():
+            values = nn.functional.pad(values, (0, 1))
+            values[rows, last + 1] = torch.as_tensor(new, dtype=values.dtype, device=values.device)
+            inputs = {**inputs, name: values}
+        return inputs
 
     def _last_tokens(self, hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """(B,) positions of the last tokens that are no padding, by the mask or else by the padding's id.

@@ -31,7 +31,10 @@ TOKENIZER_FILES = (SENTENCEPIECE_VOCABULARY, QWEN_VOCABULARY, "tokenizer.json")
 
 
 def llama_tokenizer(
-    vocab: dict[str, int], merges: Sequence[tuple[str, str]], model_max_length: int = 2048
+    vocab: dict[str, int],
+    merges: Sequence[tuple[str, str]],
+    model_max_length: int = 2048,
+    added: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """LLaMA's tokenizer from its pieces, with the image placeholder behind them.
 
@@ -41,7 +44,9 @@ def llama_tokenizer(
     Args:
         vocab: Piece -> id, with `<unk>`, `<s>`, `</s>` as 0, 1, 2 and the byte pieces `<0x00>` to `<0xFF>`.
         merges: Pairs of pieces, first come first merged.
+        added: Tokens that a fine-tune has behind the pieces; the placeholder stands behind them.
     """
+    vocab = {**vocab, **{token: index for index, token in enumerate(added, len(vocab))}}
     tokenizer = Tokenizer(BPE(vocab, list(merges), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -61,7 +66,7 @@ def llama_tokenizer(
     )
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (*special.values(), IMAGE_TOKEN)]
+        [AddedToken(token, special=True, normalized=False) for token in (*special.values(), *added, IMAGE_TOKEN)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -145,7 +150,8 @@ def load_tokenizer(
     Args:
         source: A folder with tokenizer.model, qwen.tiktoken or tokenizer.json, or one of these files.
         legacy: The flag, where something else than the tokenizer_config.json beside the tokenizer tells it.
-        num_text_tokens: Rows of the model's weights, which may be more than Qwen's tokenizer has tokens.
+        num_text_tokens: Rows of the model's weights, which may be more than Qwen's tokenizer has tokens; and more than
+            LLaMA's by the tokens of an added_tokens.json (Q-Scorer's).
 
     Raises:
         ValueError: There is none, or it is neither LLaMA's kind nor Qwen's.
@@ -168,10 +174,14 @@ def load_tokenizer(
         )
     settings = read_json(folder / "tokenizer_config.json")
     max_length = settings.get("model_max_length")
+    if not isinstance(max_length, int) or max_length >= 10**6:
+        max_length = 2048
+    ids = {token: index for token, index in read_json(folder / "added_tokens.json").items() if token not in vocab}
+    added = sorted(ids, key=lambda token: str(ids[token]).zfill(9))
+    if [ids[token] for token in added] != list(range(len(vocab), num_text_tokens or 0)):
+        added = []  # the weights have no rows for them
     try:
-        tokenizer = llama_tokenizer(
-            vocab, merges, model_max_length=max_length if isinstance(max_length, int) and max_length < 10**6 else 2048
-        )
+        tokenizer = llama_tokenizer(vocab, merges, max_length, added)
     except Exception as error:  # tokenizers raises bare ones
         raise ValueError(f"{source} is not a byte-pair encoding that fits together: {error}") from None
     if source.suffix != ".json":
