@@ -1,6 +1,7 @@
 """Q-Scorer's checkpoints, made up in their layout, against its steps computed by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration, MplugOwl2ForSequenceClassification
 
-from .conversion.conftest import read_shards
+from .conversion.conftest import command, edit_config, read_shards
 from .original import pad
 
 TOKENS = [f"<score{i}>" for i in range(1, 6)]
@@ -25,8 +26,8 @@ def save(source: Path, folder: Path, **tensors) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     state = read_shards(source)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        state[name] = torch.cat([state[name], torch.randn(5, 64, generator=generator)])
-    sizes = [64, *WIDTHS]
+        state[name] = torch.cat([state[name], torch.randn(5, state[name].shape[1], generator=generator)])
+    sizes = [state["lm_head.weight"].shape[1], *WIDTHS]
     shapes = {f"model.{i}.linear": shape for i, shape in enumerate(zip(WIDTHS, sizes, strict=False))}
     for name, shape in {**shapes, "output_layer": (1, 16)}.items():
         state[f"deepmlp.{name}.weight"] = torch.randn(shape, generator=generator) / 4
@@ -171,3 +172,47 @@ def test_its_processor_knows_the_added_tokens(model, checkpoint, tmp_path):
     assert (
         AutoProcessor.from_pretrained(tmp_path)(text="a<score2>b").input_ids == processor(text="a<score2>b").input_ids
     )
+
+
+@torch.no_grad()
+def test_a_fine_tune_is_merged_and_keeps_head_and_tokens(golden_dir, tmp_path):
+    """The released form: an adapter, and beside it all that was trained, on the base model."""
+    golden, plain = golden_dir("G"), tmp_path / "plain"
+    base = golden / "mplug_owl2_base"
+    command("convert", golden / "mplug_owl2_lora", plain, "--base", base, "--to", "original")
+    torch.save(load_file(plain / "model.safetensors"), plain / "pytorch_model.bin")
+    state = save(plain, tmp_path / "merged")
+
+    tune = tmp_path / "tune"
+    shutil.copytree(golden / "mplug_owl2_lora", tune)
+    for file in tune.iterdir():
+        file.chmod(0o644)
+    others = torch.load(tune / "non_lora_trainables.bin", weights_only=True)
+    new = ("deepmlp.", "model.embed_tokens.", "lm_head.")
+    others |= {f"base_model.model.{name}": tensor for name, tensor in state.items() if name.startswith(new)}
+    torch.save(others, tune / "non_lora_trainables.bin")
+    edit_config(tune, vocab_size=1005)
+    command("convert", tune, tmp_path / "target", "--base", base)
+
+    expected = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    found, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "target", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids, images = rows(expected)
+    inputs = {**pad(ids), "pixel_values": images}
+    assert torch.equal(found.eval()(**inputs).logits, expected(**inputs).logits)
+    processor = AutoProcessor.from_pretrained(tmp_path / "target")
+    assert processor.tokenizer.convert_tokens_to_ids(TOKENS) == list(range(1000, 1005))
+    assert processor.image_processor.image_aspect_ratio == "pad"
+    command("verify", tmp_path / "target")
+
+
+@torch.no_grad()
+def test_a_merged_checkpoint_is_converted_there_and_back(model, checkpoint, tmp_path):
+    command("convert", checkpoint[0], tmp_path / "ours")
+    command("verify", tmp_path / "ours", "--against", checkpoint[0])
+    command("convert", tmp_path / "ours", tmp_path / "back", "--to", "original")
+    ids, images = rows(model)
+    inputs = {**pad(ids), "pixel_values": images}
+    for folder in ("ours", "back"):
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / folder).eval()
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits), folder

@@ -25,7 +25,6 @@ from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, logging
 from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
 from ..modeling.conversion_mplug_owl2 import original_key, to_original
 from ..modeling.loading_mplug_owl2 import original_generation_config
-from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..modeling.modeling_mplug_owl2_abstractor import image_position_table, query_position_table
 from ..printing import printable
 from ..processing import MplugOwl2Processor
@@ -41,7 +40,7 @@ from .lora import LoraSource, is_lora, save_adapter
 from .megatron import MegatronSource, is_megatron
 from .original_config import original_config, save_original_processor
 from .reading import DTYPES, ConversionError, has_weights, is_finite, sha256
-from .sources import HuggingFaceSource, OnFile, Source, expected_tensors, read_config
+from .sources import HuggingFaceSource, OnFile, Source, expected_tensors, model_class, read_config
 from .staging import check_apart, staged_folder
 from .writing import ShardWriter
 
@@ -406,7 +405,7 @@ def _write_adapter(source: Source, folder: Path) -> list[Path]:
 def _write_around_ours(source: Source, folder: Path, tokenizer: str | Path | None) -> str | None:
     """All but the weights; returns where the tokenizer came from."""
     with torch.device("meta"):
-        model = MplugOwl2ForConditionalGeneration(source.config)
+        model = model_class(source.config)(source.config)
     model.config.architectures = [type(model).__name__]
     custom_object_save(model, folder)  # the code that lets others load the folder without this package
     model.config.save_pretrained(folder)
@@ -460,8 +459,9 @@ def load_processor(source: Source, tokenizer: str | Path | None) -> MplugOwl2Pro
         tokenizer: Where to read the tokenizer from, where not from the source.
     """
     config = source.config
+    added = getattr(config, "score_tokens", None) or ()  # Q-Scorer's
     try:
-        if tokenizer is None and (source.folder / PROCESSOR_NAME).is_file():
+        if tokenizer is None and not added and (source.folder / PROCESSOR_NAME).is_file():
             processor = MplugOwl2Processor.from_pretrained(source.folder, trust_remote_code=False)
         else:
             processor = MplugOwl2Processor.from_original(
@@ -470,6 +470,7 @@ def load_processor(source: Source, tokenizer: str | Path | None) -> MplugOwl2Pro
                 config.num_image_tokens,
                 config.vision_config.image_size,
                 num_text_tokens=config.output_vocab_size,
+                added_tokens=added,
             )
     except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
         raise ConversionError(f"{source.folder}: its processor cannot be read: {error}") from None

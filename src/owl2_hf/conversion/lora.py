@@ -2,7 +2,7 @@
 that were trained (`non_lora_trainables.bin`), merged into their base model or brought to today's PEFT."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
 from ..processing.tokenization_mplug_owl2 import read_json
 from .reading import ConversionError, check_tensor, describe, is_finite, read_tensors
 from .sources import OnFile, Piece, Source, expected_tensors, nobody, read_config, rename
@@ -68,10 +69,12 @@ class LoraSource:
         # The fine-tune's configuration says how its pictures became square.
         self.config = read_config(adapter)[0] if (adapter / "config.json").is_file() else self.base.config
         self.settings = _read_settings(adapter)
-        self._expected = expected_tensors(self.config)
         self.own_files = [adapter / name for names in (_ADAPTER_FILES, _OTHER_FILES) for name in _first(adapter, names)]
         if not self.own_files or self.own_files[0].name not in _ADAPTER_FILES:
             raise ConversionError(f"{adapter} holds no adapter: expected {' or '.join(_ADAPTER_FILES)}.")
+        if len(self.own_files) > 1:
+            _describe_scorer(self.config, read_tensors(self.own_files[1]))
+        self._expected = expected_tensors(self.config)
         self.updates = self._read_updates(self.own_files[0])
         self.replaced = self._read_replaced(self.own_files[1]) if len(self.own_files) > 1 else {}
         self.files = [*self.own_files, *self.base.files]
@@ -84,9 +87,9 @@ class LoraSource:
         for piece in self.base.read(on_file, meta):
             left.difference_update(name for name, _ in piece.tensors)
             yield Piece(piece.where, piece.key, [(name, self._merged(name, tensor)) for name, tensor in piece.tensors])
-        # The base may lack the tables that are computed, and nothing else that the fine-tune has.
+        # The base may lack the tables that are computed and a scorer's head, and nothing else that the fine-tune has.
         for name in sorted(left):
-            if not name.endswith("_pos_embed"):
+            if not (name.endswith("_pos_embed") or name.startswith("score.")):
                 raise ConversionError(f"the fine-tune changes {name}, which the base model does not have.")
             tensor = self.replaced[name].to("meta") if meta else self.replaced[name]
             yield Piece(f"{self.own_files[-1]}, tensor {name!r}", name, [(name, tensor)])
@@ -167,9 +170,20 @@ def _first(folder: Path, names: tuple[str, ...]) -> list[str]:
 def _strip(key: str) -> str:
     """The name of the parameter inside PEFT's wrappers; the two of the original's training code differ by one."""
     key = key.removeprefix("base_model.")
-    while key.startswith(("model.model.", "model.lm_head.")):
+    while key.startswith(("model.model.", "model.lm_head.", "model.deepmlp.")):
         key = key.removeprefix("model.")
     return key
+
+
+def _describe_scorer(config: MplugOwl2Config, tensors: Mapping[str, Tensor]) -> None:
+    """Complete the configuration of a Q-Scorer, whose training code says nothing of its head and tokens in it."""
+    biases = {_strip(key): tensor for key, tensor in tensors.items() if ".bias" in key}
+    layers = [name for name in biases if name.startswith("deepmlp.model.")]
+    names = [f"deepmlp.model.{i}.linear.bias" for i in range(len(layers))]
+    if not names or set(names) != set(layers):
+        return
+    config.deepmlp_hidden_dims, config.num_labels = [biases[name].numel() for name in names], 1
+    config.score_tokens = [f"<score{i}>" for i in range(1, 6)]
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from transformers.utils import CONFIG_NAME
 
 from ..modeling.configuration_mplug_owl2 import MAX_LAYERS, MAX_SIZE, MplugOwl2Config
 from ..modeling.conversion_mplug_owl2 import owner_of, to_ours
-from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration, MplugOwl2PreTrainedModel
+from ..modeling.modeling_mplug_owl2_classification import MplugOwl2ForSequenceClassification
 from ..processing.tokenization_mplug_owl2 import read_json
 from .reading import ConversionError, check_tensor, describe, has_weights, read_tensors, weight_files
 
@@ -110,10 +111,16 @@ def rename(where: str, key: str, tensor: Tensor, config: MplugOwl2Config) -> lis
         raise ConversionError(f"{where}: {error}.") from None
 
 
+def model_class(config: MplugOwl2Config) -> type[MplugOwl2PreTrainedModel]:
+    """The class of a checkpoint: one that answers, or Q-Scorer's."""
+    is_scorer = getattr(config, "deepmlp_hidden_dims", None) is not None
+    return MplugOwl2ForSequenceClassification if is_scorer else MplugOwl2ForConditionalGeneration
+
+
 def expected_tensors(config: MplugOwl2Config) -> dict[str, Tensor]:
     """Every tensor of a saved model by name, on the meta device."""
     with torch.device("meta"):
-        state_dict = MplugOwl2ForConditionalGeneration(config).state_dict()
+        state_dict = model_class(config)(config).state_dict()
     if config.tie_word_embeddings:
         del state_dict["lm_head.weight"]
     return state_dict

@@ -10,11 +10,11 @@ from transformers import GenerationConfig
 from transformers.utils import PROCESSOR_NAME
 
 from ..hub import check_code
-from ..modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration
+from ..modeling import MplugOwl2Config
 from ..processing import MplugOwl2Processor
 from .convert import open_source
 from .reading import ConversionError, is_finite
-from .sources import HuggingFaceSource, Source, expected_tensors
+from .sources import HuggingFaceSource, Source, expected_tensors, model_class, read_config
 
 # Ids that LLaMA-2's tokenizer gives; a piece of its vocabulary tells it from others.
 _LLAMA2_PIECE = ("▁USER", 3148, 1001)
@@ -190,7 +190,7 @@ def _inputs(processor: MplugOwl2Processor | None, config: MplugOwl2Config) -> di
 def _logits(folder: Path, processor: MplugOwl2Processor | None) -> Tensor:
     """(L, V) logits, whose finiteness is checked."""
     try:
-        model = MplugOwl2ForConditionalGeneration.from_pretrained(folder).eval()
+        model = model_class(read_config(folder)[0]).from_pretrained(folder).eval()
     except (ValueError, OSError, RuntimeError) as error:
         raise ConversionError(f"{folder} does not load: {error}") from None
     logits = model(**_inputs(processor, model.config)).logits[0]

@@ -152,7 +152,7 @@ class _Names(NamedTuple):
     padded: tuple[str, ...]
 
 
-_OWL2 = _Names(RENAMED, FUSED, {}, PADDED)
+_OWL2 = _Names({**RENAMED, **Q_SCORER}, FUSED, {}, PADDED)
 _OWL21 = _Names(QWEN_RENAMED, QWEN_FUSED, QWEN_STACKED, QWEN_PADDED)
 
 
@@ -167,7 +167,7 @@ def _inverse(names: _Names) -> dict[str, tuple[str, tuple[str, ...]]]:
     return {**whole, **{target: (source, targets) for source, targets in parts.items() for target in targets}}
 
 
-_LAYER_NUMBER = re.compile(r"(?:(?<=\.layers\.)|(?<=^transformer\.h\.))\d+(?=\.)")
+_LAYER_NUMBER = re.compile(r"(?:(?<=\.layers\.)|(?<=^transformer\.h\.)|(?<=^deepmlp\.model\.))\d+(?=\.)")
 _ORIGINAL = _inverse(_OWL2)
 _ORIGINAL_OWL21 = _inverse(_OWL21)
 
@@ -392,9 +392,8 @@ _stacks = [
     for branch, prefix in enumerate(("", "visual_"))
     for leaf in ("weight", "bias")
 ]
-_heads = [_renaming(source, target) for source, target in Q_SCORER.items() if target]
 # Remote code may be imported more than once.
 for _model_type in ("mplug_owl2", "mplug_docowl"):
-    register_checkpoint_conversion_mapping(_model_type, [*_renamings(_OWL2), *_heads, *_paddings], overwrite=True)
+    register_checkpoint_conversion_mapping(_model_type, [*_renamings(_OWL2), *_paddings], overwrite=True)
 register_checkpoint_conversion_mapping("mplug_owl2_1", [*_renamings(_OWL21), *_paddings, *_stacks], overwrite=True)
 register_checkpoint_conversion_mapping("mplug_owl2_vision", _splits, overwrite=True)

@@ -171,6 +171,7 @@ class MplugOwl2Processor(ProcessorMixin):
         num_image_tokens: int | None = None,
         image_size: int | None = None,
         num_text_tokens: int | None = None,
+        added_tokens: Sequence[str] = (),
     ) -> "MplugOwl2Processor":
         """The processor of a checkpoint in the original's layout.
 
@@ -179,6 +180,7 @@ class MplugOwl2Processor(ProcessorMixin):
             tokenizer: File or folder to read the tokenizer from, where not from `source`.
             num_image_tokens, image_size: Positions and side of a picture, where not read off config.json.
             num_text_tokens: Rows of the weights, where config.json may not tell them (mPLUG-Owl2.1).
+            added_tokens: Tokens behind LLaMA's that the weights have rows for, where no added_tokens.json tells them.
 
         Raises:
             ValueError: There is no tokenizer, or it is neither LLaMA's kind nor Qwen's.
@@ -186,7 +188,8 @@ class MplugOwl2Processor(ProcessorMixin):
         source = Path(source)
         values, settings = read_json(source / CONFIG_NAME), read_json(source / "preprocessor_config.json")
         legacy = read_json(source / "tokenizer_config.json").get("legacy")
-        loaded, legacy = load_tokenizer(tokenizer or source, legacy, num_text_tokens or values.get("vocab_size"))
+        num_text_tokens = num_text_tokens or values.get("vocab_size")
+        loaded, legacy = load_tokenizer(tokenizer or source, legacy, num_text_tokens, added_tokens)
         visual_config = values.get("visual_config", {})
         vision = visual_config.get("visual_model", {})
         side = image_size or vision.get("image_size", 448)

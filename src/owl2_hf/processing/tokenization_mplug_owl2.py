@@ -143,7 +143,10 @@ def has_tokenizer(source: Path) -> bool:
 
 
 def load_tokenizer(
-    source: str | Path, legacy: bool | None = None, num_text_tokens: int | None = None
+    source: str | Path,
+    legacy: bool | None = None,
+    num_text_tokens: int | None = None,
+    added_tokens: Sequence[str] = (),
 ) -> tuple[PreTrainedTokenizerFast, bool]:
     """The tokenizer of an original checkpoint, and its `legacy` flag.
 
@@ -151,7 +154,8 @@ def load_tokenizer(
         source: A folder with tokenizer.model, qwen.tiktoken or tokenizer.json, or one of these files.
         legacy: The flag, where something else than the tokenizer_config.json beside the tokenizer tells it.
         num_text_tokens: Rows of the model's weights, which may be more than Qwen's tokenizer has tokens; and more than
-            LLaMA's by the tokens of an added_tokens.json (Q-Scorer's).
+            LLaMA's by added tokens (Q-Scorer's).
+        added_tokens: These, where no added_tokens.json tells them.
 
     Raises:
         ValueError: There is none, or it is neither LLaMA's kind nor Qwen's.
@@ -177,9 +181,10 @@ def load_tokenizer(
     if not isinstance(max_length, int) or max_length >= 10**6:
         max_length = 2048
     ids = {token: index for token, index in read_json(folder / "added_tokens.json").items() if token not in vocab}
-    added = sorted(ids, key=lambda token: str(ids[token]).zfill(9))
-    if [ids[token] for token in added] != list(range(len(vocab), num_text_tokens or 0)):
-        added = []  # the weights have no rows for them
+    ids = ids or {token: index for index, token in enumerate(added_tokens, len(vocab))}
+    by_id = {index: token for token, index in ids.items()}
+    rows = range(len(vocab), num_text_tokens or 0)  # of the weights, behind those of the pieces
+    added = [by_id[row] for row in rows] if len(rows) == len(ids) and all(row in by_id for row in rows) else []
     try:
         tokenizer = llama_tokenizer(vocab, merges, max_length, added)
     except Exception as error:  # tokenizers raises bare ones
