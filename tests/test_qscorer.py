@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoProcessor
 
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration, MplugOwl2ForSequenceClassification
 
@@ -155,6 +155,21 @@ def test_what_it_cannot_read_is_refused(model):
         model(inputs_embeds=torch.zeros(1, 3, 64))
 
 
+@pytest.mark.parametrize("widths", [[64, 0], ["64"], 64])
+def test_widths_that_are_none_are_refused(checkpoint, widths):
+    config = AutoConfig.from_pretrained(checkpoint[0])
+    config.deepmlp_hidden_dims = widths
+    with pytest.raises(ValueError, match=r"deepmlp_hidden_dims: expected a list of layer widths, got .*; correct"):
+        MplugOwl2ForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("ids", [{"<score1>": [1]}, {"<score1>": 7}, {TOKENS[i]: 1001 + i for i in range(5)}])
+def test_added_tokens_that_are_not_behind_the_pieces_are_left_aside(checkpoint, tmp_path, ids):
+    shutil.copytree(checkpoint[0], tmp_path / "made")
+    (tmp_path / "made" / "added_tokens.json").write_text(json.dumps(ids))
+    assert AutoProcessor.from_pretrained(tmp_path / "made").image_token_id == 1000
+
+
 def test_it_is_not_loaded_as_a_model_that_answers(checkpoint):
     with pytest.raises(ValueError, match=r"'score\.\S+': it is the head of a classifier"):
         AutoModelForCausalLM.from_pretrained(checkpoint[0])
@@ -174,8 +189,9 @@ def test_its_processor_knows_the_added_tokens(model, checkpoint, tmp_path):
     )
 
 
+@pytest.mark.parametrize("layout", ["original", "ours"])
 @torch.no_grad()
-def test_a_fine_tune_is_merged_and_keeps_head_and_tokens(golden_dir, tmp_path):
+def test_a_fine_tune_is_merged_and_keeps_head_and_tokens(golden_dir, tmp_path, layout):
     """The released form: an adapter, and beside it all that was trained, on the base model."""
     golden, plain = golden_dir("G"), tmp_path / "plain"
     base = golden / "mplug_owl2_base"
@@ -192,6 +208,9 @@ def test_a_fine_tune_is_merged_and_keeps_head_and_tokens(golden_dir, tmp_path):
     others |= {f"base_model.model.{name}": tensor for name, tensor in state.items() if name.startswith(new)}
     torch.save(others, tune / "non_lora_trainables.bin")
     edit_config(tune, vocab_size=1005)
+    if layout == "ours":
+        command("convert", base, tmp_path / "base")
+        base = tmp_path / "base"
     command("convert", tune, tmp_path / "target", "--base", base)
 
     expected = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
@@ -211,6 +230,10 @@ def test_a_merged_checkpoint_is_converted_there_and_back(model, checkpoint, tmp_
     command("convert", checkpoint[0], tmp_path / "ours")
     command("verify", tmp_path / "ours", "--against", checkpoint[0])
     command("convert", tmp_path / "ours", tmp_path / "back", "--to", "original")
+    for file in ("tokenizer.model", "conversion_report.json"):  # as save_pretrained leaves a folder
+        (tmp_path / "ours" / file).unlink()
+    command("convert", tmp_path / "ours", tmp_path / "half", "--dtype", "bfloat16")
+    assert AutoProcessor.from_pretrained(tmp_path / "half").image_token_id == 1005
     ids, images = rows(model)
     inputs = {**pad(ids), "pixel_values": images}
     for folder in ("ours", "back"):

@@ -459,11 +459,12 @@ def load_processor(source: Source, tokenizer: str | Path | None) -> MplugOwl2Pro
         tokenizer: Where to read the tokenizer from, where not from the source.
     """
     config = source.config
-    added = getattr(config, "score_tokens", None) or ()  # Q-Scorer's
+    added = getattr(config, "score_tokens", None) or ()  # Q-Scorer's, which the processor of its base does not have
+    processor = None
     try:
-        if tokenizer is None and not added and (source.folder / PROCESSOR_NAME).is_file():
+        if tokenizer is None and (source.folder / PROCESSOR_NAME).is_file():
             processor = MplugOwl2Processor.from_pretrained(source.folder, trust_remote_code=False)
-        else:
+        if processor is None or (added and processor.image_token_id != config.image_token_id):
             processor = MplugOwl2Processor.from_original(
                 source.folder,
                 tokenizer,

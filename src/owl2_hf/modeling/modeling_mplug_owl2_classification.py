@@ -42,10 +42,17 @@ class MplugOwl2QScorerHead(nn.Module):
 
     Args:
         widths: Of the layers between input and scores.
+
+    Raises:
+        ValueError: They are no list of positive numbers.
     """
 
     def __init__(self, hidden_size: int, widths: list[int], num_labels: int):
         super().__init__()
+        if not isinstance(widths, list) or not all(type(width) is int and width > 0 for width in widths):
+            raise ValueError(
+                f"deepmlp_hidden_dims: expected a list of layer widths, got {widths!r}; correct config.json."
+            )
         sizes = [hidden_size, *widths]
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
         self.out_proj = nn.Linear(sizes[-1], num_labels)

@@ -182,8 +182,9 @@ def load_tokenizer(
         max_length = 2048
     ids = {token: index for token, index in read_json(folder / "added_tokens.json").items() if token not in vocab}
     ids = ids or {token: index for index, token in enumerate(added_tokens, len(vocab))}
-    by_id = {index: token for token, index in ids.items()}
-    rows = range(len(vocab), num_text_tokens or 0)  # of the weights, behind those of the pieces
+    by_id = {index: token for token, index in ids.items() if isinstance(index, int)}
+    num_rows = num_text_tokens if isinstance(num_text_tokens, int) else 0
+    rows = range(len(vocab), num_rows)  # of the weights, behind those of the pieces
     added = [by_id[row] for row in rows] if len(rows) == len(ids) and all(row in by_id for row in rows) else []
     try:
         tokenizer = llama_tokenizer(vocab, merges, max_length, added)
