@@ -87,10 +87,11 @@ def test_owl21_in_the_originals_layout_is_to_be_converted_first(tmp_path):
     assert quantized_names(model) == decoder_linears(model)
 
 
-def test_the_head_of_a_classifier_is_left_as_it_is():
+def test_the_head_of_a_classifier_is_left_as_it_is(tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(default_dir()).save_pretrained(tmp_path)
     config = TorchAoConfig(Int8WeightOnlyConfig())
     model = AutoModelForSequenceClassification.from_pretrained(
-        default_dir(), dtype=torch.bfloat16, quantization_config=config
+        tmp_path, dtype=torch.bfloat16, quantization_config=config
     )
     assert quantized_names(model) == decoder_linears(model)
 
