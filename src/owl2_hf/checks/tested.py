@@ -21,7 +21,7 @@ TESTED = {
     "safetensors": Tested("0.8.0", "0.8.0"),
     "huggingface_hub": Tested("1.5.0", "2.4.0"),
     "accelerate": Tested("1.10.0", "1.15.0"),
-    "peft": Tested("0.20.0", "0.21.2"),
+    "peft": Tested("0.21.0", "0.21.2"),
     "pillow": Tested("12.3.0", "13.0.0"),
     "numpy": Tested("1.26.0", "2.4.6"),
     "trl": Tested("1.0.0", "1.16.0"),

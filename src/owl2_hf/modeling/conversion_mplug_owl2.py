@@ -364,16 +364,33 @@ def _stacked_name(source: str) -> str:
 
 
 def _renamings(names: _Names) -> list[WeightRenaming]:
-    renamings = [_renaming(source, target) for source, target in names.renamed.items() if target and source != target]
+    targets = {
+        # A table keeps its last name until it is padded.
+        source: target.removesuffix(_last_name(target)) + _last_name(source) if source in names.padded else target
+        for source, target in names.renamed.items()
+        if target
+    }
+    renamings = [_renaming(source, target) for source, target in targets.items() if source != target]
     renamings += [_renaming(source, _fused_name(source)) for source in names.fused]
     return renamings + [_renaming(source, _stacked_name(source)) for source in names.stacked]
 
 
-# By their last names, which the original has too: before transformers 5.21 a saved tensor takes its name from here.
-_paddings = [
-    WeightConverter(re.escape(target), re.escape(target), operations=[PadVocabulary()])
-    for target in ("embed_tokens.weight", "lm_head.weight")
-]
+def _last_name(key: str) -> str:
+    return ".".join(key.split(".")[-2:])
+
+
+def _paddings(names: _Names) -> list[WeightConverter]:
+    """By their last names alone: before transformers 5.21 a saved tensor takes the original's name from here."""
+    return [
+        WeightConverter(
+            re.escape(_last_name(source)),
+            re.escape(_last_name(names.renamed[source] or source)),
+            operations=[PadVocabulary()],
+        )
+        for source in names.padded
+    ]
+
+
 _splits = [
     WeightConverter(
         rf"\.self_attn\.query_key_value\.{leaf}",
@@ -394,6 +411,8 @@ _stacks = [
 ]
 # Remote code may be imported more than once.
 for _model_type in ("mplug_owl2", "mplug_docowl"):
-    register_checkpoint_conversion_mapping(_model_type, [*_renamings(_OWL2), *_paddings], overwrite=True)
-register_checkpoint_conversion_mapping("mplug_owl2_1", [*_renamings(_OWL21), *_paddings, *_stacks], overwrite=True)
+    register_checkpoint_conversion_mapping(_model_type, [*_renamings(_OWL2), *_paddings(_OWL2)], overwrite=True)
+register_checkpoint_conversion_mapping(
+    "mplug_owl2_1", [*_renamings(_OWL21), *_paddings(_OWL21), *_stacks], overwrite=True
+)
 register_checkpoint_conversion_mapping("mplug_owl2_vision", _splits, overwrite=True)
