@@ -2,6 +2,9 @@
 
 import copy
 import json
+import shutil
+from collections import UserDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -13,6 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.processing_utils import ProcessorMixin
 
+import owl2_hf
+from owl2_hf.default import default_dir
 from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 from owl2_hf.processing.processing_mplug_owl2 import ESCAPE, NO_PREFIX
 from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer
@@ -122,6 +127,40 @@ def test_a_part_may_only_hold_the_place_of_a_picture(processor):
     assert out["pixel_values"].shape[0] == 1
     keys = {"type": "image", "image": RED, "url": None}
     assert encode(processor, [user(keys, "a")])["pixel_values"].shape[0] == 1
+
+
+@dataclass
+class Said:
+    role: str
+    content: object
+    tool_calls: object = None
+
+
+@dataclass
+class Part:
+    type: str
+    text: str | None = None
+    image: object = None
+
+
+def test_messages_may_be_objects(processor):
+    expected = encode(processor, [user(picture(RED), "What is it?")])
+    for message in (
+        Said("user", [Part("image", image=RED), Part("text", text="What is it?")]),
+        UserDict(role="user", content=(UserDict(type="image", image=RED), {"type": "text", "text": "What is it?"})),
+        {"role": "user", "content": [picture(RED), Part("text", text="What is it?")], "name": None},
+    ):
+        out = encode(processor, [message])
+        assert out.keys() == expected.keys()
+        assert all(torch.equal(out[key], expected[key]) for key in out)
+    batch = processor.apply_chat_template([[Said("user", "a")], [Said("user", "b")]])
+    assert batch == processor.apply_chat_template([[user("a")], [user("b")]])
+
+
+def test_the_positions_of_an_image_may_be_set_while_loading(processor, tmp_path):
+    owl2_hf.load_default()[1].save_pretrained(tmp_path)
+    shutil.copy(default_dir() / "config.json", tmp_path)
+    assert owl2_hf.MplugOwl2Processor.from_pretrained(tmp_path, num_image_tokens=9).num_image_tokens == 9
 
 
 def test_an_answer_can_be_continued(processor):

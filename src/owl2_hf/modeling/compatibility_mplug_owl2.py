@@ -10,6 +10,7 @@ B: batch, L: positions, N: images of the whole batch, Q + 1: visual tokens of on
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -274,8 +275,8 @@ _PASSED_DOWN = frozenset(TransformersKwargs.__annotations__) | {
 def known_arguments(forward: Callable) -> Callable:
     """Decorator of `forward`: nothing that the model does not know is swallowed.
 
-    `past_key_values`, the name of the cache before transformers 5.24, is taken as `cache`. Of all other arguments that
-    `forward` does not name:
+    `past_key_values`, the name of the cache before transformers 5.24, is taken as `cache`; from 5.24 on with a warning,
+    as by transformers' own models. Of all other arguments that `forward` does not name:
 
     - what transformers passes down is passed on (`TransformersKwargs`, flash attention's arguments);
     - `None` is left out;
@@ -294,7 +295,18 @@ def known_arguments(forward: Callable) -> Callable:
                 _refuse_unknown(type(self).__name__, name, kwargs.pop(name))
         return forward(self, *args, **kwargs)
 
-    return takes_past_key_values(checked)
+    taken = takes_past_key_values(checked)
+    if not IS_CACHE_RENAMED:
+        return taken
+
+    @functools.wraps(taken)
+    def warned(self, *args, **kwargs):
+        if kwargs.get("past_key_values") is not None and not torch.compiler.is_compiling():
+            message = f"`past_key_values` is deprecated for `{type(self).__name__}.forward`. Use `cache` instead."
+            warnings.warn(message, FutureWarning, stacklevel=2)
+        return taken(self, *args, **kwargs)
+
+    return warned
 
 
 def _refuse_unknown(model: str, name: str, value: Any) -> None:

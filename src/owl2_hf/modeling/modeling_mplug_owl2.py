@@ -140,7 +140,16 @@ class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
         return embeddings
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """As in transformers, but in this package's layout unless asked otherwise, wherever the weights came from."""
+        """As in transformers, but in this package's layout unless asked otherwise, wherever the weights came from.
+
+        Raises:
+            ValueError: The original's layout is asked for, which has a head, and this model has none.
+        """
+        if save_original_format and not hasattr(self, self.base_model_prefix):
+            raise ValueError(
+                f"{type(self).__name__} has no language-model head, and the original's layout is that of a model with "
+                "one: save MplugOwl2ForConditionalGeneration, or leave save_original_format out."
+            )
         if save_original_format:
             self._weight_conversions = None  # transformers takes the whole mapping, not what loading needed of it
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)

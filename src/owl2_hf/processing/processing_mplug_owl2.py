@@ -5,10 +5,11 @@ DocOwl 1.5, whose pictures are cut into crops, it becomes the positions of each 
 """
 
 import bisect
+import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +151,13 @@ class MplugOwl2Processor(ProcessorMixin):
         An option that neither the processor nor its parts know is ignored with a warning.
         """
         folder = _original_folder(pretrained_model_name_or_path, kwargs)
+        # The tokenizer would hand it to the configuration, where it is no field of its own.
+        num_image_tokens = kwargs.pop("num_image_tokens", None)
         if folder is not None:
-            processor = cls.from_original(folder)
+            processor = cls.from_original(folder, num_image_tokens=num_image_tokens)
         else:
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            processor.num_image_tokens = num_image_tokens or processor.num_image_tokens
         parts = (processor, processor.image_processor, processor.tokenizer)
         known = (*_LOADING_OPTIONS, *inspect.signature(super().from_pretrained).parameters)
         for name in kwargs.keys() - set(known):
@@ -378,7 +382,7 @@ class MplugOwl2Processor(ProcessorMixin):
         first = conversation[0]
         is_batch = isinstance(first, (list, tuple)) or hasattr(first, "messages")
         chats = [getattr(chat, "messages", chat) for chat in conversation] if is_batch else [conversation]
-        chats = [self._plain(chat) for chat in chats]
+        chats = [self._plain(_as_data(chat)) for chat in chats]
         if (images := (kwargs.get("processor_kwargs") or {}).get("images")) is not None:
             kwargs["processor_kwargs"] = _fill_places(chats, images, kwargs["processor_kwargs"])
         return super().apply_chat_template(chats if is_batch else chats[0], *args, **kwargs)
@@ -452,6 +456,19 @@ class MplugOwl2Processor(ProcessorMixin):
             return MultiModalData()
         crops = [self.image_processor.num_crops(*size, **kwargs) for size in image_sizes]
         return MultiModalData(num_image_tokens=[self.num_image_tokens * num for num in crops], num_image_patches=crops)
+
+
+def _as_data(value: Any) -> Any:
+    """Messages and their parts as dicts and lists, whatever objects they are; keys without a value are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif callable(getattr(value, "model_dump", None)):  # pydantic
+        value = value.model_dump()
+    if isinstance(value, Mapping):
+        return {key: _as_data(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_as_data(item) for item in value]
+    return value
 
 
 def _default_template(tokenizer: Any) -> str:
