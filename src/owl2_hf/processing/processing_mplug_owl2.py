@@ -413,17 +413,18 @@ class MplugOwl2Processor(ProcessorMixin):
             return [{"type": "text", "text": self._escape(part["text"])}]
         if kind == "image_url":
             url = part.get("image_url")
-            part = {"image": url.get("url") if isinstance(url, dict) else url}
+            part = {"url": url.get("url") if isinstance(url, dict) else url}
         elif kind not in ("image", "video"):
             raise ValueError(f"A part must be of type 'text' with a string, 'image' or 'video', got {kind!r}.")
-        given = [part[key] for key in ("image", "video", "url", "path", "base64") if part.get(key) is not None]
+        given = [(key, part[key]) for key in ("image", "video", "url", "path", "base64") if part.get(key) is not None]
         if not given:
             return [{"type": "image"}]  # only a place, for a picture that comes some other way
-        is_list = is_many(given[0])
-        if is_list != (kind == "video") or (is_list and len(given[0]) == 0):
+        key, value = given[0]
+        is_list = is_many(value)
+        if is_list != (kind == "video") or (is_list and len(value) == 0):
             expected = "a list of at least one frame" if kind == "video" else "a single picture"
-            raise ValueError(f"A part of type {kind!r} must hold {expected}, got {type(given[0]).__name__}.")
-        return [{"type": "image", "image": picture} for picture in (given[0] if is_list else [given[0]])]
+            raise ValueError(f"A part of type {kind!r} must hold {expected}, got {type(value).__name__}.")
+        return [{"type": "image", "image": frame} for frame in value] if is_list else [{"type": "image", key: value}]
 
     def _control_tokens(self) -> list[str]:
         return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
