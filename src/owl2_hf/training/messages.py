@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..scoring import expand_paths
-from ..videos import read_frames
+from ..scoring.frames import read_frames
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MARKERS = re.compile(r"<\|image\|>|<image>|<video>")
