@@ -656,7 +656,8 @@ def check_data(
     file: Annotated[
         str,
         typer.Argument(
-            help="LLaVA's JSON, JSON lines, a folder saved by datasets, or the id of a data set on the Hub."
+            help="LLaVA's JSON, JSON lines, a folder saved by datasets, or the id of a data set on the Hub; opinions "
+            "also as CSV or Parquet."
         ),
     ],
     image_folder: Annotated[
@@ -674,34 +675,50 @@ def check_data(
     skip_pictures: Annotated[
         bool, typer.Option("--skip-pictures", help="Do not open pictures, only see whether the files are there.")
     ] = False,
+    opinions: Annotated[
+        bool, typer.Option("--opinions", help="Rows are opinions of images (image, mos); files are recognised.")
+    ] = False,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
     """Name every row that cannot be learned from, and why, and count the others.
 
-    Rows are numbered from 1, rows of JSON lines by their line. The exit code is 1 where rows are bad.
+    Rows are numbered from 1, rows of JSON lines and CSV by their line. The exit code is 1 where rows are bad. An
+    opinion is bad, too, where its image is in another part of the data set; duplicates are named.
     """
-    from .training.data import check_rows
+    from .scoring.opinions import OpinionReport, check_opinions, is_opinions
+    from .training.data import DataReport, check_rows
 
     if model is None and max_length is not None:
         raise ValueError("--max-length counts tokens, which needs --model.")
     if model is not None and skip_pictures:
         raise ValueError("--model looks into pictures: leave out --skip-pictures, or --model.")
-    report = check_rows(
-        file,
-        image_folder,
-        None if model is None else _load_processor(model),
-        max_length,
-        split,
-        streaming,
-        open_images=not skip_pictures,
-        allow_outside=allow_outside,
-        on_row=lambda rows: None if rows % 10_000 else _say(f"{rows:,} rows", err=True),
-    )
+    if model is not None and opinions:
+        raise ValueError("--model counts tokens of conversations: leave out --opinions, or --model.")
+
+    def show_progress(rows: int) -> None:
+        if rows % 10_000 == 0:
+            _say(f"{rows:,} rows", err=True)
+
+    report: OpinionReport | DataReport
+    if opinions or (model is None and is_opinions(file)):
+        report = check_opinions(file, image_folder, not skip_pictures, allow_outside, show_progress)
+    else:
+        report = check_rows(
+            file,
+            image_folder,
+            None if model is None else _load_processor(model),
+            max_length,
+            split,
+            streaming,
+            open_images=not skip_pictures,
+            allow_outside=allow_outside,
+            on_row=show_progress,
+        )
     if as_json:
         _say_json(asdict(report))
     else:
-        for bad in report.bad:
+        for bad in [*report.bad, *(report.duplicates if isinstance(report, OpinionReport) else ())]:
             identity = "" if bad.id is None else f" (id {bad.id!r})"
             _say(f"row {bad.row}{identity}: {' '.join(bad.reason.split())}")
         for line in report.summary().split("\n"):

@@ -165,7 +165,7 @@ def load_rows(
     if isinstance(source, (str, Path)):
         path = Path(source)
         if path.is_file():
-            rows = _read_file(path)
+            rows = read_rows(path)
             image_folder = path.parent if image_folder is None else image_folder
         else:
             rows = _load_datasets(source, split, streaming)
@@ -186,7 +186,7 @@ def load_rows(
     return Rows(rows, place, name, skip_bad)
 
 
-def _read_file(path: Path) -> Sequence[Row]:
+def read_rows(path: Path) -> Sequence[Row]:
     """One JSON list, or one object a line; the first character tells which."""
     with path.open("rb") as file:
         first = next((line for line in file if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
