@@ -305,6 +305,83 @@ def score(
         raise typer.Exit(1)
 
 
+@app.command(name="evaluate-scores")
+@_report_mistakes
+def evaluate_scores(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model that scores.")],
+    data: Annotated[
+        str, typer.Argument(help="Opinions: CSV, JSON, JSON lines, Parquet, or a data set, with image and mos.")
+    ],
+    image_folder: Annotated[
+        Path | None, typer.Option(help="What paths of images start from; the file's own folder if not given.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Judge by this part of the rows alone.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="one-align, deqa, q-instruct or q-instruct-boost: prompt, levels, preprocessing.")
+    ] = "one-align",
+    task: Annotated[str, typer.Option(help="quality; with one-align also aesthetics or video.")] = "quality",
+    levels: Annotated[
+        str | None, typer.Option(help="Level words of your own, best first and separated by commas; evenly spaced.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt of your own, with <|image|> at the place of the picture.")
+    ] = None,
+    splits: Annotated[int, typer.Option(min=0, help="Also the median over this many random fifths of the images.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Draws for the intervals.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of splits and draws.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 8,
+    original_reading: Annotated[
+        bool,
+        typer.Option(
+            "--original-reading", help="Read files as the originals do: EXIF turns nothing, 16-bit grey is clipped."
+        ),
+    ] = False,
+    allow_outside: AllowOutside = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw opinions over scores, with the fit, to this file.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
+    as_json: JSON = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, the names first.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Judge a scorer by people's opinions: SRCC, KRCC, PLCC before and after the logistic fit, RMSE, with intervals.
+
+    With standard deviations of the opinions also KL, JS and Wasserstein distances. What cannot be scored is named on
+    stderr, the others count, and the exit code is 1.
+    """
+    from .scoring import Scorer, custom_preset, evaluate, load_opinions
+    from .scoring.judging import check_plot
+
+    if as_json and as_csv:
+        _say("owl2-hf: give one of --json and --csv, not both", err=True)
+        raise typer.Exit(2)
+    if plot is not None:
+        check_plot(plot)
+    opinions = load_opinions(data, image_folder, split, allow_outside)
+    chosen = custom_preset(preset, task, prompt, levels.split(",") if levels else None)
+    loaded, processor = _load(model)
+    loaded = loaded.to(device) if device else loaded
+    scorer = Scorer(loaded, processor, chosen, batch_size=batch_size, original_reading=original_reading)
+
+    def show_progress(images: int) -> None:
+        if images % 1000 == 0:
+            _say(f"{images:,} of {len(opinions):,} images", err=True)
+
+    report = evaluate(scorer, opinions, task, splits, samples, seed, show_progress)
+    for opinion, error in report.failed:
+        _say(f"owl2-hf: {opinions.name}: row {opinion.row}: {' '.join(str(error).split())}", err=True)
+    if as_json:
+        _say_json(report.to_dict())
+    elif as_csv:
+        csv.writer(sys.stdout, lineterminator="\n").writerows(report.table())
+    else:
+        for line in report.lines():
+            _say(line)
+    if plot is not None:
+        report.plot(plot)
+    if report.failed:
+        raise typer.Exit(1)
+
+
 @app.command()
 @_report_mistakes
 def analyze(

@@ -6,6 +6,7 @@ fit's start and for distances of distributions; Efron and Tibshirani, An Introdu
 """
 
 import importlib
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,8 @@ def logistic_fit(scores: ArrayLike, mos: ArrayLike) -> LogisticFit:
         return none
     start = [second.max(), second.min(), first.mean(), first.std() / 4]
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # how sure the parameters are is not asked
             found, _ = optimize.curve_fit(_logistic, first, second, p0=start, maxfev=_MAX_CALLS)
     except (RuntimeError, ValueError):  # no convergence
         return none
