@@ -41,6 +41,13 @@ JSON = Annotated[bool, typer.Option("--json", help="Print JSON for a program to 
 AllowOutside = Annotated[
     bool, typer.Option("--allow-outside", help="Rows may name pictures outside the folder and http(s) URLs.")
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="one-align, deqa, q-instruct or q-instruct-boost: prompt, levels, preprocessing; if not given that of a "
+        "model's own training, else one-align."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 
@@ -237,9 +244,7 @@ def score(
         ),
     ],
     model: Annotated[str, typer.Option(help="Folder or Hub id of a model that scores.")],
-    preset: Annotated[
-        str, typer.Option(help="one-align, deqa, q-instruct or q-instruct-boost: prompt, levels, preprocessing.")
-    ] = "one-align",
+    preset: Preset = None,
     task: Annotated[
         str, typer.Option(help="quality, for a video of each frame; with one-align also aesthetics or video.")
     ] = "quality",
@@ -274,11 +279,14 @@ def score(
     code is 1.
     """
     from .scoring import Scorer, custom_preset, score_paths
+    from .scoring.presets import preset_for
 
     if as_json and as_csv:
         _say("owl2-hf: give one of --json and --csv, not both", err=True)
         raise typer.Exit(2)
-    chosen = custom_preset(preset, task, prompt, levels.split(",") if levels else None)
+    with _naming(model):
+        own = preset_for(_place(model), preset)
+    chosen = custom_preset(own, task, prompt, levels.split(",") if levels else None)
     bounds = None if scale is None else tuple(float(bound) for bound in scale.value.split("-"))
     loaded, processor = _load(model)
     loaded = loaded.to(device) if device else loaded
@@ -316,9 +324,7 @@ def evaluate_scores(
         Path | None, typer.Option(help="What paths of images start from; the file's own folder if not given.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Judge by this part of the rows alone.")] = None,
-    preset: Annotated[
-        str, typer.Option(help="one-align, deqa, q-instruct or q-instruct-boost: prompt, levels, preprocessing.")
-    ] = "one-align",
+    preset: Preset = None,
     task: Annotated[str, typer.Option(help="quality; with one-align also aesthetics or video.")] = "quality",
     levels: Annotated[
         str | None, typer.Option(help="Level words of your own, best first and separated by commas; evenly spaced.")
@@ -350,6 +356,7 @@ def evaluate_scores(
     """
     from .scoring import Scorer, custom_preset, evaluate, load_opinions
     from .scoring.judging import check_plot
+    from .scoring.presets import preset_for
 
     if as_json and as_csv:
         _say("owl2-hf: give one of --json and --csv, not both", err=True)
@@ -357,7 +364,9 @@ def evaluate_scores(
     if plot is not None:
         check_plot(plot)
     opinions = load_opinions(data, image_folder, split, allow_outside)
-    chosen = custom_preset(preset, task, prompt, levels.split(",") if levels else None)
+    with _naming(model):
+        own = preset_for(_place(model), preset)
+    chosen = custom_preset(own, task, prompt, levels.split(",") if levels else None)
     loaded, processor = _load(model)
     loaded = loaded.to(device) if device else loaded
     scorer = Scorer(loaded, processor, chosen, batch_size=batch_size, original_reading=original_reading)
@@ -573,12 +582,17 @@ def export(
 def train(
     recipe: Annotated[
         str,
-        typer.Argument(help="YAML file, or one of pretrain, instruct, lora, qlora, visual-branch."),
+        typer.Argument(
+            help="YAML file, or one of pretrain, instruct, lora, qlora, visual-branch, score, score-lora, score-soft, "
+            "score-soft-lora."
+        ),
     ],
     model: Annotated[str | None, typer.Option(help="Folder or Hub id to train; default for the bundled one.")] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Rows to train on: .json, .jsonl, a saved data set or Hub id; repeatable."),
+        typer.Option(
+            help="Rows to train on: .json, .jsonl, a saved data set or Hub id; opinions for a scorer; repeatable."
+        ),
     ] = None,
     image_folder: Annotated[
         Path | None, typer.Option(help="Where relative paths of pictures start; the folder of the file if not given.")

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from .paths import expand_paths, score_each, score_paths
 from .presets import IMAGE_TOKEN, PRESETS, Preset, custom_preset
-from .scorer import Score, Scorer, crop_boxes
-from .scorer import _token_id as _token_id
+from .scorer import Score, Scorer, crop_boxes, level_id
 
 if TYPE_CHECKING:
     from .judging import evaluate
     from .opinions import load_opinions
 
+_token_id = level_id  # its first name
 # They read files as training does, which itself needs the names above.
 _LATER = {"evaluate": "judging", "load_opinions": "opinions"}
 
@@ -25,6 +25,7 @@ __all__ = [
     "custom_preset",
     "evaluate",
     "expand_paths",
+    "level_id",
     "load_opinions",
     "score_each",
     "score_paths",

@@ -4,10 +4,16 @@ Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (
 code.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from transformers.utils import cached_file
 
 IMAGE_TOKEN = "<|image|>"
+# Beside the weights of a model that was trained to score.
+PRESET_FILE = "scorer.json"
 _ALIGN_PROMPT = (
     "USER: How would you rate the {aspect} of this {medium}?\n{image}\nASSISTANT: The {aspect} of the {medium} is"
 )
@@ -45,6 +51,10 @@ class Preset:
                 times = "once" if self.images_per_prompt == 1 else f"{self.images_per_prompt} times"
                 raise ValueError(f"the prompt of task {task!r} must hold {IMAGE_TOKEN} {times}, got {prompt!r}.")
 
+    def to_json(self) -> str:
+        """The preset as a file for the model's folder, which `load_preset` reads."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
 
 def _align(aspect: str, medium: str) -> str:
     return _ALIGN_PROMPT.format(aspect=aspect, medium=medium, image=IMAGE_TOKEN)
@@ -74,15 +84,60 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def custom_preset(name: str, task: str, prompt: str | None = None, levels: Sequence[str] | None = None) -> Preset:
+def load_preset(model: str) -> Preset | None:
+    """The preset that a trained scorer has beside its weights, `None` for a model without one.
+
+    Args:
+        model: Folder or Hub id.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    found = cached_file(
+        model,
+        PRESET_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    if found is None:
+        return None
+    try:
+        values = json.loads(Path(found).read_text(encoding="utf-8"))
+        levels = tuple(level if isinstance(level, str) else tuple(level) for level in values["levels"])
+        plain = {"values": tuple(values["values"]), "scale": tuple(values["scale"]), "levels": levels}
+        return Preset(**{**values, **plain})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{found} is no preset of a scorer: {error}") from None
+
+
+def preset_for(model: str | None, name: str | None) -> Preset:
+    """The named preset; without a name the model's own, or that of OneAlign.
+
+    Args:
+        model: Folder or Hub id, where there is one.
+    """
+    own = load_preset(model) if name is None and model is not None else None
+    return own or custom_preset(name or "one-align")
+
+
+def custom_preset(
+    name: str | Preset,
+    task: str = "quality",
+    prompt: str | None = None,
+    levels: Sequence[str] | None = None,
+) -> Preset:
     """A preset with another prompt or other levels, which are worth evenly spaced values.
+
+    Args:
+        name: Of the preset to change, or the preset itself.
 
     Raises:
         ValueError: There is no preset of that name.
     """
-    if name not in PRESETS:
+    if isinstance(name, str) and name not in PRESETS:
         raise ValueError(f"expected a preset of {', '.join(PRESETS)}, got {name!r}.")
-    preset = PRESETS[name]
+    preset = PRESETS[name] if isinstance(name, str) else name
     if levels is not None:
         words = tuple(word.strip() for word in levels)
         steps = max(len(words) - 1, 1)

@@ -97,7 +97,7 @@ class Scorer:
         self.preset = preset if scale is None else replace(preset, scale=scale)
         groups = [(level,) if isinstance(level, str) else level for level in preset.levels]
         self._names = tuple(group[0] for group in groups)
-        self._ids = [[_token_id(processor.tokenizer, word) for word in group] for group in groups]
+        self._ids = [[level_id(processor.tokenizer, word) for word in group] for group in groups]
 
     @property
     def levels(self) -> tuple[str, ...]:
@@ -212,7 +212,7 @@ def crop_boxes(width: int, height: int, side: int) -> list[tuple[int, int, int, 
     ]
 
 
-def _token_id(tokenizer: Any, word: str) -> int:
+def level_id(tokenizer: Any, word: str) -> int:
     """The token that a word is behind other words, with its space."""
     before = tokenizer("a", add_special_tokens=False).input_ids
     ids = tokenizer(f"a {word}", add_special_tokens=False).input_ids[len(before) :]

@@ -314,10 +314,11 @@ def check_rows(
     return report
 
 
-def look_over(rows: Rows, num_workers: int = 0, first: int = 0, step: int = 1) -> list[BadRow]:
+def look_over(rows: Any, num_workers: int = 0, first: int = 0, step: int = 1) -> list[BadRow]:
     """Rows that cannot be learned from, as far as that is seen without decoding an image: its header is read.
 
     Args:
+        rows: `Rows`, or others by index that tell the `number_of` each.
         num_workers: Processes that look; none for a few rows.
         first, step: Look at every `step`-th row from index `first` on.
     """
@@ -330,7 +331,7 @@ def look_over(rows: Rows, num_workers: int = 0, first: int = 0, step: int = 1) -
 class _Verdicts(Dataset):
     """What is wrong with each row, `None` where nothing is."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: Any):
         self.rows = rows
 
     def __getitem__(self, index: int) -> BadRow | None:
