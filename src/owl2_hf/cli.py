@@ -344,6 +344,7 @@ def evaluate_scores(
     ] = False,
     allow_outside: AllowOutside = False,
     plot: Annotated[Path | None, typer.Option(help="Draw opinions over scores, with the fit, to this file.")] = None,
+    card: Annotated[Path | None, typer.Option(help="Write a model card with the results, a README.md.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
     as_json: JSON = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, the names first.")] = False,
@@ -355,6 +356,7 @@ def evaluate_scores(
     stderr, the others count, and the exit code is 1.
     """
     from .scoring import Scorer, custom_preset, evaluate, load_opinions
+    from .scoring.card import check_new, write_score_card
     from .scoring.judging import check_plot
     from .scoring.presets import preset_for
 
@@ -363,6 +365,8 @@ def evaluate_scores(
         raise typer.Exit(2)
     if plot is not None:
         check_plot(plot)
+    if card is not None:
+        check_new(card)
     opinions = load_opinions(data, image_folder, split, allow_outside)
     with _naming(model):
         own = preset_for(_place(model), preset)
@@ -387,6 +391,9 @@ def evaluate_scores(
             _say(line)
     if plot is not None:
         report.plot(plot)
+    if card is not None:
+        name = Path(data).name if Path(data).exists() else data
+        write_score_card(card, report, chosen, name if split is None else f"{name}, part {split}", task)
     if report.failed:
         raise typer.Exit(1)
 

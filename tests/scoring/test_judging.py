@@ -169,3 +169,22 @@ def test_the_command_says_what_is_wrong_in_one_line(model, folder, tmp_path):
     assert line.startswith(f"owl2-hf: {folder / 'rows.json'}: row 6: ") and "broken.png" in line
     both = run(model, folder / "opinions.csv", "--csv", "--json")
     assert both.exit_code == 2 and "one of --json and --csv" in both.stderr
+
+
+def test_a_card_does_not_replace_another_one(model, folder, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    result = run(model, folder / "opinions.csv", "--card", tmp_path / "README.md")
+    assert result.exit_code == 1 and "README.md is there already: name another file" in result.stderr
+    assert (tmp_path / "README.md").read_text() == "mine"
+    result = run(model, folder / "opinions.csv", "--card", tmp_path / "no" / "README.md")
+    assert result.exit_code == 1 and "there is no folder" in result.stderr
+
+
+def test_a_card_shows_each_data_set(model, folder, tmp_path):
+    from huggingface_hub import ModelCard
+
+    assert run(model, folder / "opinions.csv", "--split", "train", "--card", tmp_path / "README.md").exit_code == 0
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "| | one (8 images) | two (8 images) |" in card.text and "opinions.csv, part train" in card.text
+    assert {result.dataset_name for result in card.data.eval_results} == {"one", "two"}
+    assert PROMPT in card.text and "yes, no" in card.text

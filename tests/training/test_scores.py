@@ -29,7 +29,7 @@ from owl2_hf.training import run as run_module
 from owl2_hf.training.recipe import QUESTIONS, Recipe, ScoreRecipe, load_recipe
 from owl2_hf.training.run import load_for_training, train
 from owl2_hf.training.score_trainer import KeepBest, ScoreTrainer
-from owl2_hf.training.scores import ScoreCollator, answer_ids, load_score_rows, preset_of, question_parts
+from owl2_hf.training.scores import ScoreCollator, ScoreRows, answer_ids, load_score_rows, preset_of, question_parts
 
 LEVELS = ["high", "soft", "bad"]
 BASE = {
@@ -277,7 +277,11 @@ def test_a_scorer_is_the_same_to_the_bit_twice_and_after_a_kill(recipe, tmp_path
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run_module, "ScoreTrainer", Mortal)
         train(made("broken"))
+    epochs = []
+    begin = ScoreRows.begin_epoch
+    monkeypatch.setattr(ScoreRows, "begin_epoch", lambda self, epoch: (epochs.append(epoch), begin(self, epoch)))
     assert train(made("broken"), resume=True).resumed_from.endswith("checkpoint-6")
+    assert epochs == [1]
     assert history(tmp_path / "broken", "loss") == history(tmp_path / "whole", "loss")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
 

@@ -111,13 +111,13 @@ def load_preset(model: str) -> Preset | None:
         raise ValueError(f"{found} is no preset of a scorer: {error}") from None
 
 
-def preset_for(model: str | None, name: str | None) -> Preset:
+def preset_for(model: str, name: str | None = None) -> Preset:
     """The named preset; without a name the model's own, or that of OneAlign.
 
     Args:
-        model: Folder or Hub id, where there is one.
+        model: Folder or Hub id.
     """
-    own = load_preset(model) if name is None and model is not None else None
+    own = load_preset(model) if name is None else None
     return own or custom_preset(name or "one-align")
 
 
