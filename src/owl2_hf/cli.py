@@ -318,8 +318,13 @@ def score(
 def evaluate_scores(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model that scores.")],
     data: Annotated[
-        str, typer.Argument(help="Opinions: CSV, JSON, JSON lines, Parquet, or a data set, with image and mos.")
-    ],
+        str | None, typer.Argument(help="Opinions: CSV, JSON, JSON lines, Parquet, or a data set, with image and mos.")
+    ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="In place of DATA koniq, spaq, kadid, livec, agiqa, csiq, ava or lsvq, with --root."),
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the benchmark, as it was unpacked.")] = None,
     image_folder: Annotated[
         Path | None, typer.Option(help="What paths of images start from; the file's own folder if not given.")
     ] = None,
@@ -356,6 +361,7 @@ def evaluate_scores(
     stderr, the others count, and the exit code is 1.
     """
     from .scoring import Scorer, custom_preset, evaluate, load_opinions
+    from .scoring.benchmarks import read_benchmark
     from .scoring.card import check_new, write_score_card
     from .scoring.judging import check_plot
     from .scoring.presets import preset_for
@@ -363,11 +369,17 @@ def evaluate_scores(
     if as_json and as_csv:
         _say("owl2-hf: give one of --json and --csv, not both", err=True)
         raise typer.Exit(2)
+    if (data is None) == (benchmark is None) or (benchmark is None) != (root is None):
+        _say("owl2-hf: give opinions, or --benchmark with --root", err=True)
+        raise typer.Exit(2)
     if plot is not None:
         check_plot(plot)
     if card is not None:
         check_new(card)
-    opinions = load_opinions(data, image_folder, split, allow_outside)
+    if benchmark is not None and root is not None:
+        opinions = read_benchmark(benchmark, root, split)
+    else:
+        opinions = load_opinions(data, image_folder, split, allow_outside)
     with _naming(model):
         own = preset_for(_place(model), preset)
     chosen = custom_preset(own, task, prompt, levels.split(",") if levels else None)
@@ -392,7 +404,7 @@ def evaluate_scores(
     if plot is not None:
         report.plot(plot)
     if card is not None:
-        name = Path(data).name if Path(data).exists() else data
+        name = benchmark or (Path(str(data)).name if Path(str(data)).exists() else str(data))
         write_score_card(card, report, chosen, name if split is None else f"{name}, part {split}", task)
     if report.failed:
         raise typer.Exit(1)

@@ -109,7 +109,8 @@ def load_opinions(
 
     Args:
         source: A `.csv`, `.parquet`, `.json` or `.jsonl` file; a folder with DeQA-Score's mos.json and split.json; a
-            folder that `datasets` saved; the id of a data set on the Hub; or rows.
+            folder that `datasets` saved; the id of a data set on the Hub; a published data set with its folder, such as
+            `koniq:path/to/koniq`; or rows.
         image_folder: Where relative paths of images start; the folder of the file if not given.
         split: Only rows of this part.
         allow_outside: As in `owl2_hf.training.data.load_rows`.
@@ -117,6 +118,11 @@ def load_opinions(
     Raises:
         ValueError: The source, or a row of it, cannot be read; the message names both.
     """
+    from .benchmarks import BENCHMARKS, read_benchmark
+
+    benchmark, colon, root = str(source).partition(":") if isinstance(source, str) else ("", "", "")
+    if colon and benchmark in BENCHMARKS:
+        return read_benchmark(benchmark, root, split)
     place, name = _place(source, image_folder, allow_outside), _name(source)
     rows = []
     for number, row in _rows(source):
