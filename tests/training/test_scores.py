@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import owl2_hf
 from owl2_hf.cli import app
 from owl2_hf.scoring import Scorer, load_opinions
+from owl2_hf.scoring.frames import read_frames
 from owl2_hf.scoring.labels import hard_level, soft_label
 from owl2_hf.scoring.losses import level_kl, level_logits, level_scores, pair_loss, rest_loss
 from owl2_hf.scoring.presets import load_preset
@@ -30,6 +31,8 @@ from owl2_hf.training.recipe import QUESTIONS, Recipe, ScoreRecipe, load_recipe
 from owl2_hf.training.run import load_for_training, train
 from owl2_hf.training.score_trainer import KeepBest, ScoreTrainer
 from owl2_hf.training.scores import ScoreCollator, ScoreRows, answer_ids, load_score_rows, preset_of, question_parts
+
+from ..test_videos import make_video
 
 LEVELS = ["high", "soft", "bad"]
 BASE = {
@@ -442,6 +445,19 @@ def test_a_broken_image_is_named_before_the_model_is_loaded(recipe, folder, tmp_
     (tmp_path / "rows.csv").write_text("image,mos,dataset\na.png,1,x\na.png,2,x\na.png,2,y\n")
     with pytest.raises(ValueError, match=r"every MOS of 'y' is 2: nothing to learn"):
         train(made)
+
+
+def test_videos_are_scored_and_learned_from(recipe, tmp_path):
+    for index, frames in enumerate((10, 20, 30)):
+        make_video(tmp_path / f"{index}.mp4", frames, 10)
+    (tmp_path / "rows.csv").write_text("video,mos\n0.mp4,1\n1.mp4,2\n2.mp4,3\n")
+    data = {"train": str(tmp_path / "rows.csv"), "eval": str(tmp_path / "rows.csv"), "max_length": 512}
+    scores = {"labels": "soft", "train_split": None, "eval_split": None}
+    report = train(recipe(data=data, scores=scores, trainer={"max_steps": 2}))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run").eval()
+    scorer = Scorer(model, AutoProcessor.from_pretrained(tmp_path / "run"), load_preset(str(tmp_path / "run")))
+    found = [score.score for score in scorer([[*read_frames(tmp_path / f"{index}.mp4")] for index in range(3)])]
+    assert report.eval_srcc == pytest.approx(srcc(found, [1, 2, 3]))
 
 
 def test_a_damaged_preset_is_refused(tmp_path):

@@ -132,7 +132,7 @@ class ScoreRows(Dataset):
 
 
 class SingleRows(Dataset):
-    """Every opinion of one data set once, to be looked over as rows of conversations are.
+    """Every image of one data set once, to be looked over as rows of conversations are; videos take too long.
 
     Args:
         rows: What the opinions are part of.
@@ -141,16 +141,19 @@ class SingleRows(Dataset):
 
     def __init__(self, rows: ScoreRows, group: int):
         self.rows, self.group = rows, group
+        self._places = [
+            place for place, opinion in enumerate(rows.groups[group].rows) if not is_video_path(opinion.image)
+        ]
 
     def __len__(self) -> int:
-        return len(self.rows.groups[self.group].rows)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Row:
-        return self.rows.row(self.group, index)
+        return self.rows.row(self.group, self._places[index])
 
     def number_of(self, index: int) -> int:
         """Number of the row in its source."""
-        return self.rows.groups[self.group].rows[index].row
+        return self.rows.groups[self.group].rows[self._places[index]].row
 
 
 def load_score_rows(recipe: Recipe, seed: int) -> tuple[ScoreRows, ScoreRows | None]:
