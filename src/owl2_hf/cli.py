@@ -284,7 +284,7 @@ def score(
     if as_json and as_csv:
         _say("owl2-hf: give one of --json and --csv, not both", err=True)
         raise typer.Exit(2)
-    with _naming(model):
+    with naming_model(model):
         own = preset_for(_place(model), preset)
     chosen = custom_preset(own, task, prompt, levels.split(",") if levels else None)
     bounds = None if scale is None else tuple(float(bound) for bound in scale.value.split("-"))
@@ -380,7 +380,7 @@ def evaluate_scores(
         opinions = read_benchmark(benchmark, root, split)
     else:
         opinions = load_opinions(data, image_folder, split, allow_outside)
-    with _naming(model):
+    with naming_model(model):
         own = preset_for(_place(model), preset)
     chosen = custom_preset(own, task, prompt, levels.split(",") if levels else None)
     loaded, processor = _load(model)
