@@ -95,6 +95,7 @@ RUN_ELSEWHERE = {
     "export.md": "test_export.py",
     "performance.md": "test_docs.py",
     "scale-out.md": "test_scale_out.py",
+    "scoring.md": "test_docs.py",
     "serving.md": "test_serving.py",
     "training.md": "training/test_run.py",
 }
@@ -156,6 +157,48 @@ def test_the_analysis_runs_as_shown(place, monkeypatch, capsys):
     assert result.exit_code == 0, result.output
     written = {path.name for path in (place / "analysis").iterdir()}
     assert set(re.findall(r"`([\w]+\.(?:png|json))`", page)) <= written
+
+
+def test_the_page_on_scoring_runs_from_an_image_to_a_model_card(place, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    import shlex
+
+    from huggingface_hub import ModelCard
+    from typer.testing import CliRunner
+
+    from owl2_hf.cli import app
+
+    for path in place.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "FOLDER_OF_PICTURES").mkdir()
+    Image.new("RGB", (8, 6)).save(tmp_path / "FOLDER_OF_PICTURES" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    page = (DOCS / "scoring.md").read_text(encoding="utf-8")
+    ran = []
+    for kind, block in re.findall(r"```(python|yaml|console)\n(.*?)```", page, re.DOTALL):
+        if kind == "python":
+            exec(compile(block, "scoring.md", "exec"), names)
+        elif kind == "yaml":
+            Path("mine.yaml").write_text(block, encoding="utf-8")
+        else:
+            (command,) = re.findall(r"\$ owl2-hf (.*)", block)
+            result = CliRunner().invoke(app, shlex.split(command))
+            assert result.exit_code == 0, result.output
+            ran.append(command.split()[0])
+    assert [name for name in ran if name != "score"] == ["data", "train", "evaluate-scores"]
+    assert names["report"][""].statistics["srcc"].value > 0.8
+    card = ModelCard.load("runs/scorer/README.md")
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found["srcc"] == pytest.approx(names["report"][""].statistics["srcc"].value, abs=1e-6)
+    assert "| SRCC | " in card.text and "ASSISTANT: The quality of the image is" in card.text
+    assert Path("agreement.png").is_file() and Path("again.png").is_file()
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    monkeypatch.chdir("runs")
+    Image.new("RGB", (8, 6)).save("photo.jpg")
+    capsys.readouterr()
+    exec(compile(code, "README.md", "exec"), {})
+    assert 1 <= float(capsys.readouterr().out) <= 3
 
 
 def test_the_presets_run_through_the_command(place, monkeypatch):

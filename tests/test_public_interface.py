@@ -16,7 +16,7 @@ from owl2_hf.modeling.compatibility_mplug_owl2 import CACHE
 from owl2_hf.scoring import PRESETS
 from owl2_hf.training.adapters import LORA_PRESETS
 from owl2_hf.training.components import TRAINABLE
-from owl2_hf.training.recipe import AdapterRecipe, DataRecipe, Recipe
+from owl2_hf.training.recipe import AdapterRecipe, DataRecipe, Recipe, ScoreRecipe
 
 FILE = Path(__file__).with_name("public_interface.json")
 NAMES = {CACHE: "cache"}  # which older releases of transformers call past_key_values
@@ -49,7 +49,7 @@ def interface() -> dict:
         "calls": {name: [NAMES.get(p, p) for p in inspect.signature(call).parameters] for name, call in calls.items()},
         "recipes": {
             kind.__name__: [field.name for field in dataclasses.fields(kind)]
-            for kind in (Recipe, DataRecipe, AdapterRecipe)
+            for kind in (Recipe, DataRecipe, AdapterRecipe, ScoreRecipe)
         },
         "presets": {"scores": sorted(PRESETS), "lora": sorted(LORA_PRESETS), "trains": sorted(TRAINABLE)},
     }

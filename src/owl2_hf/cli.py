@@ -41,6 +41,13 @@ JSON = Annotated[bool, typer.Option("--json", help="Print JSON for a program to 
 AllowOutside = Annotated[
     bool, typer.Option("--allow-outside", help="Rows may name pictures outside the folder and http(s) URLs.")
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="one-align, deqa, q-instruct or q-instruct-boost: prompt, levels, preprocessing; if not given that of a "
+        "model's own training, else one-align."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 
@@ -237,9 +244,7 @@ def score(
         ),
     ],
     model: Annotated[str, typer.Option(help="Folder or Hub id of a model that scores.")],
-    preset: Annotated[
-        str, typer.Option(help="one-align, deqa, q-instruct or q-instruct-boost: prompt, levels, preprocessing.")
-    ] = "one-align",
+    preset: Preset = None,
     task: Annotated[
         str, typer.Option(help="quality, for a video of each frame; with one-align also aesthetics or video.")
     ] = "quality",
@@ -274,11 +279,14 @@ def score(
     code is 1.
     """
     from .scoring import Scorer, custom_preset, score_paths
+    from .scoring.presets import preset_for
 
     if as_json and as_csv:
         _say("owl2-hf: give one of --json and --csv, not both", err=True)
         raise typer.Exit(2)
-    chosen = custom_preset(preset, task, prompt, levels.split(",") if levels else None)
+    with naming_model(model):
+        own = preset_for(_place(model), preset)
+    chosen = custom_preset(own, task, prompt, levels.split(",") if levels else None)
     bounds = None if scale is None else tuple(float(bound) for bound in scale.value.split("-"))
     loaded, processor = _load(model)
     loaded = loaded.to(device) if device else loaded
@@ -302,6 +310,103 @@ def score(
             low, high = found.scale
             _say(f"{found.score:.4f} of {low:g} to {high:g}, std {found.std:.4f}  {name}")
     if failed:
+        raise typer.Exit(1)
+
+
+@app.command(name="evaluate-scores")
+@_report_mistakes
+def evaluate_scores(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model that scores.")],
+    data: Annotated[
+        str | None, typer.Argument(help="Opinions: CSV, JSON, JSON lines, Parquet, or a data set, with image and mos.")
+    ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="In place of DATA koniq, spaq, kadid, livec, agiqa, csiq, ava or lsvq, with --root."),
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the benchmark, as it was unpacked.")] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="What paths of images start from; the file's own folder if not given.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Judge by this part of the rows alone.")] = None,
+    preset: Preset = None,
+    task: Annotated[str, typer.Option(help="quality; with one-align also aesthetics or video.")] = "quality",
+    levels: Annotated[
+        str | None, typer.Option(help="Level words of your own, best first and separated by commas; evenly spaced.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt of your own, with <|image|> at the place of the picture.")
+    ] = None,
+    splits: Annotated[int, typer.Option(min=0, help="Also the median over this many random fifths of the images.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Draws for the intervals.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of splits and draws.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 8,
+    original_reading: Annotated[
+        bool,
+        typer.Option(
+            "--original-reading", help="Read files as the originals do: EXIF turns nothing, 16-bit grey is clipped."
+        ),
+    ] = False,
+    allow_outside: AllowOutside = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw opinions over scores, with the fit, to this file.")] = None,
+    card: Annotated[Path | None, typer.Option(help="Write a model card with the results, a README.md.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
+    as_json: JSON = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, the names first.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Judge a scorer by people's opinions: SRCC, KRCC, PLCC before and after the logistic fit, RMSE, with intervals.
+
+    With standard deviations of the opinions also KL, JS and Wasserstein distances. What cannot be scored is named on
+    stderr, the others count, and the exit code is 1.
+    """
+    from .scoring import Scorer, custom_preset, evaluate, load_opinions
+    from .scoring.benchmarks import read_benchmark
+    from .scoring.card import check_new, write_score_card
+    from .scoring.judging import check_plot
+    from .scoring.presets import preset_for
+
+    if as_json and as_csv:
+        _say("owl2-hf: give one of --json and --csv, not both", err=True)
+        raise typer.Exit(2)
+    if (data is None) == (benchmark is None) or (benchmark is None) != (root is None):
+        _say("owl2-hf: give opinions, or --benchmark with --root", err=True)
+        raise typer.Exit(2)
+    if plot is not None:
+        check_plot(plot)
+    if card is not None:
+        check_new(card)
+    if benchmark is not None and root is not None:
+        opinions = read_benchmark(benchmark, root, split)
+    else:
+        opinions = load_opinions(data, image_folder, split, allow_outside)
+    with naming_model(model):
+        own = preset_for(_place(model), preset)
+    chosen = custom_preset(own, task, prompt, levels.split(",") if levels else None)
+    loaded, processor = _load(model)
+    loaded = loaded.to(device) if device else loaded
+    scorer = Scorer(loaded, processor, chosen, batch_size=batch_size, original_reading=original_reading)
+
+    def show_progress(images: int) -> None:
+        if images % 1000 == 0:
+            _say(f"{images:,} of {len(opinions):,} images", err=True)
+
+    report = evaluate(scorer, opinions, task, splits, samples, seed, show_progress)
+    for opinion, error in report.failed:
+        _say(f"owl2-hf: {opinions.name}: row {opinion.row}: {' '.join(str(error).split())}", err=True)
+    if as_json:
+        _say_json(report.to_dict())
+    elif as_csv:
+        csv.writer(sys.stdout, lineterminator="\n").writerows(report.table())
+    else:
+        for line in report.lines():
+            _say(line)
+    if plot is not None:
+        report.plot(plot)
+    if card is not None:
+        name = benchmark or (Path(str(data)).name if Path(str(data)).exists() else str(data))
+        write_score_card(card, report, chosen, name if split is None else f"{name}, part {split}", task)
+    if report.failed:
         raise typer.Exit(1)
 
 
@@ -496,12 +601,17 @@ def export(
 def train(
     recipe: Annotated[
         str,
-        typer.Argument(help="YAML file, or one of pretrain, instruct, lora, qlora, visual-branch."),
+        typer.Argument(
+            help="YAML file, or one of pretrain, instruct, lora, qlora, visual-branch, score, score-lora, score-soft, "
+            "score-soft-lora."
+        ),
     ],
     model: Annotated[str | None, typer.Option(help="Folder or Hub id to train; default for the bundled one.")] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Rows to train on: .json, .jsonl, a saved data set or Hub id; repeatable."),
+        typer.Option(
+            help="Rows to train on: .json, .jsonl, a saved data set or Hub id; opinions for a scorer; repeatable."
+        ),
     ] = None,
     image_folder: Annotated[
         Path | None, typer.Option(help="Where relative paths of pictures start; the folder of the file if not given.")
@@ -656,7 +766,8 @@ def check_data(
     file: Annotated[
         str,
         typer.Argument(
-            help="LLaVA's JSON, JSON lines, a folder saved by datasets, or the id of a data set on the Hub."
+            help="LLaVA's JSON, JSON lines, a folder saved by datasets, or the id of a data set on the Hub; opinions "
+            "also as CSV or Parquet."
         ),
     ],
     image_folder: Annotated[
@@ -674,34 +785,50 @@ def check_data(
     skip_pictures: Annotated[
         bool, typer.Option("--skip-pictures", help="Do not open pictures, only see whether the files are there.")
     ] = False,
+    opinions: Annotated[
+        bool, typer.Option("--opinions", help="Rows are opinions of images (image, mos); files are recognised.")
+    ] = False,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
     """Name every row that cannot be learned from, and why, and count the others.
 
-    Rows are numbered from 1, rows of JSON lines by their line. The exit code is 1 where rows are bad.
+    Rows are numbered from 1, rows of JSON lines and CSV by their line. The exit code is 1 where rows are bad. An
+    opinion is bad, too, where its image is in another part of the data set; duplicates are named.
     """
-    from .training.data import check_rows
+    from .scoring.opinions import OpinionReport, check_opinions, is_opinions
+    from .training.data import DataReport, check_rows
 
     if model is None and max_length is not None:
         raise ValueError("--max-length counts tokens, which needs --model.")
     if model is not None and skip_pictures:
         raise ValueError("--model looks into pictures: leave out --skip-pictures, or --model.")
-    report = check_rows(
-        file,
-        image_folder,
-        None if model is None else _load_processor(model),
-        max_length,
-        split,
-        streaming,
-        open_images=not skip_pictures,
-        allow_outside=allow_outside,
-        on_row=lambda rows: None if rows % 10_000 else _say(f"{rows:,} rows", err=True),
-    )
+    if model is not None and opinions:
+        raise ValueError("--model counts tokens of conversations: leave out --opinions, or --model.")
+
+    def show_progress(rows: int) -> None:
+        if rows % 10_000 == 0:
+            _say(f"{rows:,} rows", err=True)
+
+    report: OpinionReport | DataReport
+    if opinions or (model is None and is_opinions(file)):
+        report = check_opinions(file, image_folder, not skip_pictures, allow_outside, show_progress)
+    else:
+        report = check_rows(
+            file,
+            image_folder,
+            None if model is None else _load_processor(model),
+            max_length,
+            split,
+            streaming,
+            open_images=not skip_pictures,
+            allow_outside=allow_outside,
+            on_row=show_progress,
+        )
     if as_json:
         _say_json(asdict(report))
     else:
-        for bad in report.bad:
+        for bad in [*report.bad, *(report.duplicates if isinstance(report, OpinionReport) else ())]:
             identity = "" if bad.id is None else f" (id {bad.id!r})"
             _say(f"row {bad.row}{identity}: {' '.join(bad.reason.split())}")
         for line in report.summary().split("\n"):

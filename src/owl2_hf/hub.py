@@ -23,7 +23,7 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _PICTURE = re.compile(r"(pictures/)?\w[\w.+-]*\.(png|jpe?g)", re.IGNORECASE)
 _ALLOWED = re.compile(
     r"((generation_|processor_|preprocessor_|tokenizer_|adapter_)?config|tokenizer|special_tokens_map|added_tokens"
-    r"|conversion_report|model\.safetensors\.index)\.json|tokenizer\.model|qwen\.tiktoken|chat_template\.jinja|README\.md"
+    r"|conversion_report|scorer|model\.safetensors\.index)\.json|tokenizer\.model|qwen\.tiktoken|chat_template\.jinja|README\.md"
     r"|(LICENSE|NOTICE)[\w-]*(\.txt|\.md)?|\.gitattributes|\w+_mplug_owl2\w*\.py"
     rf"|(adapter_model|non_lora_trainables)\.safetensors|{_WEIGHTS.pattern}"
 )

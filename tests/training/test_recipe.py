@@ -9,13 +9,26 @@ from owl2_hf.training.adapters import LORA_PRESETS
 from owl2_hf.training.components import TRAINABLE
 from owl2_hf.training.recipe import Recipe, load_recipe, shipped_recipes
 
+NAMES = [
+    "pretrain",
+    "instruct",
+    "lora",
+    "qlora",
+    "visual-branch",
+    "score",
+    "score-lora",
+    "score-soft",
+    "score-soft-lora",
+]
 
-@pytest.mark.parametrize("name", ["pretrain", "instruct", "lora", "qlora", "visual-branch"])
+
+@pytest.mark.parametrize("name", NAMES)
 def test_shipped_recipes_load_by_name(name):
     recipe = load_recipe(name)
     assert recipe.trains in TRAINABLE
     assert recipe.adapter is None or recipe.adapter.preset in LORA_PRESETS
     assert recipe.trainer["learning_rate"] > 0
+    assert sorted(shipped_recipes()) == sorted(NAMES)
 
 
 def test_shipped_recipes_say_where_their_numbers_come_from():

@@ -165,7 +165,7 @@ def load_rows(
     if isinstance(source, (str, Path)):
         path = Path(source)
         if path.is_file():
-            rows = _read_file(path)
+            rows = read_rows(path)
             image_folder = path.parent if image_folder is None else image_folder
         else:
             rows = _load_datasets(source, split, streaming)
@@ -186,7 +186,7 @@ def load_rows(
     return Rows(rows, place, name, skip_bad)
 
 
-def _read_file(path: Path) -> Sequence[Row]:
+def read_rows(path: Path) -> Sequence[Row]:
     """One JSON list, or one object a line; the first character tells which."""
     with path.open("rb") as file:
         first = next((line for line in file if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
@@ -314,10 +314,11 @@ def check_rows(
     return report
 
 
-def look_over(rows: Rows, num_workers: int = 0, first: int = 0, step: int = 1) -> list[BadRow]:
+def look_over(rows: Any, num_workers: int = 0, first: int = 0, step: int = 1) -> list[BadRow]:
     """Rows that cannot be learned from, as far as that is seen without decoding an image: its header is read.
 
     Args:
+        rows: `Rows`, or others by index that tell the `number_of` each.
         num_workers: Processes that look; none for a few rows.
         first, step: Look at every `step`-th row from index `first` on.
     """
@@ -330,7 +331,7 @@ def look_over(rows: Rows, num_workers: int = 0, first: int = 0, step: int = 1) -
 class _Verdicts(Dataset):
     """What is wrong with each row, `None` where nothing is."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: Any):
         self.rows = rows
 
     def __getitem__(self, index: int) -> BadRow | None:

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..scoring import expand_paths
-from ..videos import read_frames
+from ..scoring.frames import read_frames
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MARKERS = re.compile(r"<\|image\|>|<image>|<video>")
@@ -26,7 +26,7 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where pictures of a row come from.
 
     Args:
@@ -73,8 +73,8 @@ def to_messages(
         raise ValueError(row[UNREADABLE])
     folder = row.get("image_folder") if image_folder is None else image_folder
     is_open = row.get("allow_outside", folder is None) if allow_outside is None else allow_outside
-    place = _Place(folder, is_open)
-    images = [_picture(image, place) for image in _listed(row, "images", "image")]
+    place = Place(folder, is_open)
+    images = [locate_picture(image, place) for image in _listed(row, "images", "image")]
     videos = [_frames(video, place) for video in _videos(row)]
     if row.get("conversations") is not None:
         messages = _from_llava(row["conversations"], bool(images), bool(videos), len(images) + len(videos) == 1)
@@ -118,7 +118,7 @@ def _from_llava(turns: Any, has_images: bool, has_videos: bool, is_single: bool)
     return messages
 
 
-def _from_messages(turns: Any, has_images: bool, has_videos: bool, place: _Place) -> list[Message]:
+def _from_messages(turns: Any, has_images: bool, has_videos: bool, place: Place) -> list[Message]:
     messages = []
     for number, turn in enumerate(_turns(turns, "messages"), 1):
         role, content = turn.get("role"), turn.get("content")
@@ -175,7 +175,7 @@ def _split(text: str, has_images: bool, has_videos: bool) -> Iterator[dict[str, 
     yield from _text_parts(text[last:])
 
 
-def _part(part: Any, place: _Place, where: str) -> dict[str, Any]:
+def _part(part: Any, place: Place, where: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     if kind == "text":
         return {"type": "text", "text": _text(part.get("text"), f"{where}: expected a string as 'text'")}
@@ -186,7 +186,7 @@ def _part(part: Any, place: _Place, where: str) -> dict[str, Any]:
         return {"type": "video"} if given is None else {"type": "video", "video": _frames(given, place)}
     if isinstance(given, Mapping) and "url" in given:
         given = given["url"]
-    return {"type": "image"} if given is None else {"type": "image", "image": _picture(given, place)}
+    return {"type": "image"} if given is None else {"type": "image", "image": locate_picture(given, place)}
 
 
 def _parts(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
@@ -243,7 +243,7 @@ def _videos(row: Mapping[str, Any]) -> list[Any]:
     return [row["video"]] if row.get("video") is not None else []
 
 
-def _frames(video: Any, place: _Place) -> list[Any]:
+def _frames(video: Any, place: Place) -> list[Any]:
     if isinstance(video, (str, Path)):
         path = place.path(video)
         if path.is_file():
@@ -254,10 +254,10 @@ def _frames(video: Any, place: _Place) -> list[Any]:
     if not isinstance(video, (list, tuple)) or not video:
         got = "an empty list" if isinstance(video, (list, tuple)) else type(video).__name__
         raise ValueError(f"expected a folder of frames or a list of at least one as a video, got {got}.")
-    return [_picture(frame, place) for frame in video]
+    return [locate_picture(frame, place) for frame in video]
 
 
-def _picture(image: Any, place: _Place) -> Any:
+def locate_picture(image: Any, place: Place) -> Any:
     """A picture that the processor opens: a path that exists, a URL, bytes or a PIL image."""
     if isinstance(image, Mapping):  # an undecoded `Image` of the package datasets
         image = image.get("path") if image.get("bytes") is None else image["bytes"]

@@ -13,7 +13,25 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import TrainingArguments
 
+from ..processing.image_processing_mplug_owl2 import ASPECT_RATIOS
+from ..scoring import IMAGE_TOKEN
+from ..scoring.labels import DENSITIES
+from ..scoring.losses import PAIR_LOSSES
+
 _FOLDER = Path(__file__).parent
+# Of Q-Align's training rows, in even shares; the first is the one that the released model is asked.
+QUESTIONS = (
+    "How would you rate the quality of this image?",
+    "What do you think about the quality of this image?",
+    "Can you rate the quality of this picture?",
+    "Can you judge the quality of this image?",
+    "How would you judge the quality of this image?",
+    "What is your quality rating for this image?",
+    "What's your opinion on the quality of this picture?",
+    "Rate the quality of this image.",
+    "Could you evaluate the quality of this image?",
+    "How do you assess the quality of this image?",
+)
 
 
 @strict
@@ -64,6 +82,66 @@ class AdapterRecipe:
 
 @strict
 @dataclass
+class ScoreRecipe:
+    """A scorer that learns from opinions of images; `data` names files of opinions then.
+
+    Args:
+        labels: `hard`, one level word and the next-token loss (Q-Align); or `soft`, a probability of each level, KL at
+            the level, and pairs of images (DeQA-Score).
+        levels: Level words, best first; each one token of the vocabulary.
+        questions: Asked in even shares; the first one alone in evaluation. The image stands behind the question and a
+            line break, or where the question says `<|image|>`.
+        answer: With `{level}` at the place of the level.
+        image_aspect_ratio: How an image becomes square, see `MplugOwl2ImageProcessor`.
+        train_split, eval_split: Only rows of this part.
+        weights: How many times each of `data.train` counts; each once if not given.
+        density: Of soft labels, `pdf` or `cdf` as in `soft_label`; or a list, one of each of `data.train`.
+        pair_weight, image_weight, level_weight, in_level_weight: Of the parts of the loss, see `LossWeights`.
+        pair_loss: `fidelity`, or `bce` where no opinion has a standard deviation.
+        score_stds: `fixed` takes 1 as the standard deviation of both scores of a pair, `predicted` the model's.
+        keep_best: Checkpoints to keep, those with the highest SRCC; the newest stays, too. All if not given.
+    """
+
+    labels: str = "hard"
+    levels: list[str] = field(default_factory=lambda: ["excellent", "good", "fair", "poor", "bad"])
+    questions: list[str] = field(default_factory=lambda: list(QUESTIONS))
+    answer: str = "The quality of the image is {level}."
+    image_aspect_ratio: str = "pad"
+    train_split: str | None = None
+    eval_split: str | None = None
+    weights: list[int | float] | None = None
+    density: str | list[str] = "pdf"
+    pair_weight: int | float = 1.0
+    image_weight: int | float = 0.05
+    level_weight: int | float = 1.0
+    in_level_weight: int | float = 0.0
+    pair_loss: str = "fidelity"
+    score_stds: str = "fixed"
+    keep_best: int | None = None
+
+    def __post_init__(self):
+        _check_choice("labels", self.labels, ("hard", "soft"))
+        _check_choice("image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
+        _check_choice("pair_loss", self.pair_loss, PAIR_LOSSES)
+        _check_choice("score_stds", self.score_stds, ("fixed", "predicted"))
+        for one in [self.density] if isinstance(self.density, str) else self.density:
+            _check_choice("density", one, DENSITIES)
+        if len(set(self.levels)) != len(self.levels) or len(self.levels) < 2:
+            raise ValueError(f"levels: expected two or more different words, got {self.levels}.")
+        if not self.questions or any(question.count(IMAGE_TOKEN) > 1 for question in self.questions):
+            raise ValueError(
+                f"questions: expected at least one, with {IMAGE_TOKEN} once at most, got {self.questions}."
+            )
+        if self.answer.count("{level}") != 1:
+            raise ValueError(f"answer: expected {{level}} once, got {self.answer!r}.")
+        if self.weights is not None and not all(weight > 0 for weight in self.weights):
+            raise ValueError(f"weights: expected numbers above 0, got {self.weights}.")
+        if self.keep_best is not None and self.keep_best < 1:
+            raise ValueError(f"keep_best: expected at least 1, got {self.keep_best}.")
+
+
+@strict
+@dataclass
 class Recipe:
     """A training run.
 
@@ -76,6 +154,7 @@ class Recipe:
         attn_implementation: As `from_pretrained` takes it.
         data: What is trained on.
         adapter: A LoRA adapter to train.
+        scores: How a scorer learns from opinions; rows are conversations if not given.
         quantization: `4bit` or `8bit`: weights of the frozen language model, by bitsandbytes.
         learning_rates: Component -> its own learning rate, where not `trainer.learning_rate`.
         vision_layer_decay: Factor of the learning rate from each layer of the vision encoder to the one below.
@@ -90,6 +169,7 @@ class Recipe:
     attn_implementation: str = "sdpa"
     data: DataRecipe = field(default_factory=DataRecipe)
     adapter: AdapterRecipe | None = None
+    scores: ScoreRecipe | None = None
     quantization: str | None = None
     learning_rates: dict[str, int | float] = field(default_factory=dict)
     vision_layer_decay: int | float | None = None
@@ -106,6 +186,28 @@ class Recipe:
             raise ValueError("quantization needs an adapter: quantised weights themselves cannot train.")
         if self.adapter is not None and self.image_size is not None:
             raise ValueError("image_size changes the model, which an adapter cannot carry: leave one of them out.")
+        if self.scores is not None:
+            self._check_scores(self.scores)
+
+    def _check_scores(self, scores: ScoreRecipe) -> None:
+        """Whether the other settings leave a scorer what it needs."""
+        sources = 1 if isinstance(self.data.train, str) else len(self.data.train)
+        for name in ("weights", "density"):
+            given = getattr(scores, name)
+            if isinstance(given, list) and len(given) != sources:
+                raise ValueError(f"scores.{name}: expected one of each of data.train, {sources}, got {len(given)}.")
+        if self.data.streaming:
+            raise ValueError("data.streaming: a scorer needs all its rows for their range: leave it out.")
+        if self.data.bad_rows == "skip":
+            raise ValueError("data.bad_rows: a scorer takes no bad rows: `owl2-hf data check` names all of them.")
+        if self.trainer.get("label_smoothing_factor"):
+            raise ValueError("trainer.label_smoothing_factor: a scorer has labels of its own: leave it out.")
+        if scores.keep_best is not None and self.trainer.get("save_total_limit") is not None:
+            raise ValueError("scores.keep_best and trainer.save_total_limit both remove checkpoints: give one of them.")
+        if scores.keep_best is not None and self.data.eval is None:
+            raise ValueError("scores.keep_best compares SRCC: name the opinions to evaluate on in data.eval.")
+        if scores.keep_best is not None and self.trainer.get("eval_strategy") not in ("steps", "epoch"):
+            raise ValueError("scores.keep_best compares SRCC on the way: set trainer.eval_strategy to steps or epoch.")
 
     def to_yaml(self) -> str:
         """The recipe as a file of its own."""
@@ -167,11 +269,11 @@ def _build(kind: type, values: Any, where: str) -> Any:
         raise ValueError(f"{where}: expected keys with values, got {values!r}.")
     fields = {one.name: one for one in dataclasses.fields(kind)}
     _check_known(where, values, fields)
-    tables = {"data": DataRecipe, "adapter": AdapterRecipe}
+    tables = {"data": DataRecipe, "adapter": AdapterRecipe, "scores": ScoreRecipe}
     built = {}
     for name, value in values.items():
         if name in tables and kind is Recipe:
-            built[name] = None if value is None and name == "adapter" else _build(tables[name], value or {}, name)
+            built[name] = None if value is None and name != "data" else _build(tables[name], value or {}, name)
         else:
             built[name] = _plain_numbers(value)
     try:

@@ -23,13 +23,16 @@ from transformers.utils import logging
 
 from ..default import default_dir
 from ..naming import naming_model
+from ..scoring.presets import PRESET_FILE
 from .adapters import lora_config
 from .checkpoints import STATE, VERSIONS, is_finished, last_checkpoint, num_processes, steps_of
 from .collator import Collator
 from .components import Parameters, count_parameters, freeze_all_but
 from .data import load_rows, look_over
-from .recipe import DataRecipe, Recipe
+from .recipe import DataRecipe, Recipe, ScoreRecipe
 from .resolution import set_image_size
+from .score_trainer import ScoreTrainer
+from .scores import ScoreCollator, SingleRows, answer_ids, load_score_rows, preset_of
 from .trainer import Owl2Trainer, RunRecord
 
 # What this package needs of the Trainer; a recipe may not say otherwise.
@@ -58,6 +61,7 @@ class TrainReport:
         parameters: Components, what trained of them, and how fast.
         counts: Rows in all, rows that were cut at `max_length`, that had no label left, and bad ones that were skipped.
         eval_loss: Loss on the rows to evaluate on, after the last step.
+        eval_srcc: Of a scorer, SRCC on these rows; the mean over data sets.
         was_finished: The run that should go on had all its steps and its model, so nothing was done.
     """
 
@@ -68,6 +72,7 @@ class TrainReport:
     parameters: list[Parameters] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     eval_loss: float | None = None
+    eval_srcc: float | None = None
     was_finished: bool = False
 
     def summary(self) -> str:
@@ -77,6 +82,7 @@ class TrainReport:
         parts = [f"{self.steps} steps"]
         parts += [] if self.loss is None else [f"training loss {self.loss:.4f}"]
         parts += [] if self.eval_loss is None else [f"evaluation loss {self.eval_loss:.4f}"]
+        parts += [] if self.eval_srcc is None else [f"evaluation SRCC {self.eval_srcc:.4f}"]
         names = {"truncated": "cut at max_length", "without_labels": "without a label left", "skipped": "skipped"}
         parts += [f"{self.counts[key]} rows {name}" for key, name in names.items() if self.counts.get(key)]
         return ", ".join(parts)
@@ -123,12 +129,15 @@ def train(
             "numbers and the order of rows are not those that an uninterrupted run would have."
         )
     versions = _versions(trainer.args.world_size)
-    record = RunRecord({"recipe.yaml": recipe.to_yaml(), VERSIONS: versions}, keep)
+    files = {"recipe.yaml": recipe.to_yaml(), VERSIONS: versions}
+    if recipe.scores is not None:
+        files[PRESET_FILE] = preset_of(recipe.scores, trainer.processing_class).to_json()
+    record = RunRecord(files, keep)
     trainer.add_callback(record)
     first = 0 if checkpoint is None else steps_of(checkpoint)
     with _naming_rows():
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    eval_loss = trainer.evaluate()["eval_loss"] if recipe.data.eval is not None else None
+    evaluated = trainer.evaluate() if recipe.data.eval is not None else {}
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -141,7 +150,8 @@ def train(
         None if checkpoint is None else str(checkpoint),
         shown,
         trainer.data_collator.counts,
-        eval_loss,
+        evaluated.get("eval_loss"),
+        evaluated.get("eval_srcc"),
     )
 
 
@@ -159,6 +169,8 @@ def _naming_rows() -> Iterator[None]:
 
 def _trainer(recipe: Recipe) -> Owl2Trainer:
     arguments = _arguments(recipe)
+    if recipe.scores is not None:
+        return _score_trainer(recipe, recipe.scores, arguments)
     if recipe.data.bad_rows == "stop":
         _check_files(recipe.data, arguments)
     # The Trainer seeds everything, but a fresh adapter is drawn before there is one.
@@ -182,6 +194,38 @@ def _trainer(recipe: Recipe) -> Owl2Trainer:
             processing_class=processor,
             learning_rates=recipe.learning_rates,
             vision_layer_decay=recipe.vision_layer_decay,
+        )
+    except (RuntimeError, ImportError) as error:  # what a setting needs is not installed
+        raise ValueError(f"trainer: {error}") from error
+
+
+def _score_trainer(recipe: Recipe, scores: ScoreRecipe, arguments: TrainingArguments) -> Owl2Trainer:
+    """The Trainer of a scorer, whose rows are opinions."""
+    rows, eval_rows = load_score_rows(recipe, arguments.seed if arguments.data_seed is None else arguments.data_seed)
+    for own in [rows] if eval_rows is None else [rows, eval_rows]:
+        for number, group in enumerate(own.groups):
+            for bad in look_over(SingleRows(own, number), *_looking(arguments)):
+                reason = bad.reason.removeprefix(f"{group.source}: row {bad.row}: ")
+                raise ValueError(f"{group.source}: row {bad.row}: {reason} `owl2-hf data check` names all bad rows.")
+    set_seed(arguments.seed)
+    model, processor = load_for_training(recipe)
+    processor.image_processor.image_aspect_ratio = scores.image_aspect_ratio
+    collator = ScoreCollator(processor, recipe.data.max_length, name_rows=True)
+    prefix, level_ids = answer_ids(collator, scores)
+    try:
+        return ScoreTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            data_collator=collator,
+            processing_class=processor,
+            learning_rates=recipe.learning_rates,
+            vision_layer_decay=recipe.vision_layer_decay,
+            scores=scores,
+            prefix=prefix,
+            level_ids=level_ids,
+            dataset_names=[] if eval_rows is None else [group.name for group in eval_rows.groups],
         )
     except (RuntimeError, ImportError) as error:  # what a setting needs is not installed
         raise ValueError(f"trainer: {error}") from error
@@ -270,14 +314,15 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
     given = {
         key: "no" if key.endswith("_strategy") and value is False else value for key, value in recipe.trainer.items()
     }
-    for name, value in _FIXED.items():
+    fixed = {**_FIXED, "prediction_loss_only": recipe.scores is None}
+    for name, value in fixed.items():
         if given.get(name, value) != value:
             raise ValueError(f"trainer.{name} has to be {value} here, got {given[name]}.")
     if given.get("deepspeed") in ("zero2", "zero3"):
         given["deepspeed"] = str(Path(__file__).parent / "deepspeed" / f"{given['deepspeed']}.json")
     defaults = {"report_to": "none", "logging_first_step": True, "use_cpu": not torch.accelerator.is_available()}
     try:
-        arguments = TrainingArguments(output_dir=recipe.output_dir, **{**defaults, **given, **_FIXED})
+        arguments = TrainingArguments(output_dir=recipe.output_dir, **{**defaults, **given, **fixed})
         if recipe.data.streaming and arguments.max_steps <= 0:
             raise ValueError("data.streaming has no length, so the recipe has to name max_steps.")
     except (TypeError, ValueError, ImportError) as error:
@@ -287,13 +332,17 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
 
 def _check_files(data: DataRecipe, arguments: TrainingArguments) -> None:
     """Refuse files with bad rows before the model is loaded; of images the header is read. Ranks share the rows."""
-    share = (arguments.process_index, arguments.world_size)
     for name in filter(os.path.isfile, [*_names(data.train), *_names(data.eval or [])]):
         rows = load_rows(name, data.image_folder, allow_outside=data.allow_outside)
-        if bad := look_over(rows, min(os.cpu_count() or 1, MAX_LOOKING), *share):
+        if bad := look_over(rows, *_looking(arguments)):
             first = f"row {bad[0].row}{f' (id {bad[0].id!r})' if bad[0].id else ''}: {bad[0].reason}"
             others = f" {len(bad) - 1:,} more rows are bad:" if len(bad) > 1 else ""
             raise ValueError(f"{name}: {first}{others} `owl2-hf data check` names all of them.")
+
+
+def _looking(arguments: TrainingArguments) -> tuple[int, int, int]:
+    """How many processes look over rows, and which share of the rows is this rank's."""
+    return min(os.cpu_count() or 1, MAX_LOOKING), arguments.process_index, arguments.world_size
 
 
 def _names(sources: str | list[str]) -> list[str]:

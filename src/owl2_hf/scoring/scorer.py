@@ -8,9 +8,8 @@ code.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .processing.image_processing_mplug_owl2 import FORMATS, is_many
-from .videos import is_video_path, read_frames
+from ..processing.image_processing_mplug_owl2 import is_many
+from .frames import is_video_path, read_frames
+from .presets import IMAGE_TOKEN, PRESETS, Preset
 
-IMAGE_TOKEN = "<|image|>"
-_ALIGN_PROMPT = (
-    "USER: How would you rate the {aspect} of this {medium}?\n{image}\nASSISTANT: The {aspect} of the {medium} is"
-)
-_ALIGN_LEVELS = ("excellent", "good", "fair", "poor", "bad")
-_ALIGN_VALUES = (1.0, 0.75, 0.5, 0.25, 0.0)
 # Ids of the level words in LLaMA-2's vocabulary, which is told by its size.
 _LLAMA2_SIZE = 32000
 _LLAMA2_IDS = {
@@ -41,65 +35,6 @@ _LLAMA2_IDS = {
     "similar": 2788,
     "better": 2253,
     "superior": 11558,
-}
-
-
-@dataclass(frozen=True)
-class Preset:
-    """How one model of the family scores.
-
-    Args:
-        prompts: Task -> prompt, with `<|image|>` at the place of the picture, or of a video's frames.
-        levels: Words, best first; or groups of words that mean the same, whose logits are averaged.
-        values: What each level is worth, from 0 to 1.
-        image_aspect_ratio: How a picture becomes square, see `MplugOwl2ImageProcessor`.
-        scale: Lowest and highest score.
-        temperature: The logits are divided by it.
-        images_per_prompt: Pictures that the prompt names; a video's frames stand in the place of one.
-    """
-
-    prompts: dict[str, str]
-    levels: tuple[str | tuple[str, ...], ...] = _ALIGN_LEVELS
-    values: tuple[float, ...] = _ALIGN_VALUES
-    image_aspect_ratio: str = "pad"
-    scale: tuple[float, float] = (1.0, 5.0)
-    temperature: float = 1.0
-    images_per_prompt: int = 1
-
-    def __post_init__(self):
-        if len(self.levels) != len(self.values) or len(self.levels) < 2:
-            raise ValueError(f"expected a value for each of two or more levels, got {self.levels} and {self.values}.")
-        for task, prompt in self.prompts.items():
-            if prompt.count(IMAGE_TOKEN) != self.images_per_prompt:
-                times = "once" if self.images_per_prompt == 1 else f"{self.images_per_prompt} times"
-                raise ValueError(f"the prompt of task {task!r} must hold {IMAGE_TOKEN} {times}, got {prompt!r}.")
-
-
-def _align(aspect: str, medium: str) -> str:
-    return _ALIGN_PROMPT.format(aspect=aspect, medium=medium, image=IMAGE_TOKEN)
-
-
-_Q_INSTRUCT_PROMPT = f"USER: {IMAGE_TOKEN}Rate the quality of the image.\nASSISTANT: "
-PRESETS: dict[str, Preset] = {
-    # Upstream: Q-Align's repository asks for "the image of the quality"; its model on the Hub, like this, does not.
-    "one-align": Preset(
-        {
-            "quality": _align("quality", "image"),
-            "aesthetics": _align("aesthetics", "image"),
-            "video": _align("quality", "video"),
-        }
-    ),
-    "deqa": Preset({"quality": _align("quality", "image")}),
-    "q-instruct": Preset(
-        {"quality": _Q_INSTRUCT_PROMPT}, ("good", "average", "poor"), (1.0, 0.5, 0.0), "crop", scale=(0.0, 1.0)
-    ),
-    "q-instruct-boost": Preset(
-        {"quality": _Q_INSTRUCT_PROMPT},
-        (("good", "high", "fine"), ("average", "medium", "acceptable"), ("poor", "low", "bad")),
-        (1.0, 0.5, 0.0),
-        "crop",
-        scale=(0.0, 1.0),
-    ),
 }
 
 
@@ -162,7 +97,7 @@ class Scorer:
         self.preset = preset if scale is None else replace(preset, scale=scale)
         groups = [(level,) if isinstance(level, str) else level for level in preset.levels]
         self._names = tuple(group[0] for group in groups)
-        self._ids = [[_token_id(processor.tokenizer, word) for word in group] for group in groups]
+        self._ids = [[level_id(processor.tokenizer, word) for word in group] for group in groups]
 
     @property
     def levels(self) -> tuple[str, ...]:
@@ -277,7 +212,7 @@ def crop_boxes(width: int, height: int, side: int) -> list[tuple[int, int, int, 
     ]
 
 
-def _token_id(tokenizer: Any, word: str) -> int:
+def level_id(tokenizer: Any, word: str) -> int:
     """The token that a word is behind other words, with its space."""
     before = tokenizer("a", add_special_tokens=False).input_ids
     ids = tokenizer(f"a {word}", add_special_tokens=False).input_ids[len(before) :]
@@ -288,112 +223,3 @@ def _token_id(tokenizer: Any, word: str) -> int:
     if expected is not None and len(tokenizer) == _LLAMA2_SIZE + 1 and ids[0] != expected:
         raise ValueError(f"the level {word!r} has id {ids[0]}, LLaMA-2's vocabulary has {expected}: it is damaged.")
     return ids[0]
-
-
-def score_each(scorer: Scorer, images: Sequence[Any], task: str = "quality") -> Iterator[Score | ValueError]:
-    """Scores in order, with the error of a picture that cannot be read in its place.
-
-    Args:
-        images: A list as for `Scorer`, for task "video" of videos; opened one by one, so that a broken one costs
-            nothing else its score. An error in the list comes back in its place.
-    """
-    for start in range(0, len(images), scorer.batch_size):
-        batch = images[start : start + scorer.batch_size]
-        opened = [_try_open(scorer, image, is_video=task == "video") for image in batch]
-        good = [image for image in opened if not isinstance(image, ValueError)]
-        scores = iter(scorer(good, task) if good else [])
-        for image in opened:
-            yield image if isinstance(image, ValueError) else next(scores)
-
-
-def score_paths(
-    scorer: Scorer, paths: Iterable[str], task: str = "quality"
-) -> Iterator[tuple[str, Score | ValueError]]:
-    """Names and scores of files and folders, with the error of what cannot be read in its place.
-
-    Args:
-        paths: As for `expand_paths`. For a task other than "video", a video is its frames, one a second, each with a
-            score of its own and named by its second: `clip.mp4#t=3`.
-    """
-    pending = _named_images(paths, is_video=task == "video")
-    while batch := list(islice(pending, scorer.batch_size)):
-        names, images = zip(*batch, strict=True)
-        yield from zip(names, score_each(scorer, images, task), strict=True)
-
-
-def _named_images(paths: Iterable[str], is_video: bool) -> Iterator[tuple[str, Any]]:
-    """What is to be scored with its name, opened no sooner than it is needed."""
-    for path in paths:
-        try:
-            for name, source in zip(*expand_paths([path], is_video), strict=True):
-                if is_video or not is_video_path(source):
-                    yield name, source
-                    continue
-                try:
-                    for second, frame in enumerate(read_frames(source)):
-                        yield f"{name}#t={second}", frame
-                except ValueError as error:
-                    yield name, error
-        except (ValueError, OSError) as error:
-            yield path, ValueError(str(error))
-
-
-def _try_open(scorer: Scorer, image: Any, is_video: bool) -> Any:
-    """A decoded picture, the list of a video's frames, or what is wrong with it."""
-    if isinstance(image, ValueError):
-        return image
-    try:
-        if not is_video:
-            return scorer.open_image(image)
-        frames = read_frames(image) if isinstance(image, (str, Path)) else image
-        if is_many(frames) and len(frames) == 0:
-            raise ValueError("expected at least one frame, got a list without any.")
-        return [scorer.open_image(frame) for frame in (frames if is_many(frames) else [frames])]
-    except (ValueError, OSError) as error:
-        return ValueError(str(error))
-
-
-def custom_preset(name: str, task: str, prompt: str | None = None, levels: Sequence[str] | None = None) -> Preset:
-    """A preset with another prompt or other levels, which are worth evenly spaced values.
-
-    Raises:
-        ValueError: There is no preset of that name.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"expected a preset of {', '.join(PRESETS)}, got {name!r}.")
-    preset = PRESETS[name]
-    if levels is not None:
-        words = tuple(word.strip() for word in levels)
-        steps = max(len(words) - 1, 1)
-        preset = replace(preset, levels=words, values=tuple(1 - index / steps for index in range(len(words))))
-    return preset if prompt is None else replace(preset, prompts={task: prompt.replace("\\n", "\n")})
-
-
-def expand_paths(paths: Sequence[str], is_video: bool = False) -> tuple[list[str], list[Any]]:
-    """Files and folders as names and what to score.
-
-    Args:
-        is_video: A folder that holds videos stands for each of them; else its pictures are the frames of one video, in
-            the order of their names.
-
-    Raises:
-        ValueError: A folder holds nothing to score.
-    """
-    names: list[str] = []
-    sources: list[Any] = []
-    for path in paths:
-        files: list[Any] = [path]
-        if Path(path).is_dir():
-            videos = sorted(file for file in Path(path).iterdir() if is_video_path(file)) if is_video else []
-            files = videos or ([_pictures(Path(path))] if is_video else _pictures(Path(path)))
-        names += [path if isinstance(file, list) else str(file) for file in files]
-        sources += files
-    return names, sources
-
-
-def _pictures(folder: Path) -> list[Path]:
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
-    if not files:
-        raise ValueError(f"{folder} holds no images: expected files named {', '.join(sorted(suffixes)[:6])}, ...")
-    return files

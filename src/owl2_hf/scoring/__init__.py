@@ -1,0 +1,38 @@
+"""Scores of images and videos: by level words, by comparison, and how people's opinions of them are learned and met."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .paths import expand_paths, score_each, score_paths
+from .presets import IMAGE_TOKEN, PRESETS, Preset, custom_preset
+from .scorer import Score, Scorer, crop_boxes, level_id
+
+if TYPE_CHECKING:
+    from .judging import evaluate
+    from .opinions import load_opinions
+
+_token_id = level_id  # its first name
+# They read files as training does, which itself needs the names above.
+_LATER = {"evaluate": "judging", "load_opinions": "opinions"}
+
+__all__ = [
+    "IMAGE_TOKEN",
+    "PRESETS",
+    "Preset",
+    "Score",
+    "Scorer",
+    "crop_boxes",
+    "custom_preset",
+    "evaluate",
+    "expand_paths",
+    "level_id",
+    "load_opinions",
+    "score_each",
+    "score_paths",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LATER[name]}", __name__), name)

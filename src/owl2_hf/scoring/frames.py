@@ -1,0 +1,71 @@
+"""Videos and animated pictures as lists of frames."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageSequence
+
+from ..processing.image_processing_mplug_owl2 import FORMATS, open_image
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
+
+
+def is_video_path(source: Any) -> bool:
+    """Whether this names a video, by its suffix."""
+    return isinstance(source, (str, Path)) and Path(source).suffix.lower() in VIDEO_SUFFIXES
+
+
+def read_frames(source: str | Path) -> list[Image.Image]:
+    """One frame a second of a video, every frame of an animated picture, or a picture as the only frame.
+
+    Args:
+        source: A file of any suffix; a picture also in the other forms that the image processor takes.
+
+    Raises:
+        ValueError: It is none of these or damaged, or PyAV, which reads videos, is not installed.
+    """
+    try:
+        with Image.open(source, formats=FORMATS) as picture:
+            if getattr(picture, "n_frames", 1) > 1:
+                return [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
+    except Image.UnidentifiedImageError:
+        return _decode(Path(source))
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes decoders raise almost anything
+        if Path(source).is_file():
+            raise ValueError(f"{str(source)!r} is damaged ({type(error).__name__}).") from None
+    return [open_image(source)]
+
+
+def _decode(path: Path) -> list[Image.Image]:
+    from transformers.utils import is_av_available
+    from transformers.video_utils import load_video
+
+    if not is_av_available():
+        raise ValueError(f"{str(path)!r} is no picture; to read videos, install PyAV: pip install 'owl2_hf[video]'.")
+    path = path.resolve()  # whatever its name, no protocol of FFmpeg's
+    try:
+        frames, _ = load_video(str(path), sample_indices_fn=partial(_every_second, path=path))
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        kind = type(error).__name__
+        raise ValueError(f"{str(path)!r} is neither a picture nor a video that can be read ({kind}).") from None
+    return [Image.fromarray(frame) for frame in frames]
+
+
+def _every_second(metadata: Any, path: Path, **kwargs) -> list[int]:
+    """Places of the first frame of each whole second, as Q-Align takes them; of a shorter video the first frame."""
+    num_frames = metadata.total_num_frames or _count_frames(path)
+    return [math.floor(metadata.fps * second) for second in range(max(1, int(num_frames / metadata.fps)))]
+
+
+def _count_frames(path: Path) -> int:
+    """Frames of a video whose container does not tell, as WebM's and Matroska's don't; nothing is decoded."""
+    import av
+
+    with av.open(str(path)) as container:
+        return sum(packet.size > 0 for packet in container.demux(video=0))

@@ -1,0 +1,105 @@
+"""Scores of what paths name: files, folders, and frames of videos, with the errors of what cannot be read."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..processing.image_processing_mplug_owl2 import FORMATS, is_many
+from .frames import is_video_path, read_frames
+from .scorer import Score, Scorer
+
+
+def score_each(scorer: Scorer, images: Sequence[Any], task: str = "quality") -> Iterator[Score | ValueError]:
+    """Scores in order, with the error of a picture that cannot be read in its place.
+
+    Args:
+        images: A list as for `Scorer`, for task "video" of videos; opened one by one, so that a broken one costs
+            nothing else its score. An error in the list comes back in its place.
+    """
+    for start in range(0, len(images), scorer.batch_size):
+        batch = images[start : start + scorer.batch_size]
+        opened = [_try_open(scorer, image, is_video=task == "video") for image in batch]
+        good = [image for image in opened if not isinstance(image, ValueError)]
+        scores = iter(scorer(good, task) if good else [])
+        for image in opened:
+            yield image if isinstance(image, ValueError) else next(scores)
+
+
+def score_paths(
+    scorer: Scorer, paths: Iterable[str], task: str = "quality"
+) -> Iterator[tuple[str, Score | ValueError]]:
+    """Names and scores of files and folders, with the error of what cannot be read in its place.
+
+    Args:
+        paths: As for `expand_paths`. For a task other than "video", a video is its frames, one a second, each with a
+            score of its own and named by its second: `clip.mp4#t=3`.
+    """
+    pending = _named_images(paths, is_video=task == "video")
+    while batch := list(islice(pending, scorer.batch_size)):
+        names, images = zip(*batch, strict=True)
+        yield from zip(names, score_each(scorer, images, task), strict=True)
+
+
+def _named_images(paths: Iterable[str], is_video: bool) -> Iterator[tuple[str, Any]]:
+    """What is to be scored with its name, opened no sooner than it is needed."""
+    for path in paths:
+        try:
+            for name, source in zip(*expand_paths([path], is_video), strict=True):
+                if is_video or not is_video_path(source):
+                    yield name, source
+                    continue
+                try:
+                    for second, frame in enumerate(read_frames(source)):
+                        yield f"{name}#t={second}", frame
+                except ValueError as error:
+                    yield name, error
+        except (ValueError, OSError) as error:
+            yield path, ValueError(str(error))
+
+
+def _try_open(scorer: Scorer, image: Any, is_video: bool) -> Any:
+    """A decoded picture, the list of a video's frames, or what is wrong with it."""
+    if isinstance(image, ValueError):
+        return image
+    try:
+        if not is_video:
+            return scorer.open_image(image)
+        frames = read_frames(image) if isinstance(image, (str, Path)) else image
+        if is_many(frames) and len(frames) == 0:
+            raise ValueError("expected at least one frame, got a list without any.")
+        return [scorer.open_image(frame) for frame in (frames if is_many(frames) else [frames])]
+    except (ValueError, OSError) as error:
+        return ValueError(str(error))
+
+
+def expand_paths(paths: Sequence[str], is_video: bool = False) -> tuple[list[str], list[Any]]:
+    """Files and folders as names and what to score.
+
+    Args:
+        is_video: A folder that holds videos stands for each of them; else its pictures are the frames of one video, in
+            the order of their names.
+
+    Raises:
+        ValueError: A folder holds nothing to score.
+    """
+    names: list[str] = []
+    sources: list[Any] = []
+    for path in paths:
+        files: list[Any] = [path]
+        if Path(path).is_dir():
+            videos = sorted(file for file in Path(path).iterdir() if is_video_path(file)) if is_video else []
+            files = videos or ([_pictures(Path(path))] if is_video else _pictures(Path(path)))
+        names += [path if isinstance(file, list) else str(file) for file in files]
+        sources += files
+    return names, sources
+
+
+def _pictures(folder: Path) -> list[Path]:
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    if not files:
+        raise ValueError(f"{folder} holds no images: expected files named {', '.join(sorted(suffixes)[:6])}, ...")
+    return files
