@@ -170,7 +170,7 @@ def test_the_losses_train_in_a_loop_of_ones_own(golden):
             [rest_loss(logits + head, labels, positions)],
             [level_kl(found, case["level_ids"], tensors["level_probs"])],
         )
-        before = float(loss) if before is None else before
+        before = loss.item() if before is None else before
         (slope,) = torch.autograd.grad(loss, head)
         head.data -= 10 * slope
-    assert float(loss) < 0.9 * before
+    assert loss.item() < 0.9 * before

@@ -324,6 +324,17 @@ def test_two_ranks_compute_what_one_does(recipe, tmp_path):
         torch.testing.assert_close(value, weights(tmp_path / "one")[name], rtol=1e-4, atol=1e-5)
 
 
+def test_accumulated_batches_compute_what_one_does(recipe, tmp_path):
+    settings = {"max_steps": 2, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.1}
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    for name, more in (("whole", {"per_device_train_batch_size": 4}), ("halves", halves)):
+        trainer = {**settings, **more, "save_strategy": "no"}
+        train(recipe(output_dir=str(tmp_path / name), trainer=trainer, scores={"labels": "soft"}))
+    assert history(tmp_path / "halves", "loss") == pytest.approx(history(tmp_path / "whole", "loss"), rel=1e-5)
+    for name, value in weights(tmp_path / "halves").items():
+        torch.testing.assert_close(value, weights(tmp_path / "whole")[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("labels", ["hard", "soft"])
 def test_evaluation_gives_the_srcc_of_the_scores(recipe, folder, tmp_path, labels):
     settings = {
