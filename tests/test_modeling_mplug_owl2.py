@@ -349,8 +349,9 @@ def test_assisted_decoding_agrees_with_greedy_search(model):
 def test_a_conversation_continues_from_its_cache_with_another_picture(model):
     first = {**pad([[1, 5, *RUN, 7]]), "pixel_values": pictures(2)[:1]}
     start = model.generate(**first, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    ids = torch.cat([start.sequences, torch.tensor([[9, *RUN, 10]])], dim=1)
-    whole = model.generate(input_ids=ids, pixel_values=pictures(2), max_new_tokens=4, do_sample=False)
+    ids = torch.cat([start.sequences, torch.tensor([[9, 11, *RUN, 10]])], dim=1)
+    settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    whole = model.generate(input_ids=ids, pixel_values=pictures(2), **settings)
     indicators = (ids == IMAGE).long()
     continued = model.generate(
         input_ids=ids,
@@ -358,10 +359,17 @@ def test_a_conversation_continues_from_its_cache_with_another_picture(model):
         past_key_values=start[CACHE],
         pixel_values=pictures(2)[1:],
         mm_token_type_ids=indicators,
-        max_new_tokens=4,
-        do_sample=False,
+        **settings,
     )
-    assert continued.tolist() == whole.tolist()
+    torch.testing.assert_close(torch.stack(continued.logits), torch.stack(whole.logits), rtol=1e-4, atol=1e-4)
+
+
+def test_every_beam_reads_all_images_of_its_prompt(model):
+    inputs = {**pad([[1, 5, *RUN, 6, *RUN, 7], [1, *RUN, 7]]), "pixel_values": pictures(3)}
+    settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    alone = model.generate(**inputs, **settings).logits[0]
+    beams = model.generate(**inputs, **settings, num_beams=3).logits[0]
+    torch.testing.assert_close(beams, alone.repeat_interleave(3, dim=0), rtol=1e-4, atol=1e-4)
 
 
 # Cost
