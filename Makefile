@@ -16,7 +16,7 @@ FAST_HALF = tests/test_compatibility.py tests/test_golden.py tests/test_configur
 .PHONY: demo test test-oldest test-newest constraints lint format site wheel clean
 
 demo: $(VENV)/installed
-	$(BIN)/owl2-hf describe
+	@$(BIN)/owl2-hf describe
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q
@@ -65,9 +65,9 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable .
-	touch $@
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/$(PIP_INSTALL) --quiet --constraint $(CONSTRAINTS) --editable .
+	@touch $@
 
 $(VENV)/ready: $(VENV)/installed
 	$(BIN)/$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable '.[dev]'
