@@ -1,7 +1,8 @@
-"""Every difference between the releases of transformers that this package runs on, 5.17 to 5.24 and later.
+"""The differences between the releases of transformers that the model runs on, 5.17 to 5.24 and later.
 
 The other files are written for the newest release. Where an older one differs, they take the name from here. Each
 difference names the release that made it, and is found by looking for the feature, never by comparing version numbers.
+The processor, whose files import nothing of the model's, has one of its own: `MASKS_FOLLOW_IMAGES`.
 
 The second half guards against the next release: what a model is called with and does not know is never swallowed.
 
