@@ -21,7 +21,9 @@ from .timing import DTYPES, compare, parser, row, write
 def prompt(shape: str, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """LlamaModel compiled, ours compiled, and ours as it is."""
     models = {name: build(name, shape, dtype).eval() for name in ("llama", "ours")}
-    compiled = {name: torch.compile(model, fullgraph=True, dynamic=False) for name, model in models.items()}
+    compiled = {
+        name: torch.compile(model, fullgraph=True, dynamic=False) for name, model in models.items()
+    }
     embeds = torch.randn(1, POSITIONS, models["llama"].config.hidden_size, dtype=dtype)
     visual = {"mm_token_type_ids": indicators()}
     runs = {
@@ -54,7 +56,10 @@ def projection(shape: str, rounds: int) -> dict[str, Any]:
     weights = (torch.randn(2, width, width) / width**0.5).bfloat16()
     mask = indicators()[0].bool()
     torch.testing.assert_close(grouped(x, weights, mask), dense(x, weights, mask))
-    ways = {"dense": torch.compile(dense, fullgraph=True), "grouped": torch.compile(grouped, fullgraph=True)}
+    ways = {
+        "dense": torch.compile(dense, fullgraph=True),
+        "grouped": torch.compile(grouped, fullgraph=True),
+    }
     runs = {name: lambda way=way: way(x, weights, mask) for name, way in ways.items()}
     # The weights are parameters of two modules: a group needs them side by side, which is a copy of both.
     parts = weights.unbind()

@@ -41,11 +41,15 @@ def original_shapes(config: MplugOwl2Config) -> dict[str, torch.Size]:
             shapes[key] = to_original(key, {part: expected[part] for part in parts}, config).shape
     text = config.text_config
     for layer in range(text.num_hidden_layers):
-        shapes[INV_FREQ.format(layer)] = torch.Size([text.hidden_size // text.num_attention_heads // 2])
+        shapes[INV_FREQ.format(layer)] = torch.Size(
+            [text.hidden_size // text.num_attention_heads // 2]
+        )
     return shapes
 
 
-def make(folder: Path, config: MplugOwl2Config, tokenizer: Path | None = None, dtype=torch.bfloat16) -> None:
+def make(
+    folder: Path, config: MplugOwl2Config, tokenizer: Path | None = None, dtype=torch.bfloat16
+) -> None:
     """Random weights in the original's layout: one shard for each decoder layer, one for the rest."""
     folder.mkdir(parents=True)
     num_shards = config.text_config.num_hidden_layers + 1
@@ -61,18 +65,26 @@ def make(folder: Path, config: MplugOwl2Config, tokenizer: Path | None = None, d
         torch.save(tensors, folder / name)
         weight_map.update(dict.fromkeys(keys, name))
         print(f"made {name}", flush=True)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     config.dtype = dtype
     (folder / "config.json").write_text(json.dumps(original_config(config), indent=2))
     if tokenizer is not None:
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
 
 
-def _random(key: str, shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+def _random(
+    key: str, shape: torch.Size, dtype: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
     if key.endswith("inv_freq"):
         return 10000.0 ** -(torch.arange(len(torch.empty(shape))) / shape[0])
     if "norm" in key or "ffn_ln" in key:
-        return torch.ones(shape, dtype=dtype) if key.endswith("weight") else torch.zeros(shape, dtype=dtype)
+        return (
+            torch.ones(shape, dtype=dtype)
+            if key.endswith("weight")
+            else torch.zeros(shape, dtype=dtype)
+        )
     return torch.empty(shape, dtype=dtype).normal_(0.0, 0.02, generator=generator)
 
 
@@ -84,7 +96,9 @@ def timed(command: list[str], log: Path | None = None) -> dict[str, float]:
     drop_caches()
     start = time.perf_counter()
     with (log or Path(os.devnull)).open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT if log else None)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT if log else None
+        )
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{command} failed: {log.read_text()[-2000:] if log else status}")
@@ -106,7 +120,9 @@ def run(source: Path, work: Path, repeats: int = 3) -> dict:
     for turn in range(repeats):
         copies.append(timed(["cp", "-r", str(source), str(work / "copy")]))
         shutil.rmtree(work / "copy")
-        conversions.append(timed([*cli, "convert", str(source), str(work / "converted")], work / "convert.log"))
+        conversions.append(
+            timed([*cli, "convert", str(source), str(work / "converted")], work / "convert.log")
+        )
         if turn < repeats - 1:
             shutil.rmtree(work / "converted")
         print(f"cp {copies[-1]}, convert {conversions[-1]}", flush=True)
@@ -124,7 +140,8 @@ def run(source: Path, work: Path, repeats: int = 3) -> dict:
         "peak_above_largest_shard_mb": max(run["peak_mb"] for run in conversions) - largest / 2**20,
         "describe": dict(zip(TOKENS, answers, strict=True)),
         "load_and_prefill_seconds": answers[0]["seconds"],
-        "tokens_per_second": (TOKENS[1] - TOKENS[0]) / (answers[1]["seconds"] - answers[0]["seconds"]),
+        "tokens_per_second": (TOKENS[1] - TOKENS[0])
+        / (answers[1]["seconds"] - answers[0]["seconds"]),
         "answer": (work / "describe.log").read_text().splitlines()[-1],
         "threads": os.cpu_count(),
         "memory_mb": os.sysconf("SC_PHYS_PAGES") * resource.getpagesize() / 2**20,
@@ -138,14 +155,18 @@ def _answer(cli: list[str], work: Path, num_tokens: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     maker = commands.add_parser("make", help="write the checkpoint")
     maker.add_argument("folder", type=Path)
     maker.add_argument("--tokenizer", type=Path, help="a tokenizer.model to put beside the weights")
     runner = commands.add_parser("run", help="measure")
     runner.add_argument("folder", type=Path)
-    runner.add_argument("work", type=Path, help="a folder to make, for what is copied and converted")
+    runner.add_argument(
+        "work", type=Path, help="a folder to make, for what is copied and converted"
+    )
     runner.add_argument("--repeats", type=int, default=3)
     runner.add_argument("--json", type=Path)
     arguments = parser.parse_args()

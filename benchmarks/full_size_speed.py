@@ -84,7 +84,10 @@ def speed(folder: Path, rounds: int) -> dict[str, Any]:
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
     processor = AutoProcessor.from_pretrained(folder)
     picture = Image.radial_gradient("L").convert("RGB").resize((640, 480))
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": "Describe this picture in detail."}]
+    content = [
+        {"type": "image", "image": picture},
+        {"type": "text", "text": "Describe this picture in detail."},
+    ]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -107,7 +110,11 @@ def speed(folder: Path, rounds: int) -> dict[str, Any]:
     def decode() -> None:
         model(token, **{CACHE: cache}, use_cache=True)
 
-    runs = {"decode": decode, "decode without oneDNN": without_onednn(decode), "read": lambda: read_all(weights)}
+    runs = {
+        "decode": decode,
+        "decode without oneDNN": without_onednn(decode),
+        "read": lambda: read_all(weights),
+    }
     times = in_turns(runs, rounds=NUM_DECODED, warmup=2)
     num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
     read = statistics.median(times["read"])
@@ -119,7 +126,9 @@ def speed(folder: Path, rounds: int) -> dict[str, Any]:
         "bytes_of_a_token": num_bytes,
         "read_seconds": read,
         "bandwidth_gb_per_second": num_bytes / read / 1e9,
-        "decode": {name: summarize(taken, times["read"]) for name, taken in times.items() if name != "read"},
+        "decode": {
+            name: summarize(taken, times["read"]) for name, taken in times.items() if name != "read"
+        },
     }
 
 

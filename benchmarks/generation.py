@@ -25,7 +25,12 @@ BATCH, NUM_TEXT = 8, 64
 
 def build(dtype: torch.dtype, layers: int = LAYERS) -> MplugOwl2ForConditionalGeneration:
     """A model with random weights, whose vision side is small: it runs once an answer."""
-    vision = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = MplugOwl2Config(
         vision_config={**vision, "image_size": 112, "patch_size": 14},
         abstractor_config={"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},
@@ -48,16 +53,22 @@ def build(dtype: torch.dtype, layers: int = LAYERS) -> MplugOwl2ForConditionalGe
 def prompt(model: MplugOwl2ForConditionalGeneration, batch: int = 1) -> dict[str, Any]:
     """Ids, mask and pixels of `batch` prompts with one picture each."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, VOCABULARY, (batch, NUM_TEXT + model.config.num_image_tokens), generator=generator)
+    ids = torch.randint(
+        3, VOCABULARY, (batch, NUM_TEXT + model.config.num_image_tokens), generator=generator
+    )
     ids[:, 8 : 8 + model.config.num_image_tokens] = model.config.image_token_id
     size = model.config.vision_config.image_size
     pixels = torch.randn(batch, 3, size, size, generator=generator).to(model.dtype)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
-def answer(model: MplugOwl2ForConditionalGeneration, inputs: dict[str, Any], num_tokens: int, **kwargs) -> torch.Tensor:
+def answer(
+    model: MplugOwl2ForConditionalGeneration, inputs: dict[str, Any], num_tokens: int, **kwargs
+) -> torch.Tensor:
     """Ids of the greedy answer, of `num_tokens` in any case."""
-    config = GenerationConfig(do_sample=False, max_new_tokens=num_tokens, pad_token_id=0, eos_token_id=None, **kwargs)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=num_tokens, pad_token_id=0, eos_token_id=None, **kwargs
+    )
     return model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
 
 
@@ -68,14 +79,23 @@ def compiled_config() -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": compile_config}
 
 
-def compiled(model: MplugOwl2ForConditionalGeneration, rounds: int, num_tokens: int = 48) -> dict[str, Any]:
+def compiled(
+    model: MplugOwl2ForConditionalGeneration, rounds: int, num_tokens: int = 48
+) -> dict[str, Any]:
     """Decoding of an answer with the dynamic cache, with the static one, and compiled."""
     inputs = prompt(model)
     torch._dynamo.reset()
     counters.clear()
     static = {"cache_implementation": "static"}
-    options: dict[str, dict] = {"dynamic cache": {}, "static cache": static, "compiled": compiled_config()}
-    runs = {name: partial(answer, model, inputs, num_tokens, **kwargs) for name, kwargs in options.items()}
+    options: dict[str, dict] = {
+        "dynamic cache": {},
+        "static cache": static,
+        "compiled": compiled_config(),
+    }
+    runs = {
+        name: partial(answer, model, inputs, num_tokens, **kwargs)
+        for name, kwargs in options.items()
+    }
     texts = {name: run() for name, run in runs.items()}
     before = counters["stats"]["unique_graphs"]
     found = compare(runs, "dynamic cache", rounds)
@@ -85,12 +105,15 @@ def compiled(model: MplugOwl2ForConditionalGeneration, rounds: int, num_tokens: 
         "recompiles after the first answer": counters["stats"]["unique_graphs"] - before,
         "graph breaks": sum(counters["graph_break"].values()),
         "tokens equal to eager": {
-            name: float(text.eq(texts["dynamic cache"]).float().mean()) for name, text in texts.items()
+            name: float(text.eq(texts["dynamic cache"]).float().mean())
+            for name, text in texts.items()
         },
     }
 
 
-def batched(model: MplugOwl2ForConditionalGeneration, rounds: int, num_tokens: int = 32) -> dict[str, Any]:
+def batched(
+    model: MplugOwl2ForConditionalGeneration, rounds: int, num_tokens: int = 32
+) -> dict[str, Any]:
     """Eight prompts in one batch against one after the other."""
     together = prompt(model, BATCH)
     alone = [{name: value[i : i + 1] for name, value in together.items()} for i in range(BATCH)]
@@ -102,7 +125,9 @@ def batched(model: MplugOwl2ForConditionalGeneration, rounds: int, num_tokens: i
     return {"times": found, "tokens per second, ratio": 1 / found["one batch"]["ratio"]}
 
 
-def speculative(model: MplugOwl2ForConditionalGeneration, rounds: int, num_tokens: int = 64) -> dict[str, Any]:
+def speculative(
+    model: MplugOwl2ForConditionalGeneration, rounds: int, num_tokens: int = 64
+) -> dict[str, Any]:
     """Prompt lookup and assisted decoding against plain greedy decoding."""
     inputs = prompt(model)
     runs = {
@@ -133,7 +158,12 @@ def prompt_logits(model: MplugOwl2ForConditionalGeneration, rounds: int) -> dict
     return {"times": compare(runs, "all positions", rounds)}
 
 
-PARTS = {"compiled": compiled, "batch": batched, "speculation": speculative, "logits": prompt_logits}
+PARTS = {
+    "compiled": compiled,
+    "batch": batched,
+    "speculation": speculative,
+    "logits": prompt_logits,
+}
 
 
 def main() -> None:

@@ -21,7 +21,9 @@ SHAPE = "1024 x 8"
 
 
 @torch.no_grad()
-def prefill(models: dict[str, torch.nn.Module], length: int, num_visual: int, rounds: int) -> dict[str, Any]:
+def prefill(
+    models: dict[str, torch.nn.Module], length: int, num_visual: int, rounds: int
+) -> dict[str, Any]:
     """Prompts of `length` positions, the `num_visual` after the first eight of them visual."""
     base = models["llama"]
     embeds = torch.randn(1, length, base.config.hidden_size, dtype=base.dtype)
@@ -29,7 +31,9 @@ def prefill(models: dict[str, torch.nn.Module], length: int, num_visual: int, ro
     indicators[:, 8 : 8 + num_visual] = 1
     runs = {
         "llama": lambda: base(inputs_embeds=embeds, use_cache=False),
-        "ours": lambda: models["ours"](inputs_embeds=embeds, mm_token_type_ids=indicators, use_cache=False),
+        "ours": lambda: models["ours"](
+            inputs_embeds=embeds, mm_token_type_ids=indicators, use_cache=False
+        ),
     }
     return compare(runs, "llama", rounds)
 
@@ -39,13 +43,19 @@ def fit(lengths: list[int], times: list[float]) -> list[float]:
     n = torch.tensor(lengths, dtype=torch.float64) / 1000
     milliseconds = 1000 * torch.tensor(times, dtype=torch.float64)
     powers = torch.stack([n**0, n, n**2], dim=1) / milliseconds[:, None]
-    return torch.linalg.lstsq(powers, torch.ones(len(n), 1, dtype=torch.float64)).solution[:, 0].tolist()
+    return (
+        torch.linalg.lstsq(powers, torch.ones(len(n), 1, dtype=torch.float64))
+        .solution[:, 0]
+        .tolist()
+    )
 
 
 def grow(models: dict[str, torch.nn.Module], rounds: int) -> dict[str, Any]:
     """Times by number of pictures and by length (a quarter of it visual), and the fits."""
     grids = {
-        "pictures": [(count, NUM_TEXT + count * PICTURE, count * PICTURE) for count in NUM_PICTURES],
+        "pictures": [
+            (count, NUM_TEXT + count * PICTURE, count * PICTURE) for count in NUM_PICTURES
+        ],
         "positions": [(length, length, length // 4) for length in LENGTHS],
     }
     found: dict[str, Any] = {}
@@ -55,7 +65,10 @@ def grow(models: dict[str, torch.nn.Module], rounds: int) -> dict[str, Any]:
             rows[count] = prefill(models, length, num_visual, rounds)
             print(row(f"{count} {what}", rows[count]["ours"]), flush=True)
         lengths = [length for _, length, _ in grid]
-        fits = {name: fit(lengths, [times[name]["seconds"] for times in rows.values()]) for name in models}
+        fits = {
+            name: fit(lengths, [times[name]["seconds"] for times in rows.values()])
+            for name in models
+        }
         found[what] = {"times": rows, "positions": lengths, "fits": fits}
     return found
 
@@ -70,7 +83,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
         for name, color in (("llama", "tab:gray"), ("ours", "tab:blue")):
             times = [one[name]["seconds"] * 1000 for one in part["times"].values()]
             a, b, c = part["fits"][name]
-            axis.plot(part["positions"], times, "o", color=color, label={"llama": "LlamaModel"}.get(name, name))
+            axis.plot(
+                part["positions"],
+                times,
+                "o",
+                color=color,
+                label={"llama": "LlamaModel"}.get(name, name),
+            )
             axis.plot(n, a + b * n / 1000 + c * (n / 1000) ** 2, "-", color=color, linewidth=1)
         axis.set(xlabel="positions", ylabel="prefill, ms", title=f"more {what}")
         axis.legend()

@@ -46,7 +46,9 @@ def original(processor: Any, image: Image.Image) -> torch.Tensor:
 
 
 def processors() -> tuple[Any, Any]:
-    clip = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    clip = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+    )
     return clip, MplugOwl2ImageProcessor(max_image_pixels=MAX_PIXELS)
 
 
@@ -98,7 +100,10 @@ def memory() -> dict[str, float]:
 def prompts(rounds: int) -> dict[str, Any]:
     """The same texts through the tokenizer alone, a processor of transformers' around it, and ours."""
     processor = MplugOwl2Processor.from_pretrained(default_dir())
-    texts = [f"USER: What is picture number {number} of this long series? ASSISTANT:" for number in range(NUM_PROMPTS)]
+    texts = [
+        f"USER: What is picture number {number} of this long series? ASSISTANT:"
+        for number in range(NUM_PROMPTS)
+    ]
     llava = LlavaProcessor(processors()[0], processor.tokenizer, patch_size=14)
     runs = {
         "tokenizer": lambda: processor.tokenizer(texts),
@@ -116,7 +121,11 @@ def main() -> None:
     if args.peak_of:
         print(peak(args.peak_of[0], (int(args.peak_of[1]), int(args.peak_of[2]))))
         return
-    results = {"pictures": pictures(args.rounds), "memory, MB": memory(), "prompts": prompts(args.rounds)}
+    results = {
+        "pictures": pictures(args.rounds),
+        "memory, MB": memory(),
+        "prompts": prompts(args.rounds),
+    }
     for size, found in results["pictures"].items():
         print(f"{row(size, found['ours'], 1.05)}, same pixels: {found['same pixels']}")
     print(f"  memory: {results['memory, MB']}")

@@ -17,7 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
 from transformers import BatchFeature
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -66,7 +70,10 @@ def speed(rounds: int, num_tokens: int = 24) -> dict[str, Any]:
     inputs = prompt(whole)
     found: dict[str, Any] = {"bytes": {name: linear_bytes(model) for name, model in models.items()}}
     for how, kwargs in {"eager": {}, "compiled": compiled_config()}.items():
-        runs = {name: partial(answer, model, inputs, num_tokens, **kwargs) for name, model in models.items()}
+        runs = {
+            name: partial(answer, model, inputs, num_tokens, **kwargs)
+            for name, model in models.items()
+        }
         found[how] = compare(runs, "bfloat16", rounds)
     return found
 
@@ -75,11 +82,24 @@ def default_model() -> tuple[nn.Module, list[Any]]:
     """The embedded model in float32, and questions about every picture that comes with it."""
     model, processor = owl2_hf.load_default(dtype=torch.float32)
     chats = [
-        [{"role": "user", "content": [{"type": "image", "image": str(path)}, {"type": "text", "text": question}]}]
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "image": str(path)},
+                    {"type": "text", "text": question},
+                ],
+            }
+        ]
         for path in owl2_hf.default_pictures().values()
         for question in QUESTIONS
     ]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    options = {
+        "add_generation_prompt": True,
+        "tokenize": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+    }
     return model, [processor.apply_chat_template(chat, **options) for chat in chats]
 
 
@@ -87,7 +107,9 @@ def random_decoder(num_prompts: int = 8) -> tuple[nn.Module, list[Any]]:
     """The decoder of width 1024 in float32, and prompts of random ids with a picture."""
     model = build(torch.float32)
     together = prompt(model, num_prompts)
-    rows = ({name: value[i : i + 1] for name, value in together.items()} for i in range(num_prompts))
+    rows = (
+        {name: value[i : i + 1] for name, value in together.items()} for i in range(num_prompts)
+    )
     return model, [BatchFeature(one) for one in rows]
 
 
@@ -105,7 +127,9 @@ def agreement(exact: Any, asked: list[Any], num_tokens: int = 24) -> dict[str, A
     num_ids = exact.config.image_token_id
 
     def write_answer(model: Any, inputs: Any) -> torch.Tensor:
-        return model.generate(**inputs.to(dtype=model.dtype), max_new_tokens=num_tokens, do_sample=False)
+        return model.generate(
+            **inputs.to(dtype=model.dtype), max_new_tokens=num_tokens, do_sample=False
+        )
 
     def logits(model: Any, inputs: Any, ids: torch.Tensor) -> torch.Tensor:
         """(tokens of the answer, ids), each where the answer so far is float32's."""
@@ -118,7 +142,10 @@ def agreement(exact: Any, asked: list[Any], num_tokens: int = 24) -> dict[str, A
     expected = torch.cat([logits(exact, *one) for one in zip(asked, answers, strict=True)])
     results: dict[str, Any] = {}
     for name, model in models.items():
-        same = [torch.equal(write_answer(model, *one[:1]), one[1]) for one in zip(asked, answers, strict=True)]
+        same = [
+            torch.equal(write_answer(model, *one[:1]), one[1])
+            for one in zip(asked, answers, strict=True)
+        ]
         got = torch.cat([logits(model, *one) for one in zip(asked, answers, strict=True)])
         error = (got - expected).abs() / expected.std()
         results[name] = {
@@ -143,7 +170,10 @@ def main() -> None:
         results["agreement"][what] = found = agreement(*make())
         print(f"{what}: {found['prompts']} prompts, {found['tokens']} tokens")
         for name, values in found["models"].items():
-            print(f"  {name:14} " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()), flush=True)
+            print(
+                f"  {name:14} " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()),
+                flush=True,
+            )
     results["speed"] = speed(args.rounds)
     for how in ("eager", "compiled"):
         for name, result in results["speed"][how].items():

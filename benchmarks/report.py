@@ -46,7 +46,11 @@ def decoder() -> str:
         rows.append([what, f"{limit}", *(ratio(one[what]["ours"]) for one in found.values())])
     memory = [one["training memory, MB"] for one in found.values()]
     rows.append(
-        ["memory of the training step", f"{MEMORY_LIMIT}", *(f"{one['ours'] / one['llama']:.3f}" for one in memory)]
+        [
+            "memory of the training step",
+            f"{MEMORY_LIMIT}",
+            *(f"{one['ours'] / one['llama']:.3f}" for one in memory),
+        ]
     )
     return table(["", "at most", *found], rows)
 
@@ -54,13 +58,19 @@ def decoder() -> str:
 def times_of(found: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
     """One row for each thing that was timed, with its dtypes side by side; `found` by dtype."""
     names = next(iter(found.values()))
-    return [[name, *(f"{milliseconds(one[name])}, {ratio(one[name])}" for one in found.values())] for name in names]
+    return [
+        [name, *(f"{milliseconds(one[name])}, {ratio(one[name])}" for one in found.values())]
+        for name in names
+    ]
 
 
 def compiled() -> str:
     rows = []
     for what, found in read("compiled").items():
-        rows += [[f"{what}: {name}", milliseconds(result), ratio(result)] for name, result in found.items()]
+        rows += [
+            [f"{what}: {name}", milliseconds(result), ratio(result)]
+            for name, result in found.items()
+        ]
     return table(["", "time", "ratio"], rows)
 
 
@@ -95,7 +105,12 @@ def fits() -> str:
     rows = []
     for what in ("pictures", "positions"):
         for name, (a, b, c) in found[what]["fits"].items():
-            rows.append([f"more {what}, {'LlamaModel' if name == 'llama' else name}", *(f"{x:.0f}" for x in (a, b, c))])
+            rows.append(
+                [
+                    f"more {what}, {'LlamaModel' if name == 'llama' else name}",
+                    *(f"{x:.0f}" for x in (a, b, c)),
+                ]
+            )
     return table(["ms, n in thousands of positions", "a", "b n", "c n²"], rows)
 
 
@@ -104,19 +119,29 @@ def processor() -> str:
     rows = [
         [
             size,
-            *(f"{times['pictures per second'][name]:.0f}" for name in ("CLIPImageProcessor", "ours")),
+            *(
+                f"{times['pictures per second'][name]:.0f}"
+                for name in ("CLIPImageProcessor", "ours")
+            ),
             ratio(times["ours"]),
         ]
         for size, times in found["pictures"].items()
     ]
     memory = found["memory, MB"]
     both = [f"{memory[name]:,.0f} MB" for name in ("CLIPImageProcessor", "ours")]
-    rows.append(["memory of 12000 x 9000", *both, f"{memory['ours'] / memory['CLIPImageProcessor']:.2f}"])
-    return table(["picture", "CLIPImageProcessor, a second", "ours, a second", "time or memory, ratio"], rows)
+    rows.append(
+        ["memory of 12000 x 9000", *both, f"{memory['ours'] / memory['CLIPImageProcessor']:.2f}"]
+    )
+    return table(
+        ["picture", "CLIPImageProcessor, a second", "ours, a second", "time or memory, ratio"], rows
+    )
 
 
 def prompts() -> str:
-    rows = [[name, f"{found['seconds']:.2f} s", ratio(found)] for name, found in read("processor")["prompts"].items()]
+    rows = [
+        [name, f"{found['seconds']:.2f} s", ratio(found)]
+        for name, found in read("processor")["prompts"].items()
+    ]
     return table(["10,000 prompts", "time", "ratio"], rows)
 
 
@@ -135,14 +160,20 @@ def agreement() -> str:
     for what, one in read("quantized")["agreement"].items():
         for name, values in one["models"].items():
             shares = [f"{values[key]:.3f}" for key in ("same answer", "same token")]
-            errors = [f"{values[key]:.4f}" for key in ("logit error", "mean logit error", "largest logit error")]
+            errors = [
+                f"{values[key]:.4f}"
+                for key in ("logit error", "mean logit error", "largest logit error")
+            ]
             rows.append([f"{what}, {name}", *shares, *errors])
     return table(["", "same answer", "same token", "error of logits", "mean", "largest"], rows)
 
 
 def start() -> str:
     found = read("start")
-    clocks = [[name, *(f"{one[clock]['median']:.2f} s" for clock in ("wall", "cpu"))] for name, one in found.items()]
+    clocks = [
+        [name, *(f"{one[clock]['median']:.2f} s" for clock in ("wall", "cpu"))]
+        for name, one in found.items()
+    ]
     ratios = [f"{one['wall']['ratio']:.2f}" for one in found.values()]
     head = ["", "wall clock", "CPU", "wall clock over `import transformers`"]
     return table(head, [[*row, one] for row, one in zip(clocks, ratios, strict=True)])
@@ -154,7 +185,13 @@ def loading() -> str:
     for name, runs in found.items():
         taken = [run["seconds"] for run in runs]
         peak = f"{max(run['peak_mb'] for run in runs):,.0f} MB"
-        rows.append([f"`{name}`", f"{statistics.median(taken):.1f} s ({min(taken):.1f} to {max(taken):.1f})", peak])
+        rows.append(
+            [
+                f"`{name}`",
+                f"{statistics.median(taken):.1f} s ({min(taken):.1f} to {max(taken):.1f})",
+                peak,
+            ]
+        )
     return table(["", "time", "peak memory"], rows)
 
 
@@ -162,11 +199,18 @@ def full_size() -> str:
     found = read("full_size_speed")["speed"]
     reading = f"{found['read_seconds']:.3f} s ({found['bandwidth_gb_per_second']:.1f} GB/s)"
     rows = [
-        [f"prefill, one picture, {found['positions']} positions", f"{found['prefill_seconds']:.2f} s", ""],
+        [
+            f"prefill, one picture, {found['positions']} positions",
+            f"{found['prefill_seconds']:.2f} s",
+            "",
+        ],
         ["of it the encoding of the picture", f"{found['encoding_seconds']:.2f} s", ""],
         ["prefill without oneDNN", f"{found['prefill_without_onednn_seconds']:.2f} s", ""],
         [f"reading the {found['bytes_of_a_token'] / 1e9:.1f} GB that a token passes", reading, "1"],
-        *([f"a token, {name}", f"{one['seconds']:.3f} s", ratio(one)] for name, one in found["decode"].items()),
+        *(
+            [f"a token, {name}", f"{one['seconds']:.3f} s", ratio(one)]
+            for name, one in found["decode"].items()
+        ),
     ]
     return table(["", "time", "over reading"], rows)
 

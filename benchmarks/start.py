@@ -37,7 +37,9 @@ def time_process(command: list[str]) -> dict[str, float]:
     return {"wall": time.perf_counter() - start, "cpu": usage.ru_utime + usage.ru_stime}
 
 
-def summarize(runs: list[dict[str, float]], base: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+def summarize(
+    runs: list[dict[str, float]], base: list[dict[str, float]]
+) -> dict[str, dict[str, float]]:
     """Median, spread (largest less smallest) and ratio of the medians to those of `base`, by clock."""
     summary = {}
     for clock in runs[0]:
@@ -60,7 +62,9 @@ def run(repeats: int = 9) -> dict[str, dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -69,7 +73,9 @@ def main() -> None:
     for name, summary in results.items():
         for clock in ("wall", "cpu"):
             values = summary[clock]
-            print(f"{name:20} {clock:>5} {values['median']:9.3f} {values['spread']:9.3f} {values['ratio']:22.2f}")
+            print(
+                f"{name:20} {clock:>5} {values['median']:9.3f} {values['spread']:9.3f} {values['ratio']:22.2f}"
+            )
     write(arguments.json, arguments, results)
 
 

@@ -34,7 +34,9 @@ def in_turns(runs: Mapping[str, Run], rounds: int, warmup: int = 1) -> dict[str,
     return times
 
 
-def compare(runs: Mapping[str, Run], base: str, rounds: int, warmup: int = 1) -> dict[str, dict[str, float]]:
+def compare(
+    runs: Mapping[str, Run], base: str, rounds: int, warmup: int = 1
+) -> dict[str, dict[str, float]]:
     """Name -> median seconds, and median and quartiles of its time over that of `base` in the same turn."""
     times = in_turns(runs, rounds, warmup)
     return {name: summarize(taken, times[base]) for name, taken in times.items()}
@@ -61,12 +63,19 @@ def _status(field: str) -> int:
 def summarize(taken: list[float], base: list[float]) -> dict[str, float]:
     ratios = [one / other for one, other in zip(taken, base, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {"seconds": statistics.median(taken), "ratio": statistics.median(ratios), "low": low, "high": high}
+    return {
+        "seconds": statistics.median(taken),
+        "ratio": statistics.median(ratios),
+        "low": low,
+        "high": high,
+    }
 
 
 def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--rounds", type=int, default=rounds, help="turns that are measured")
     made.add_argument("--json", type=Path, help="where to write the results")
@@ -77,7 +86,11 @@ def write(path: Path | None, args: argparse.Namespace, results: Any) -> None:
     """The results with what they were measured on."""
     if path is None:
         return
-    settings = {name: value for name, value in vars(args).items() if name in ("threads", "rounds", "repeats")}
+    settings = {
+        name: value
+        for name, value in vars(args).items()
+        if name in ("threads", "rounds", "repeats")
+    }
     machine = {
         **settings,
         "processor": _processor(),
@@ -86,7 +99,9 @@ def write(path: Path | None, args: argparse.Namespace, results: Any) -> None:
         "transformers": version("transformers"),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"machine": machine, "results": results}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def _processor() -> str:
@@ -94,12 +109,14 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def row(name: str, result: Mapping[str, float], limit: float | None = None) -> str:
     """One line of a table."""
-    text = (
-        f"  {name:34} {result['seconds']:9.4f} s  {result['ratio']:6.3f}  {result['low']:.3f} to {result['high']:.3f}"
-    )
+    spread = f"{result['low']:.3f} to {result['high']:.3f}"
+    text = f"  {name:34} {result['seconds']:9.4f} s  {result['ratio']:6.3f}  {spread}"
     return text if limit is None else f"{text}  (at most {limit})"

@@ -17,9 +17,16 @@ from .timing import DTYPES, compare, parser, row, write
 NUM_PICTURES = 4
 
 
-def build(dtype: torch.dtype, attn_implementation: str = "sdpa") -> MplugOwl2ForConditionalGeneration:
+def build(
+    dtype: torch.dtype, attn_implementation: str = "sdpa"
+) -> MplugOwl2ForConditionalGeneration:
     """The published vision side before a language model of 8 layers."""
-    text = {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 8, "num_attention_heads": 16}
+    text = {
+        "hidden_size": 1024,
+        "intermediate_size": 2752,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+    }
     config = MplugOwl2Config(text_config={**text, "num_key_value_heads": 16})
     torch.manual_seed(0)
     kind = MplugOwl2ForConditionalGeneration
@@ -28,7 +35,9 @@ def build(dtype: torch.dtype, attn_implementation: str = "sdpa") -> MplugOwl2For
 
 def pictures(model: MplugOwl2ForConditionalGeneration, count: int) -> torch.Tensor:
     size = model.config.vision_config.image_size
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1)).to(model.dtype)
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1)).to(
+        model.dtype
+    )
 
 
 @torch.no_grad()
@@ -36,7 +45,10 @@ def attention(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """One picture encoded with eager attention and with sdpa."""
     models = {name: build(dtype, name) for name in ("eager", "sdpa")}
     pixels = pictures(models["sdpa"], 1)
-    runs = {name: (lambda model=model: model.get_image_features(pixels)) for name, model in models.items()}
+    runs = {
+        name: (lambda model=model: model.get_image_features(pixels))
+        for name, model in models.items()
+    }
     return compare(runs, "eager", rounds)
 
 
@@ -62,7 +74,9 @@ def second_turn(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     ids[:, 8 : 8 + model.config.num_image_tokens] = model.config.image_token_id
     runs = {
         "encoded again": lambda: model(ids, pixel_values=pixels, logits_to_keep=1),
-        "features kept": lambda: model(ids, mm_encoder_outputs={"image": features}, logits_to_keep=1),
+        "features kept": lambda: model(
+            ids, mm_encoder_outputs={"image": features}, logits_to_keep=1
+        ),
     }
     return compare(runs, "encoded again", rounds)
 

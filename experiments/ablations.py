@@ -90,23 +90,41 @@ def train_language_model(folder: Path, data: Path, budget: Budget) -> Path:
     torch.manual_seed(0)
     model, processor = owl2_hf.load_default(dtype=torch.float32)
     text = model.config.text_config
-    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    fields = {name: getattr(text, name) for name in (*same, "rms_norm_eps", "max_position_embeddings")}
+    same = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    fields = {
+        name: getattr(text, name) for name in (*same, "rms_norm_eps", "max_position_embeddings")
+    }
     tied = {"tie_word_embeddings": True, "initializer_range": 0.04}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=model.config.image_token_id, **fields, **tied, **ids))
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=model.config.image_token_id, **fields, **tied, **ids)
+    )
     llama.save_pretrained(folder / "llama.fresh")
     processor.tokenizer.save_pretrained(folder / "llama.fresh")
     initialize(folder / "llama.fresh", rough, default_dir(), overwrite=True)
-    rows = [line for line in (data / "instruct.train.jsonl").open(encoding="utf-8") if '"images"' not in line]
+    rows = [
+        line
+        for line in (data / "instruct.train.jsonl").open(encoding="utf-8")
+        if '"images"' not in line
+    ]
     (folder / "text.jsonl").write_text("".join(rows), encoding="utf-8")
-    everything = _recipe(rough, folder / "llama.trained", folder / "text.jsonl", budget.text_steps, budget, 0)
+    everything = _recipe(
+        rough, folder / "llama.trained", folder / "text.jsonl", budget.text_steps, budget, 0
+    )
     everything.trains = ["embeddings", "language_model"]
     train(everything)
     trained = owl2_hf.MplugOwl2ForConditionalGeneration.from_pretrained(folder / "llama.trained")
     state = trained.model.language_model.state_dict()
     state["embed_tokens.weight"] = state["embed_tokens.weight"][: llama.config.vocab_size]
-    llama.model.load_state_dict({name: value for name, value in state.items() if "visual_" not in name})
+    llama.model.load_state_dict(
+        {name: value for name, value in state.items() if "visual_" not in name}
+    )
     shutil.move(folder / "llama.fresh", target)
     llama.save_pretrained(target)
     return target
@@ -125,10 +143,14 @@ def _recipe(model: Path, target: Path, rows: Path, steps: int, budget: Budget, s
         "use_cpu": True,
         "seed": seed,
     }
-    return Recipe(model=str(model), output_dir=str(target), data=DataRecipe(train=str(rows)), trainer=settings)
+    return Recipe(
+        model=str(model), output_dir=str(target), data=DataRecipe(train=str(rows)), trainer=settings
+    )
 
 
-def run(name: str, seed: int, language: Path, data: Path, folder: Path, budget: Budget) -> dict[str, Any]:
+def run(
+    name: str, seed: int, language: Path, data: Path, folder: Path, budget: Budget
+) -> dict[str, Any]:
     """Train and evaluate one variant."""
     variant = VARIANTS[name]
     place = folder / f"{name.replace(' ', '-')}.{seed}"
@@ -138,7 +160,9 @@ def run(name: str, seed: int, language: Path, data: Path, folder: Path, budget: 
     branch = ["visual_branch"] if variant.has_module else []
     steps = budget.second_steps
     if variant.has_two_stages:
-        first = _recipe(start, place / "first", data / "captions.train.jsonl", budget.first_steps, budget, seed)
+        first = _recipe(
+            start, place / "first", data / "captions.train.jsonl", budget.first_steps, budget, seed
+        )
         first.trains = [*vision, "connector", *branch]
         train(first)
         start = place / "first"
@@ -154,11 +178,16 @@ def run(name: str, seed: int, language: Path, data: Path, folder: Path, budget: 
 
 
 def _begin(variant: Variant, seed: int, language: Path, target: Path) -> Path:
-    initialize(language, target, default_dir(), variant.image_size, variant.num_queries, 2, "float32", seed)
+    initialize(
+        language, target, default_dir(), variant.image_size, variant.num_queries, 2, "float32", seed
+    )
     if variant.has_module:
         return target
     config = owl2_hf.MplugOwl2Config.from_pretrained(target)
-    config.text_config.modality_specific_projections, config.text_config.modality_specific_norms = [], False
+    config.text_config.modality_specific_projections, config.text_config.modality_specific_norms = (
+        [],
+        False,
+    )
     # The visual branch began as a copy of the text branch; without it both modalities share the latter.
     plain = owl2_hf.MplugOwl2ForConditionalGeneration.from_pretrained(target, config=config)
     owl2_hf.MplugOwl2Processor.from_pretrained(target).save_pretrained(target.with_name("plain"))
@@ -168,10 +197,15 @@ def _begin(variant: Variant, seed: int, language: Path, target: Path) -> Path:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Mean and standard deviation over seeds, by variant."""
-    lines = [f"| variant | seeds | {' | '.join(SCORES)} |", "| --- | --- |" + " --- |" * len(SCORES)]
+    lines = [
+        f"| variant | seeds | {' | '.join(SCORES)} |",
+        "| --- | --- |" + " --- |" * len(SCORES),
+    ]
     for name in VARIANTS:
         if own := [result["scores"] for result in results if result["variant"] == name]:
-            cells = [_spread([scores[file][key] for scores in own]) for file, key, _ in SCORES.values()]
+            cells = [
+                _spread([scores[file][key] for scores in own]) for file, key, _ in SCORES.values()
+            ]
             lines.append(f"| {name} | {len(own)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -191,8 +225,16 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
         figure.subplots(1, len(SCORES), sharey=True), SCORES.items(), strict=True
     ):
         for place, name in enumerate(names):
-            values = [result["scores"][test][key] for result in results if result["variant"] == name]
-            axes.plot(values, [place] * len(values), "o", alpha=0.6, color="tab:blue" if place else "tab:orange")
+            values = [
+                result["scores"][test][key] for result in results if result["variant"] == name
+            ]
+            axes.plot(
+                values,
+                [place] * len(values),
+                "o",
+                alpha=0.6,
+                color="tab:blue" if place else "tab:orange",
+            )
             axes.plot([statistics.mean(values)] * 2, [place - 0.3, place + 0.3], color="black")
         axes.set_yticks(range(len(names)), names)
         axes.set_title(title + (" (more is better)" if more else " (less is better)"), fontsize=9)
@@ -202,7 +244,9 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
@@ -220,7 +264,10 @@ def main() -> None:
         language = train_language_model(args.out, args.data, budget)
         for seed in range(args.seeds):
             for name in args.variants:
-                if any((one["variant"], one["seed"], one["budget"]) == (name, seed, asdict(budget)) for one in results):
+                if any(
+                    (one["variant"], one["seed"], one["budget"]) == (name, seed, asdict(budget))
+                    for one in results
+                ):
                     continue
                 results.append(run(name, seed, language, args.data, args.out, budget))
                 done.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -76,7 +76,9 @@ def fetch(package: str) -> Path:
         _run(command, archive)
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != checksum:
-        raise ValueError(f"{archive}: expected sha256 {checksum}, got {found}; remove the file to fetch it again.")
+        raise ValueError(
+            f"{archive}: expected sha256 {checksum}, got {found}; remove the file to fetch it again."
+        )
     unpacked = folder.with_suffix(".tmp")
     shutil.rmtree(unpacked, ignore_errors=True)
     _unpack(archive, unpacked)

@@ -11,11 +11,19 @@ from owl2_hf.demo import LAUNCH_OPTIONS, DemoSettings, build_page
 MODEL = os.environ.get("MODEL")
 
 if MODEL:
-    model, processor = AutoModelForImageTextToText.from_pretrained(MODEL), AutoProcessor.from_pretrained(MODEL)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(MODEL),
+        AutoProcessor.from_pretrained(MODEL),
+    )
 else:
     model, processor = owl2_hf.load_default()
 settings = DemoSettings(max_new_tokens=int(os.environ.get("MAX_NEW_TOKENS", "512")))
-demo = build_page(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, MODEL or "default", settings)
+demo = build_page(
+    model.to("cuda" if torch.cuda.is_available() else "cpu"),
+    processor,
+    MODEL or "default",
+    settings,
+)
 
 if __name__ == "__main__":
     demo.launch(**LAUNCH_OPTIONS)

@@ -6,7 +6,9 @@ from torch import Tensor
 MARKER = -200
 
 
-def expand_markers(input_ids: Tensor, config, labels=None, attention_mask=None, tokens_per_marker=None):
+def expand_markers(
+    input_ids: Tensor, config, labels=None, attention_mask=None, tokens_per_marker=None
+):
     """(B, L) original ids -> model inputs with every marker expanded, rows padded on the right.
 
     Args:
@@ -27,7 +29,9 @@ def expand_markers(input_ids: Tensor, config, labels=None, attention_mask=None, 
     return pad(rows, kept_labels if labels is not None else None, side="right")
 
 
-def pad(rows: list[list[int]], labels: list[list[int]] | None = None, side: str = "left") -> dict[str, Tensor]:
+def pad(
+    rows: list[list[int]], labels: list[list[int]] | None = None, side: str = "left"
+) -> dict[str, Tensor]:
     """Rows of ids -> a padded batch with its attention mask."""
     width = max(map(len, rows))
 

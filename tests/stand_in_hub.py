@@ -30,7 +30,12 @@ class File(NamedTuple):
         return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
 
     def describe(self, path: str) -> dict[str, Any]:
-        entry: dict[str, Any] = {"type": "file", "path": path, "size": len(self.data), "oid": self.oid}
+        entry: dict[str, Any] = {
+            "type": "file",
+            "path": path,
+            "size": len(self.data),
+            "oid": self.oid,
+        }
         if self.is_lfs:
             entry["lfs"] = {"oid": self.oid, "size": len(self.data), "pointerSize": 134}
         return entry
@@ -43,7 +48,10 @@ class Commit:
 
     @property
     def oid(self) -> str:
-        listing = [self.message, *(f"{name} {file.oid}" for name, file in sorted(self.files.items()))]
+        listing = [
+            self.message,
+            *(f"{name} {file.oid}" for name, file in sorted(self.files.items())),
+        ]
         return hashlib.sha1("\n".join(listing).encode()).hexdigest()
 
 
@@ -55,7 +63,15 @@ class Repo:
     def find(self, revision: str) -> Commit | None:
         if revision in self.refs:
             return self.refs[revision][-1]
-        return next((commit for commits in self.refs.values() for commit in commits if commit.oid == revision), None)
+        return next(
+            (
+                commit
+                for commits in self.refs.values()
+                for commit in commits
+                if commit.oid == revision
+            ),
+            None,
+        )
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
         commit = self.find(revision)
@@ -111,14 +127,18 @@ class StandInHub:
         self._lock = threading.Lock()
 
     def __enter__(self) -> "StandInHub":
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._server.shutdown()
         self._server.server_close()
 
-    def answer(self, method: str, path: str, query: dict[str, str], body: bytes, token: str | None) -> None:
+    def answer(
+        self, method: str, path: str, query: dict[str, str], body: bytes, token: str | None
+    ) -> None:
         """Always ends in an `Answer`."""
         with self._lock:
             self.requests.append((method, path))
@@ -132,7 +152,9 @@ class StandInHub:
                     raise Answer({"error": "Invalid username or password."}, 401)
             for pattern, action in _ROUTES:
                 if match := pattern.fullmatch(f"{method} {path}"):
-                    groups = {name: unquote(value or "") for name, value in match.groupdict().items()}
+                    groups = {
+                        name: unquote(value or "") for name, value in match.groupdict().items()
+                    }
                     if "repo" in groups:
                         groups["repo"] = self._visible(groups["repo"], token)
                     action(self, query=query, body=body, **groups)
@@ -158,7 +180,9 @@ class StandInHub:
         url = f"{self.endpoint}/{repo_id}"
         if repo_id in self.repos:
             raise Answer({"error": "You already created this model repo", "url": url}, 409)
-        first = Commit("initial commit", {".gitattributes": File(b"*.safetensors filter=lfs\n", False)})
+        first = Commit(
+            "initial commit", {".gitattributes": File(b"*.safetensors filter=lfs\n", False)}
+        )
         self.repos[repo_id] = Repo(wanted.get("visibility") == "private", {"main": [first]})
         raise Answer({"url": url, "name": repo_id})
 
@@ -175,7 +199,11 @@ class StandInHub:
         files = []
         for entry in json.loads(body)["files"]:
             path = entry["path"]
-            mode = "lfs" if self.lfs and path.endswith((".safetensors", ".model", ".png", ".jpg")) else "regular"
+            mode = (
+                "lfs"
+                if self.lfs and path.endswith((".safetensors", ".model", ".png", ".jpg"))
+                else "regular"
+            )
             oid = there[path].oid if path in there else None
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         raise Answer({"files": files})
@@ -200,7 +228,9 @@ class StandInHub:
         wanted = json.loads(body)
         raise Answer({}, 200 if len(self.blobs.get(wanted["oid"], b"")) == wanted["size"] else 404)
 
-    def commit(self, repo: str, revision: str, query: dict[str, str], body: bytes, **_: Any) -> None:
+    def commit(
+        self, repo: str, revision: str, query: dict[str, str], body: bytes, **_: Any
+    ) -> None:
         files = dict(self._commit(repo, revision).files)
         message = ""
         for line in body.splitlines():
@@ -218,10 +248,18 @@ class StandInHub:
                 del files[value["path"]]
         number = self.repos[repo].open_pull_request() if query.get("create_pr") else None
         commit = Commit(message, files)
-        self.repos[repo].refs.setdefault(f"refs/pr/{number}" if number else revision, []).append(commit)
+        self.repos[repo].refs.setdefault(f"refs/pr/{number}" if number else revision, []).append(
+            commit
+        )
         url = f"{self.endpoint}/{repo}"
         pr_url = f"{url}/discussions/{number}" if number else None
-        raise Answer({"commitUrl": f"{url}/commit/{commit.oid}", "commitOid": commit.oid, "pullRequestUrl": pr_url})
+        raise Answer(
+            {
+                "commitUrl": f"{url}/commit/{commit.oid}",
+                "commitOid": commit.oid,
+                "pullRequestUrl": pr_url,
+            }
+        )
 
     def open_discussion(self, repo: str, **_: Any) -> None:
         raise Answer({"num": self.repos[repo].open_pull_request()})
@@ -245,12 +283,18 @@ class StandInHub:
         commit = self._commit(repo, revision)
         siblings = [{"rfilename": name} for name in sorted(commit.files)]
         private = self.repos[repo].private
-        raise Answer({"id": repo, "sha": commit.oid, "private": private, "tags": [], "siblings": siblings})
+        raise Answer(
+            {"id": repo, "sha": commit.oid, "private": private, "tags": [], "siblings": siblings}
+        )
 
-    def tree(self, repo: str, revision: str, query: dict[str, str], folder: str = "", **_: Any) -> None:
+    def tree(
+        self, repo: str, revision: str, query: dict[str, str], folder: str = "", **_: Any
+    ) -> None:
         commit = self._commit(repo, revision)
         prefix = f"{folder}/" if folder else ""
-        inside = {path: file for path, file in sorted(commit.files.items()) if path.startswith(prefix)}
+        inside = {
+            path: file for path, file in sorted(commit.files.items()) if path.startswith(prefix)
+        }
         if not inside:
             raise Answer(status=404, error="EntryNotFound")
         entries = []
@@ -283,7 +327,9 @@ class StandInHub:
 def _route(pattern: str) -> re.Pattern[str]:
     """`{repo}` takes a namespace and a name, other words in braces one quoted step, `{*word}` the rest of the path."""
     pattern = pattern.replace("{repo}", r"(?P<repo>[^/]+/[^/]+?)")
-    return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", re.sub(r"\{\*(\w+)\}", r"(?P<\1>.+)", pattern)))
+    return re.compile(
+        re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", re.sub(r"\{\*(\w+)\}", r"(?P<\1>.+)", pattern))
+    )
 
 
 _ROUTES = [
@@ -319,7 +365,9 @@ class _Handler(BaseHTTPRequestHandler):
         query = {name: values[-1] for name, values in parse_qs(url.query).items()}
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         try:
-            self.hub.answer(self.command, url.path, query, body, token if scheme == "Bearer" else None)
+            self.hub.answer(
+                self.command, url.path, query, body, token if scheme == "Bearer" else None
+            )
         except Answer as answer:
             self._send(answer)
         except Exception as error:  # a mistake of the stand-in shows as such in the client

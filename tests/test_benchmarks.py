@@ -39,7 +39,10 @@ def test_a_small_one_of_its_kind_converts(golden_dir, tmp_path):
     assert (tmp_path / "source" / "pytorch_model-4-of-4.bin").is_file()
     report = convert(tmp_path / "source", tmp_path / "target")
     assert report.dtype == "bfloat16" and len(report.rebuilt) == 4
-    assert MplugOwl2ForConditionalGeneration.from_pretrained(tmp_path / "target").dtype == torch.bfloat16
+    assert (
+        MplugOwl2ForConditionalGeneration.from_pretrained(tmp_path / "target").dtype
+        == torch.bfloat16
+    )
 
 
 def test_starting_times_are_medians_over_those_of_the_base():
@@ -62,8 +65,13 @@ def test_ratios_are_taken_turn_by_turn():
 
 def test_runs_take_turns_and_warm_up_is_left_out():
     order = []
-    times = in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warmup=1)
-    assert order == ["a", "b"] * 3 and {name: len(taken) for name, taken in times.items()} == {"a": 2, "b": 2}
+    times = in_turns(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warmup=1
+    )
+    assert order == ["a", "b"] * 3 and {name: len(taken) for name, taken in times.items()} == {
+        "a": 2,
+        "b": 2,
+    }
 
 
 def test_a_fit_finds_the_curve_that_was_put_in():
@@ -97,7 +105,11 @@ filled = b"1" * ({megabytes} * 2**20)
 print(subprocess.run([sys.executable, "-c", {code!r}], check=True, capture_output=True, text=True).stdout)
 """
     done = subprocess.run(
-        [sys.executable, "-c", parent], check=True, capture_output=True, text=True, cwd=PAGE.parents[1]
+        [sys.executable, "-c", parent],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=PAGE.parents[1],
     )
     return float(done.stdout)
 
@@ -107,7 +119,9 @@ def test_pictures_and_prompts_are_measured(monkeypatch):
     monkeypatch.setattr(processor, "REPEATS", 1)
     monkeypatch.setattr(processor, "NUM_PROMPTS", 3)
     found = processor.pictures(rounds=1)
-    assert list(found) == ["40 x 31", "31 x 40", "33 x 33"] and all(one["same pixels"] for one in found.values())
+    assert list(found) == ["40 x 31", "31 x 40", "33 x 33"] and all(
+        one["same pixels"] for one in found.values()
+    )
     assert processor.prompts(rounds=1)["ours"]["ratio"] > 0
     assert processor.peak("ours", (40, 31)) > 0
 

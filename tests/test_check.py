@@ -338,7 +338,8 @@ def test_a_wrong_attention_is_seen(monkeypatch, quick):
 def test_a_compiler_that_computes_something_else_is_seen(tmp_path, monkeypatch):
     def wrong_backend(graph, inputs):
         return lambda *args: [
-            1.01 * out if isinstance(out, torch.Tensor) and out.dtype == torch.float32 else out for out in graph(*args)
+            1.01 * out if isinstance(out, torch.Tensor) and out.dtype == torch.float32 else out
+            for out in graph(*args)
         ]
 
     config = functools.partial(transformers.CompileConfig, backend=wrong_backend)

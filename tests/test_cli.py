@@ -39,13 +39,18 @@ def test_describe_keeps_to_the_context_unless_a_longer_answer_is_asked_for(tmp_p
     assert run("describe", "--model", str(tmp_path)).stdout.strip() == "banana"
     refused = run("describe", "--model", str(tmp_path), "--max-new-tokens", "70")
     assert refused.exit_code == 1
-    assert "at most 80 positions" in refused.stderr and "a prompt of 19 and max_new_tokens=70" in refused.stderr
+    assert (
+        "at most 80 positions" in refused.stderr
+        and "a prompt of 19 and max_new_tokens=70" in refused.stderr
+    )
 
 
 def test_info_shows_the_bundled_model():
     facts = json.loads(run("info", "--json").stdout)
     parameters = facts["parameters"]
-    assert parameters["total"] == sum(count for name, count in parameters.items() if name != "total")
+    assert parameters["total"] == sum(
+        count for name, count in parameters.items() if name != "total"
+    )
     assert set(parameters) >= {"vision_tower", "visual_abstractor", "language_model"}
     assert facts["preprocessing"] == "resize"
     assert f"{parameters['total']:,}" in run("info").stdout
@@ -58,7 +63,15 @@ def test_convert_and_info_of_an_original_checkpoint(golden_dir, tmp_path):
     assert json.loads(result.stdout)["dtype"] == "float32"
     facts = json.loads(run("info", tmp_path / "target", "--json").stdout)
     assert facts["tokens per picture"] == 9
-    answer = run("describe", "--model", tmp_path / "target", "-q", "Describe the image.", "--max-new-tokens", "4")
+    answer = run(
+        "describe",
+        "--model",
+        tmp_path / "target",
+        "-q",
+        "Describe the image.",
+        "--max-new-tokens",
+        "4",
+    )
     assert answer.exit_code == 0, answer.stderr
 
 
@@ -89,7 +102,16 @@ def test_init_makes_a_model_that_answers(golden_dir, tmp_path):
     ).save_pretrained(tmp_path / "llama")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (tmp_path / "llama" / name).write_bytes((golden_dir("A") / "hf" / name).read_bytes())
-    result = run("init", tmp_path / "new", "--language", tmp_path / "llama", "--image-size", "28", "--num-queries", "3")
+    result = run(
+        "init",
+        tmp_path / "new",
+        "--language",
+        tmp_path / "llama",
+        "--image-size",
+        "28",
+        "--num-queries",
+        "3",
+    )
     assert result.exit_code == 0, result.output
     assert "from llama and a fresh vision encoder" in result.stdout
     assert run("verify", tmp_path / "new").stdout.splitlines()[-1] == "ok"
@@ -174,14 +196,19 @@ def test_no_name_steers_the_terminal_or_forges_a_line(arguments):
 
 
 def test_an_answer_of_a_model_steers_no_terminal(monkeypatch):
-    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.decode", lambda *args, **kwargs: "a \x1b]0;owned\x07 b")
+    monkeypatch.setattr(
+        "transformers.PreTrainedTokenizerBase.decode",
+        lambda *args, **kwargs: "a \x1b]0;owned\x07 b",
+    )
     assert run("describe").stdout.strip() == "a \\x1b]0;owned\\x07 b"
 
 
 def test_a_large_image_is_one_line_without_a_warning(tmp_path):
     Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")
     result = subprocess.run(
-        [sys.executable, "-m", "owl2_hf", "describe", str(tmp_path / "large.png")], capture_output=True, text=True
+        [sys.executable, "-m", "owl2_hf", "describe", str(tmp_path / "large.png")],
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 1
     assert "Warning" not in result.stderr

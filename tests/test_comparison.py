@@ -45,7 +45,9 @@ def test_a_comparison_reads_both_pictures_in_order(default, pictures):
 
 
 def test_equal_preferences_give_equal_qualities():
-    assert torch.allclose(thurstone_map(torch.full((4, 4), 0.5)), torch.zeros(4, dtype=torch.float64), atol=1e-8)
+    assert torch.allclose(
+        thurstone_map(torch.full((4, 4), 0.5)), torch.zeros(4, dtype=torch.float64), atol=1e-8
+    )
 
 
 def test_the_estimate_is_a_maximum():
@@ -73,9 +75,13 @@ def test_a_picture_that_is_preferred_scores_higher(default, pictures, monkeypatc
     order = {picture: index for index, picture in enumerate(pictures)}
     comparator = Comparator(*default, TINY)
     monkeypatch.setattr(
-        Comparator, "__call__", lambda self, pairs: [0.9 if order[b] > order[a] else 0.1 for a, b in pairs]
+        Comparator,
+        "__call__",
+        lambda self, pairs: [0.9 if order[b] > order[a] else 0.1 for a, b in pairs],
     )
-    low, middle, high = comparator.score([pictures[0], pictures[2], pictures[4]], [pictures[1], pictures[3]])
+    low, middle, high = comparator.score(
+        [pictures[0], pictures[2], pictures[4]], [pictures[1], pictures[3]]
+    )
     assert (low, middle, high) == pytest.approx((0, 50, 100), abs=1e-5)
 
 
@@ -84,9 +90,13 @@ def test_the_scale_is_the_released_one(default, monkeypatch):
     anchors, preferred = ["a", "b", "c"], [0.9, 0.8, 0.3]
     table = [[0.5, 0.3, 0.05], [0.7, 0.5, 0.2], [0.95, 0.8, 0.5]]
     comparator = Comparator(*default, TINY)
-    monkeypatch.setattr(Comparator, "__call__", lambda self, pairs: [preferred[anchors.index(a)] for a, _ in pairs])
+    monkeypatch.setattr(
+        Comparator, "__call__", lambda self, pairs: [preferred[anchors.index(a)] for a, _ in pairs]
+    )
     (score,) = comparator.score(["x"], anchors, anchor_preferences=table)
-    counts = [[*row, 1 - own] for row, own in zip(table, preferred, strict=True)] + [[*preferred, 0.5]]
+    counts = [[*row, 1 - own] for row, own in zip(table, preferred, strict=True)] + [
+        [*preferred, 0.5]
+    ]
 
     def pull(s, i):
         """Derivative of the objective by quality i."""
@@ -124,7 +134,13 @@ def test_compare2score_has_the_released_prompt_and_levels():
         "\nASSISTANT: The quality of the second image is"
     )
     values = dict(zip(COMPARE2SCORE.levels, COMPARE2SCORE.values, strict=True))
-    assert values == {"inferior": 0.0, "worse": 0.25, "similar": 0.5, "better": 0.75, "superior": 1.0}
+    assert values == {
+        "inferior": 0.0,
+        "worse": 0.25,
+        "similar": 0.5,
+        "better": 0.75,
+        "superior": 1.0,
+    }
     assert COMPARE2SCORE.temperature == 100
 
 
@@ -132,7 +148,9 @@ def test_numbered_pictures_are_co_instructs_prompts(default, pictures):
     _, processor = default
 
     def rendered(images):
-        return processor.apply_chat_template(numbered_images(images, "Which is sharper?"), add_generation_prompt=True)
+        return processor.apply_chat_template(
+            numbered_images(images, "Which is sharper?"), add_generation_prompt=True
+        )
 
     assert rendered(pictures[:1]) == "<s>USER: The image: <|image|> Which is sharper? ASSISTANT:"
     assert rendered(pictures[:2]) == (

@@ -50,8 +50,13 @@ def batch(loaded):
 
 
 def test_no_other_file_asks_for_a_release():
-    asks = re.compile(r"(transformers|torch|peft|hub)\.__version__|packaging|is_\w+_version|parse_version")
-    allowed = {PACKAGE / "modeling" / "compatibility_mplug_owl2.py", PACKAGE / "checks" / "versions.py"}
+    asks = re.compile(
+        r"(transformers|torch|peft|hub)\.__version__|packaging|is_\w+_version|parse_version"
+    )
+    allowed = {
+        PACKAGE / "modeling" / "compatibility_mplug_owl2.py",
+        PACKAGE / "checks" / "versions.py",
+    }
     files = [path for path in PACKAGE.rglob("*.py") if path not in allowed]
     assert [path.name for path in files if asks.search(path.read_text())] == []
 
@@ -78,7 +83,9 @@ def test_the_cache_is_taken_under_both_names(model, inputs, name):
     ).logits[:, -1:]
     torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-4)
     answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert model.generate(**inputs, **{name: DynamicCache()}, max_new_tokens=3, do_sample=False).equal(answer)
+    assert model.generate(
+        **inputs, **{name: DynamicCache()}, max_new_tokens=3, do_sample=False
+    ).equal(answer)
 
 
 def test_two_caches_are_refused(model, inputs):
@@ -165,24 +172,35 @@ def test_other_unknown_arguments_are_ignored_with_one_warning(model, inputs, cap
     with caplog.at_level("WARNING"):
         for _ in range(2):
             assert model(**inputs, colour="blue", nothing=None).logits.equal(expected)
-    assert [record.getMessage() for record in caplog.records if "colour" in record.getMessage()] == [
+    assert [
+        record.getMessage() for record in caplog.records if "colour" in record.getMessage()
+    ] == [
         "MplugOwl2ForConditionalGeneration ignores the argument 'colour', which it does not know."
     ]
-    with pytest.raises(ValueError, match="got a tensor as 'pixel_value', an argument that it does not know"):
+    with pytest.raises(
+        ValueError, match="got a tensor as 'pixel_value', an argument that it does not know"
+    ):
         model(inputs["input_ids"], pixel_value=inputs["pixel_values"])
 
 
 @torch.no_grad()
 def test_what_transformers_passes_down_passes(model, inputs):
     lengths = torch.tensor([0, inputs["input_ids"].shape[1]], dtype=torch.int32)
-    flash = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 9, "max_length_k": 9}
+    flash = {
+        "cu_seq_lens_q": lengths,
+        "cu_seq_lens_k": lengths,
+        "max_length_q": 9,
+        "max_length_k": 9,
+    }
     assert model(**inputs, **flash, output_hidden_states=True).hidden_states is not None
 
 
 def test_unknown_options_of_the_processor_are_warnings(loaded, caplog):
     logging.getLogger("transformers").propagate = True
     with caplog.at_level("WARNING"):
-        processor = owl2_hf.MplugOwl2Processor.from_pretrained(default_dir(), image_aspect_ratioo="pad")
+        processor = owl2_hf.MplugOwl2Processor.from_pretrained(
+            default_dir(), image_aspect_ratioo="pad"
+        )
         processor(text="a", text_kwargs={"paddding": True})
     messages = " ".join(record.getMessage() for record in caplog.records)
     assert "ignores the option 'image_aspect_ratioo'" in messages
@@ -199,7 +217,9 @@ def test_continuous_batching_gives_what_generate_gives(loaded):
     config = copy.deepcopy(model.generation_config)
     config.update(**settings)
     memory = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
-    batch = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=memory)
+    batch = model.generate_batch(
+        inputs=prompts, generation_config=config, continuous_batching_config=memory
+    )
     answers = {tuple(answer.prompt_ids): answer.generated_tokens for answer in batch.values()}
     for prompt in prompts:
         expected = model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()

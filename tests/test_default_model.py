@@ -27,7 +27,9 @@ def ask():
             return_tensors="pt",
         ).to(dtype=model.dtype)
         ids = model.generate(**inputs)
-        return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        return processor.decode(
+            ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        ).strip()
 
     return answer
 
@@ -44,7 +46,9 @@ def drawing(shape: str, color: str) -> Image.Image:
 
 
 def test_the_whole_folder_is_small():
-    assert sum(path.stat().st_size for path in default_dir().rglob("*") if path.is_file()) <= MAX_BYTES
+    assert (
+        sum(path.stat().st_size for path in default_dir().rglob("*") if path.is_file()) <= MAX_BYTES
+    )
 
 
 def test_every_picture_has_expected_answers():
@@ -52,7 +56,8 @@ def test_every_picture_has_expected_answers():
 
 
 @pytest.mark.parametrize(
-    ("name", "question", "answer"), [(name, *pair) for name, pairs in EXPECTED.items() for pair in pairs.items()]
+    ("name", "question", "answer"),
+    [(name, *pair) for name, pairs in EXPECTED.items() for pair in pairs.items()],
 )
 def test_it_says_true_things_about_held_out_pictures(ask, name, question, answer):
     assert ask(question, str(default_pictures()[name])) == answer
@@ -66,7 +71,9 @@ def test_it_answers_about_drawings_of_any_size(ask, shape, color):
 
 
 def test_another_picture_changes_the_answer(ask):
-    pictures = [str(path) for name, path in default_pictures().items() if "What is this?" in EXPECTED[name]]
+    pictures = [
+        str(path) for name, path in default_pictures().items() if "What is this?" in EXPECTED[name]
+    ]
     answers = {ask("What is this?", picture) for picture in pictures}
     assert len(answers) == len(pictures) > 1
 

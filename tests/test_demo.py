@@ -23,14 +23,18 @@ import owl2_hf
 from owl2_hf.cli import app
 from owl2_hf.scoring import custom_preset
 
-gradio_client = pytest.importorskip("gradio_client", reason="gradio is not installed: pip install 'owl2_hf[demo]'")
+gradio_client = pytest.importorskip(
+    "gradio_client", reason="gradio is not installed: pip install 'owl2_hf[demo]'"
+)
 from owl2_hf import demo  # noqa: E402
 from owl2_hf.demo.chat import problem, to_messages  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 MAX_PIXELS = 500 * 500
 MAX_NEW_TOKENS = 1500
-YES_NO = custom_preset("one-align", "quality", "USER: <|image|>Is this an animal? ASSISTANT:", ["yes", "no"])
+YES_NO = custom_preset(
+    "one-align", "quality", "USER: <|image|>Is this an animal? ASSISTANT:", ["yes", "no"]
+)
 
 
 def picture(name="emoji-banana"):
@@ -39,7 +43,10 @@ def picture(name="emoji-banana"):
 
 def user(text="", *paths):
     pictures = [{"type": "image", "image": path} for path in paths]
-    return {"role": "user", "content": [*pictures, *([{"type": "text", "text": text}] if text else [])]}
+    return {
+        "role": "user",
+        "content": [*pictures, *([{"type": "text", "text": text}] if text else [])],
+    }
 
 
 def assistant(text):
@@ -63,7 +70,9 @@ def worker(loaded):
 def endless(loaded, monkeypatch):
     """The model never ends an answer; the list grows with each of its steps."""
     model, steps = loaded[0], []
-    monkeypatch.setattr(model.generation_config, "suppress_tokens", [model.generation_config.eos_token_id])
+    monkeypatch.setattr(
+        model.generation_config, "suppress_tokens", [model.generation_config.eos_token_id]
+    )
     handle = model.register_forward_hook(lambda *_: steps.append(1))
     yield steps
     handle.remove()
@@ -81,11 +90,21 @@ def broken(tmp_path):
 
 def test_questions_and_answers_become_messages_pictures_first():
     history = [
-        {"role": "user", "content": [{"type": "file", "file": {"path": "a.png"}}, {"type": "text", "text": "What?"}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "file", "file": {"path": "a.png"}},
+                {"type": "text", "text": "What?"},
+            ],
+        },
         {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
     ]
     messages = to_messages(history, {"text": "And these?", "files": ["b.png", "c.png"]})
-    assert messages == [user("What?", "a.png"), assistant("a cat"), user("And these?", "b.png", "c.png")]
+    assert messages == [
+        user("What?", "a.png"),
+        assistant("a cat"),
+        user("And these?", "b.png", "c.png"),
+    ]
 
 
 def test_contents_that_gradio_has_not_put_in_order_yet_are_read_too():
@@ -93,10 +112,16 @@ def test_contents_that_gradio_has_not_put_in_order_yet_are_read_too():
         {"role": "user", "content": [{"path": "a.png"}, "What?"]},
         {"role": "assistant", "content": "a cat"},
     ]
-    assert to_messages(history, {"text": "Sure?"}) == [user("What?", "a.png"), assistant("a cat"), user("Sure?")]
+    assert to_messages(history, {"text": "Sure?"}) == [
+        user("What?", "a.png"),
+        assistant("a cat"),
+        user("Sure?"),
+    ]
 
 
-@pytest.mark.parametrize("answer", [[], [{"role": "assistant", "content": ""}], [problem("it is damaged")]])
+@pytest.mark.parametrize(
+    "answer", [[], [{"role": "assistant", "content": ""}], [problem("it is damaged")]]
+)
 def test_a_question_without_an_answer_is_left_out(answer):
     history = [{"role": "user", "content": [{"path": "broken.png"}, "What?"]}, *answer]
     assert to_messages(history, {"text": "And now?", "files": []}) == [user("And now?")]
@@ -118,7 +143,11 @@ def test_the_answer_grows_to_what_describe_says(worker):
 
 
 def test_a_later_question_is_about_the_first_picture(worker):
-    chat = [user("What is this?", picture()), assistant("banana"), user("What kind of thing is it?")]
+    chat = [
+        user("What is this?", picture()),
+        assistant("banana"),
+        user("What kind of thing is it?"),
+    ]
     inputs = worker._prepare(chat)
     assert int(inputs["mm_token_type_ids"].sum()) == worker.processor.num_image_tokens
     assert list(worker.answer(chat, 64))[-1].strip()
@@ -130,7 +159,9 @@ def test_sampling_follows_temperature_and_top_p(worker):
         return list(worker.answer([user("What is this?", picture())], 8, **settings))[-1]
 
     greedy = ask()
-    assert ask(temperature=2.0, top_p=0.01) == greedy  # so little of the probability is the likeliest token alone
+    assert (
+        ask(temperature=2.0, top_p=0.01) == greedy
+    )  # so little of the probability is the likeliest token alone
     assert len({ask(temperature=2.0), greedy}) == 2
 
 
@@ -197,12 +228,16 @@ def test_the_pixels_of_all_pictures_count_together(worker, tmp_path):
 def test_what_is_longer_than_the_context_is_refused(worker):
     with pytest.raises(ValueError, match="the messages are longer than the context of 2048 tokens"):
         list(worker.answer([user("a" * 100_000)], 8))
-    with pytest.raises(ValueError, match=r"the messages have \d+ tokens, which leaves no room for an answer"):
+    with pytest.raises(
+        ValueError, match=r"the messages have \d+ tokens, which leaves no room for an answer"
+    ):
         list(worker.answer([user("? " * 3000)], 8))
 
 
 def test_a_picture_that_was_deleted_is_asked_for_again(worker, tmp_path):
-    with pytest.raises(ValueError, match="a picture is not here any more: upload it again, in a new chat"):
+    with pytest.raises(
+        ValueError, match="a picture is not here any more: upload it again, in a new chat"
+    ):
         list(worker.answer([user("What is this?", str(tmp_path / "gone.png"))], 8))
 
 
@@ -210,7 +245,9 @@ def test_scores_are_those_of_the_command_and_a_broken_picture_costs_no_other(wor
     found = dict(worker.score([picture(), broken, picture("shapes-0")], YES_NO, "quality"))
     assert re.match(r"broken\.png: it is damaged", str(found["broken.png"]))
     command = ["score", picture(), picture("shapes-0"), "--model", "default", "--levels", "yes,no"]
-    result = CliRunner().invoke(app, [*command, "--prompt", YES_NO.prompts["quality"], "--csv", "--batch-size", "1"])
+    result = CliRunner().invoke(
+        app, [*command, "--prompt", YES_NO.prompts["quality"], "--csv", "--batch-size", "1"]
+    )
     rows = [line.split(",") for line in result.stdout.splitlines()[1:]]
     assert [float(row[1]) for row in rows] == pytest.approx(
         [found["emoji-banana.png"].score, found["shapes-0.png"].score], abs=1e-5
@@ -226,7 +263,9 @@ def test_the_analysis_has_the_figures_of_the_command(worker):
 
 
 def test_an_analysis_needs_one_picture_and_a_question(worker):
-    with pytest.raises(ValueError, match="expected one picture, or a second one that is unrelated, got 0"):
+    with pytest.raises(
+        ValueError, match="expected one picture, or a second one that is unrelated, got 0"
+    ):
         worker.analyze([], "What is this?")
     with pytest.raises(ValueError, match="the question is empty: write one about the picture"):
         worker.analyze([picture()], " ")
@@ -239,7 +278,9 @@ def test_limits_are_at_least_one(name):
 
 
 def test_another_familys_model_is_refused(loaded):
-    with pytest.raises(ValueError, match="expected an MplugOwl2ForConditionalGeneration to show, gpt is a Linear"):
+    with pytest.raises(
+        ValueError, match="expected an MplugOwl2ForConditionalGeneration to show, gpt is a Linear"
+    ):
         demo.build_page(torch.nn.Linear(1, 1), loaded[1], "gpt")
 
 
@@ -270,13 +311,24 @@ def asked(text, *paths):
     return {"text": text, "files": [gradio_client.handle_file(path) for path in paths]}
 
 
-def test_a_chat_goes_on_after_a_broken_picture_and_visitors_have_chats_of_their_own(client, address, broken):
-    assert client.predict(asked("What is this?", picture()), 64, 0, 1, api_name="/chat").strip() == "banana"
+def test_a_chat_goes_on_after_a_broken_picture_and_visitors_have_chats_of_their_own(
+    client, address, broken
+):
+    assert (
+        client.predict(asked("What is this?", picture()), 64, 0, 1, api_name="/chat").strip()
+        == "banana"
+    )
     told = client.predict(asked("And this?", broken), 64, 0, 1, api_name="/chat")
-    assert (told["metadata"]["title"], told["content"][:25]) == ("No answer", "broken.png: it is damaged")
+    assert (told["metadata"]["title"], told["content"][:25]) == (
+        "No answer",
+        "broken.png: it is damaged",
+    )
     with_picture = client.predict(asked("What kind of thing is it?"), 64, 0, 1, api_name="/chat")
     with closing(gradio_client.Client(address, verbose=False)) as other:
-        assert other.predict(asked("What kind of thing is it?"), 64, 0, 1, api_name="/chat") != with_picture
+        assert (
+            other.predict(asked("What kind of thing is it?"), 64, 0, 1, api_name="/chat")
+            != with_picture
+        )
 
 
 def test_the_python_of_the_documentation_runs(address, tmp_path, monkeypatch, capsys):
@@ -296,7 +348,10 @@ def test_a_failure_inside_the_model_is_told_without_its_details(client, loaded, 
         patch.setattr(loaded[0], "generate", fail)
         told = client.predict(asked("What is this?"), 64, 0, 1, api_name="/chat")
         assert told["content"] == "the model failed; the log of the page says why."
-    assert client.predict(asked("What is this?", picture()), 64, 0, 1, api_name="/chat").strip() == "banana"
+    assert (
+        client.predict(asked("What is this?", picture()), 64, 0, 1, api_name="/chat").strip()
+        == "banana"
+    )
 
 
 def test_settings_beyond_the_limits_are_refused(client):
@@ -331,14 +386,23 @@ def is_quiet(steps):
 
 def launch(*arguments, folder):
     command = [sys.executable, "-m", "owl2_hf", "demo", "--port", "0", *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(folder)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "GRADIO_TEMP_DIR": str(folder),
+    }
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def test_the_command_shows_the_page_until_it_is_told_to_end(tmp_path):
     process = launch("--max-new-tokens", 8, folder=tmp_path)
     line = process.stdout.readline()
-    assert re.fullmatch(r"showing default at http://127\.0\.0\.1:\d+\n", line), line + process.stderr.read()
+    assert re.fullmatch(r"showing default at http://127\.0\.0\.1:\d+\n", line), (
+        line + process.stderr.read()
+    )
     with urllib.request.urlopen(line.split()[-1]) as response:
         assert "mPLUG-Owl2" in response.read().decode()
     process.send_signal(signal.SIGTERM)
@@ -353,7 +417,8 @@ def test_a_port_that_is_taken_is_one_line():
         result = CliRunner().invoke(app, ["demo", "--port", str(port)])
     assert result.exit_code == 1
     assert re.fullmatch(
-        rf"owl2-hf: cannot serve at 127\.0\.0\.1 port {port}: .*; choose another --port\.\n", result.stderr
+        rf"owl2-hf: cannot serve at 127\.0\.0\.1 port {port}: .*; choose another --port\.\n",
+        result.stderr,
     )
 
 
@@ -398,11 +463,20 @@ def browser():
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:
         pytest.skip("chromium is not installed")
-    flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"]
+    flags = [
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-sync",
+    ]
     flags += ["disable-background-networking", "disable-component-update"]
     flags += ["host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=[f"--{flag}" for flag in flags])
+        browser = playwright.chromium.launch(
+            executable_path=path, args=[f"--{flag}" for flag in flags]
+        )
         yield browser
         browser.close()
 
@@ -522,7 +596,10 @@ def test_in_a_browser_names_and_text_are_no_markup(tab, broken, tmp_path):
     expect(tab.get_by_test_id("user").last).to_contain_text("<i>What</i> is this?")
     assert tab.locator("[onclick=x]").count() == 0
     ask(tab, "Is 1 < 2 & <s>?")
-    for text in ("<i>What</i> is this?", "Is 1 < 2 & <s>?"):  # the first also after it has gone to and fro
+    for text in (
+        "<i>What</i> is this?",
+        "Is 1 < 2 & <s>?",
+    ):  # the first also after it has gone to and fro
         expect(tab.get_by_text(text, exact=True)).to_have_count(1)
 
 
@@ -540,8 +617,12 @@ def test_in_a_browser_pictures_are_scored(tab, shoot, broken):
 def test_in_a_browser_the_plots_of_the_attention_are_shown(tab, shoot):
     tab.get_by_role("tab", name="Attention").click()
     ask(tab, "What is this?", picture())
-    expect(panel(tab).get_by_role("textbox", disabled=True)).to_have_value(re.compile("given picture: 'banana'"))
+    expect(panel(tab).get_by_role("textbox", disabled=True)).to_have_value(
+        re.compile("given picture: 'banana'")
+    )
     plots = panel(tab).locator("img:not(.thumbnail-image)")
     expect(plots).to_have_count(3)
-    wait_until(lambda: min(plot.evaluate("plot => plot.naturalWidth") for plot in plots.all()) > 300)
+    wait_until(
+        lambda: min(plot.evaluate("plot => plot.naturalWidth") for plot in plots.all()) > 300
+    )
     shoot("demo-attention")

@@ -51,7 +51,11 @@ def test_a_decoding_step_is_llamas_whatever_the_depth(models):
     for model in models:
         cache = DynamicCache(config=model.config.get_text_config())
         model(torch.tensor([[1, 5, 6]]), **{CACHE: cache}, use_cache=True)
-        counts.append(operations(lambda model=model, cache=cache: model(torch.tensor([[7]]), **{CACHE: cache})))
+        counts.append(
+            operations(
+                lambda model=model, cache=cache: model(torch.tensor([[7]]), **{CACHE: cache})
+            )
+        )
     assert counts[0] - counts[1] == Counter(RESERVED_IDS) and not counts[1] - counts[0]
     assert not SYNCS & counts[0].keys()
 
@@ -67,7 +71,9 @@ def test_positions_of_pictures_are_looked_up_once_for_all_layers(models):
     indicators = torch.tensor([[0, 1, 1, 0, 1]])
     embeds = torch.randn(1, 5, 48)
     counts = operations(lambda: model(inputs_embeds=embeds, mm_token_type_ids=indicators))
-    assert counts["nonzero"] == 2 and not counts["_local_scalar_dense"]  # positions of text, positions of pictures
+    assert (
+        counts["nonzero"] == 2 and not counts["_local_scalar_dense"]
+    )  # positions of text, positions of pictures
 
 
 def saved_bytes(model, **inputs) -> int:
@@ -117,7 +123,8 @@ def test_compiled_decoding_neither_breaks_nor_compiles_again(models):
                 use_cache=True,
             )
     expected = model(
-        torch.cat([inputs["input_ids"], torch.tensor([[8, 9, 10, 11]])], dim=1), pixel_values=pictures(1)
+        torch.cat([inputs["input_ids"], torch.tensor([[8, 9, 10, 11]])], dim=1),
+        pixel_values=pictures(1),
     ).logits[:, -1:, :IMAGE]
     torch.testing.assert_close(output.logits[..., :IMAGE], expected, rtol=1e-4, atol=1e-4)
 
@@ -132,7 +139,9 @@ def test_a_graph_for_texts_of_any_length_takes_pictures_after_them(models):
     for ids in ([1, 5, *RUN, 7], [1, 5, *RUN, 7, 8]):
         inputs = {**pad([ids]), "pixel_values": pictures(1)}
         inputs["mm_token_type_ids"] = inputs["input_ids"].eq(IMAGE).long()
-        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            compiled(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4
+        )
     inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"][:, 1:]
     with pytest.raises(ValueError, match="one indicator for each position"):
         model(**inputs)

@@ -15,13 +15,25 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
-from owl2_hf.modeling import MplugDocOwlConfig, MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2HReducer
+from owl2_hf.modeling import (
+    MplugDocOwlConfig,
+    MplugOwl2Config,
+    MplugOwl2ForConditionalGeneration,
+    MplugOwl2HReducer,
+)
 from owl2_hf.modeling.conversion_mplug_owl2 import to_ours
 from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 from owl2_hf.processing.image_processing_mplug_owl2 import CROP_ANCHORS, best_anchor
 from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer
 
-from .conversion.conftest import assert_same_bits, command, edit_config, load_state, read_shards, refused
+from .conversion.conftest import (
+    assert_same_bits,
+    command,
+    edit_config,
+    load_state,
+    read_shards,
+    refused,
+)
 from .original import pad
 from .test_golden import GoldenSet, assert_close
 from .test_remote_code import ask_a_stranger
@@ -55,7 +67,9 @@ def converted(original, tmp_path_factory):
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
 def golden(request, golden_dir, converted):
     if not (golden_dir("H1") / "hf").is_dir():
-        pytest.skip("the whole model of golden set H1 is not here; OWL2_HF_GOLDEN names the folder that holds it")
+        pytest.skip(
+            "the whole model of golden set H1 is not here; OWL2_HF_GOLDEN names the folder that holds it"
+        )
     return GoldenSet(golden_dir("H1"), converted, request.param)
 
 
@@ -64,13 +78,21 @@ def golden(request, golden_dir, converted):
 def test_the_h_reducer_alone_gives_the_originals_numbers(name):
     tensors = load_file(GOLDEN / "H1" / "connector.safetensors")
     config = MplugOwl2Config.from_pretrained(GOLDEN / "H1")
-    weights = {key.removeprefix("weights/"): tensor for key, tensor in tensors.items() if key.startswith("weights/")}
+    weights = {
+        key.removeprefix("weights/"): tensor
+        for key, tensor in tensors.items()
+        if key.startswith("weights/")
+    }
     ours = dict(pair for key, tensor in weights.items() for pair in to_ours(key, tensor, config))
     reducer = MplugOwl2HReducer(config.h_reducer_config).eval()
-    reducer.load_state_dict({key.removeprefix("model.h_reducer."): tensor for key, tensor in ours.items()})
+    reducer.load_state_dict(
+        {key.removeprefix("model.h_reducer."): tensor for key, tensor in ours.items()}
+    )
     output = reducer(tensors[f"{name}/vision_last_hidden_state"]).last_hidden_state
     assert_close(output, tensors[f"{name}/connector_output"])
-    assert reducer.train()(tensors[f"{name}/vision_last_hidden_state"]).last_hidden_state.equal(output)
+    assert reducer.train()(tensors[f"{name}/vision_last_hidden_state"]).last_hidden_state.equal(
+        output
+    )
 
 
 @pytest.mark.parametrize("name", ["c1_one_image", "c2_three_crops"])
@@ -81,7 +103,9 @@ def test_every_step_of_the_h_reducer_gives_the_originals_numbers(golden, name):
     reducer = golden.model.model.h_reducer
     hooks = [
         reducer.reducer_before.register_forward_hook(lambda _, args, out: seen.update(before=out)),
-        reducer.reducer.register_forward_hook(lambda _, args, out: seen.update(input=args[0], reducer=out)),
+        reducer.reducer.register_forward_hook(
+            lambda _, args, out: seen.update(input=args[0], reducer=out)
+        ),
     ]
     golden.model.get_image_features(case["images"])
     for hook in hooks:
@@ -97,7 +121,11 @@ def test_gradients_of_the_h_reducer_have_the_originals_norms(golden):
     golden.model.zero_grad()
     golden.model(**golden.inputs(case)).loss.backward()
     ours = {name: parameter.grad for name, parameter in golden.model.named_parameters()}
-    norms = {key: norm for key, norm in golden.cases["c7_grads"]["grad_norms_all"].items() if "vision2text" in key}
+    norms = {
+        key: norm
+        for key, norm in golden.cases["c7_grads"]["grad_norms_all"].items()
+        if "vision2text" in key
+    }
     assert norms
     for key, norm in norms.items():
         gradient = ours[key.replace("vision2text", "h_reducer").replace("before.0", "before")]
@@ -115,7 +143,10 @@ def test_the_norm_nobody_applies_gets_zeros_in_training(golden):
 @torch.no_grad()
 def test_a_compiled_graph_without_breaks_gives_the_same(converted):
     model = MplugOwl2ForConditionalGeneration.from_pretrained(converted).eval()
-    inputs = {"input_ids": torch.tensor([[1, *[331] * 17, 5, 6]]), "pixel_values": torch.randn(1, 3, 32, 32)}
+    inputs = {
+        "input_ids": torch.tensor([[1, *[331] * 17, 5, 6]]),
+        "pixel_values": torch.randn(1, 3, 32, 32),
+    }
     expected = model(**inputs).logits
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=0, atol=1e-4)
@@ -136,8 +167,12 @@ def test_padded_rows_give_what_each_gives_alone(golden):
         batch = pad(rows, side=side)
         together = golden.model(**batch, pixel_values=pictures).logits
         for index, (row, own) in enumerate(zip(rows, pictures.split(counts), strict=True)):
-            alone = golden.model(torch.tensor([row]), pixel_values=own if len(own) else None).logits[0]
-            torch.testing.assert_close(together[index][batch["attention_mask"][index].bool()], alone, rtol=0, atol=2e-5)
+            alone = golden.model(
+                torch.tensor([row]), pixel_values=own if len(own) else None
+            ).logits[0]
+            torch.testing.assert_close(
+                together[index][batch["attention_mask"][index].bool()], alone, rtol=0, atol=2e-5
+            )
 
 
 # Folders
@@ -163,7 +198,9 @@ def with_tokenizer(original, tmp_path_factory):
         shards[key] = shards[key].repeat(4, 1)[:1000].clone()
     torch.save(shards, folder / "pytorch_model.bin")
     config = json.loads((original / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 1000, "max_position_embeddings": 256}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "vocab_size": 1000, "max_position_embeddings": 256})
+    )
     shutil.copy(GOLDEN / "T" / "tiny.model", folder / "tokenizer.model")
     return folder
 
@@ -180,11 +217,17 @@ def test_a_converted_folder_says_what_it_is(converted):
 def test_the_originals_folder_loads_as_it_is(original, converted, caplog):
     for auto_class in (AutoModelForImageTextToText, MplugOwl2ForConditionalGeneration):
         model, info = auto_class.from_pretrained(original, output_loading_info=True)
-        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert not any(
+            info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        )
         assert_same_bits(load_state(converted), model.state_dict())
     assert type(AutoModel.from_pretrained(original)).__name__ == "MplugOwl2Model"
     for read in (AutoConfig.from_pretrained(original), MplugDocOwlConfig.from_pretrained(original)):
-        assert (type(read), read.model_type, read.connector_type) == (MplugOwl2Config, "mplug_owl2", "h_reducer")
+        assert (type(read), read.model_type, read.connector_type) == (
+            MplugOwl2Config,
+            "mplug_owl2",
+            "h_reducer",
+        )
     assert "instantiate a model of type" not in caplog.text
 
 
@@ -192,12 +235,16 @@ def test_the_way_there_and_back_keeps_every_bit(original, converted, tmp_path):
     command("convert", converted, tmp_path / "back", "--to", "original")
     before = {key: tensor for key, tensor in read_shards(original).items() if "inv_freq" not in key}
     assert_same_bits(before, load_file(tmp_path / "back" / "model.safetensors"))
-    was, now = (json.loads((folder / "config.json").read_text()) for folder in (original, tmp_path / "back"))
+    was, now = (
+        json.loads((folder / "config.json").read_text()) for folder in (original, tmp_path / "back")
+    )
     for part in ("visual_model", "visual_hreducer"):
         known = now["visual_config"].pop(part)
         assert known.items() <= was["visual_config"].pop(part).items()
     assert now["visual_config"] == {} and now.items() <= {**was, **now}.items()
-    assert {key: was[key] for key in ("model_type", "architectures", "vocab_size")}.items() <= now.items()
+    assert {
+        key: was[key] for key in ("model_type", "architectures", "vocab_size")
+    }.items() <= now.items()
     command("convert", tmp_path / "back", tmp_path / "again")
     assert_same_bits(load_state(converted), load_state(tmp_path / "again"))
 
@@ -214,10 +261,15 @@ def test_save_pretrained_writes_both_layouts(original, tmp_path):
 
 def test_verify_says_ok(original, converted, with_tokenizer, tmp_path):
     lines = command("verify", converted, "--against", original).stdout
-    assert lines.splitlines()[-1] == "ok" and "logits of a prompt with a picture equal the source's" in lines
+    assert (
+        lines.splitlines()[-1] == "ok"
+        and "logits of a prompt with a picture equal the source's" in lines
+    )
     command("convert", with_tokenizer, tmp_path / "converted")
     lines = command("verify", tmp_path / "converted", "--against", with_tokenizer).stdout
-    assert "the processor fits the model: 34 positions for a picture" in lines  # the whole picture and one crop
+    assert (
+        "the processor fits the model: 34 positions for a picture" in lines
+    )  # the whole picture and one crop
 
 
 def test_info_counts_the_tokens_of_a_crop(original, with_tokenizer, tmp_path):
@@ -230,7 +282,10 @@ def test_info_counts_the_tokens_of_a_crop(original, with_tokenizer, tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path / "converted")
     processor.image_processor.image_aspect_ratio = "pad"
     processor.save_pretrained(tmp_path / "converted")
-    assert json.loads(command("info", tmp_path / "converted", "--json").stdout)["tokens per picture"] == 17
+    assert (
+        json.loads(command("info", tmp_path / "converted", "--json").stdout)["tokens per picture"]
+        == 17
+    )
 
 
 @pytest.mark.parametrize("mark", ["component", "architecture"])
@@ -248,13 +303,25 @@ def test_docowl2_is_refused_in_one_line(source, tmp_path, mark):
 def test_the_vision_encoder_is_the_originals_whatever_its_configuration_says(source):
     visual_config = json.loads((source / "config.json").read_text())["visual_config"]
     other = {"hidden_act": "gelu", "use_cls_token": False, "use_post_layernorm": False}
-    edit_config(source, visual_config={**visual_config, "visual_model": {**visual_config["visual_model"], **other}})
+    edit_config(
+        source,
+        visual_config={**visual_config, "visual_model": {**visual_config["visual_model"], **other}},
+    )
     vision = AutoConfig.from_pretrained(source).vision_config
-    assert (vision.hidden_act, vision.use_cls_token, vision.use_post_layernorm) == ("quick_gelu", True, True)
+    assert (vision.hidden_act, vision.use_cls_token, vision.use_post_layernorm) == (
+        "quick_gelu",
+        True,
+        True,
+    )
 
 
 def test_a_model_from_scratch_is_finite_and_comes_back(tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = MplugOwl2Config(
         connector_type="h_reducer",
         vision_config={**sizes, "image_size": 32, "patch_size": 4},
@@ -263,7 +330,10 @@ def test_a_model_from_scratch_is_finite_and_comes_back(tmp_path):
     )
     model = MplugOwl2ForConditionalGeneration(config)
     assert model.model.h_reducer.vit_eos.std() < 0.1
-    inputs = {"input_ids": torch.tensor([[1, *[50] * 17, 5]]), "pixel_values": torch.zeros(1, 3, 32, 32)}
+    inputs = {
+        "input_ids": torch.tensor([[1, *[50] * 17, 5]]),
+        "pixel_values": torch.zeros(1, 3, 32, 32),
+    }
     assert model(**inputs, labels=inputs["input_ids"]).loss.isfinite()
     model.save_pretrained(tmp_path)
     assert_same_bits(model.state_dict(), load_state(tmp_path))
@@ -302,7 +372,9 @@ def documents(golden_dir):
 
 def test_grids_are_the_originals(documents):
     table = documents.anchors
-    assert {name: [list(grid) for grid in grids] for name, grids in CROP_ANCHORS.items()} == table["anchors"]
+    assert {name: [list(grid) for grid in grids] for name, grids in CROP_ANCHORS.items()} == table[
+        "anchors"
+    ]
     compared = 0
     for key, chosen in table.items():
         name, _, side = key.partition("@")
@@ -310,7 +382,11 @@ def test_grids_are_the_originals(documents):
             continue
         anchors = CROP_ANCHORS[name]
         for (width, height), index in zip(table["sizes_wh"], chosen, strict=True):
-            assert best_anchor(height, width, int(side), anchors) == anchors[index], (key, width, height)
+            assert best_anchor(height, width, int(side), anchors) == anchors[index], (
+                key,
+                width,
+                height,
+            )
             compared += 1
     assert compared >= 1000
 
@@ -355,7 +431,9 @@ def test_a_batch_of_documents_is_each_of_them(documents):
     processor = make_processor()
     names = ["square", "wide", "tall"]
     prompts = [f"USER: <|image|>What is {name}? ASSISTANT:" for name in names]
-    together = processor(text=prompts, images=[[documents.picture(name)] for name in names], padding=True)
+    together = processor(
+        text=prompts, images=[[documents.picture(name)] for name in names], padding=True
+    )
     assert set(together) == {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values"}
     pixels = iter(together["pixel_values"])
     for index, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
@@ -368,7 +446,12 @@ def test_a_batch_of_documents_is_each_of_them(documents):
 
 
 def test_the_number_of_placeholders_is_known_from_the_size_alone(documents):
-    for kwargs in ({}, {"add_global_image": False}, {"crop_anchors": "grid_20"}, {"image_aspect_ratio": "resize"}):
+    for kwargs in (
+        {},
+        {"add_global_image": False},
+        {"crop_anchors": "grid_20"},
+        {"image_aspect_ratio": "resize"},
+    ):
         processor = make_processor()
         sizes = [documents.picture(name).size[::-1] for name in ("square", "wide", "tall", "photo")]
         counted = processor._get_num_multimodal_tokens(image_sizes=sizes, **kwargs)
@@ -394,7 +477,11 @@ def test_settings_of_crops_are_saved_where_they_count(tmp_path):
     processor = make_processor(crop_anchors="grid_4", add_global_image=False)
     processor.save_pretrained(tmp_path / "crops")
     again = AutoProcessor.from_pretrained(tmp_path / "crops").image_processor
-    assert (again.image_aspect_ratio, again.crop_anchors, again.add_global_image) == ("anchors", "grid_4", False)
+    assert (again.image_aspect_ratio, again.crop_anchors, again.add_global_image) == (
+        "anchors",
+        "grid_4",
+        False,
+    )
     assert "crop_anchors" not in MplugOwl2ImageProcessor().to_dict()
 
 
@@ -420,7 +507,10 @@ def test_the_processor_of_the_originals_folder(with_tokenizer, tmp_path):
 
 def test_the_pipeline_answers_about_a_document(with_tokenizer, documents, tmp_path):
     command("convert", with_tokenizer, tmp_path / "converted")
-    content = [{"type": "image", "image": documents.picture("wide")}, {"type": "text", "text": "What is the total?"}]
+    content = [
+        {"type": "image", "image": documents.picture("wide")},
+        {"type": "text", "text": "What is the total?"},
+    ]
     chat = [{"role": "user", "content": content}]
     answers = []
     for folder in (tmp_path / "converted", with_tokenizer):
@@ -433,10 +523,15 @@ def test_the_pipeline_answers_about_a_document(with_tokenizer, documents, tmp_pa
 
 def test_a_stranger_gets_the_same_logits(with_tokenizer, golden_dir, tmp_path):
     command("convert", with_tokenizer, tmp_path / "a.model")
-    picture, prompt = str(golden_dir("HP") / "images" / "wide.png"), "USER: <|image|>What is the total? ASSISTANT:"
+    picture, prompt = (
+        str(golden_dir("HP") / "images" / "wide.png"),
+        "USER: <|image|>What is the total? ASSISTANT:",
+    )
     found = ask_a_stranger(tmp_path / "a.model", picture, prompt, tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "a.model").eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "a.model")
     with torch.no_grad():
-        expected = model(**processor(text=prompt, images=picture, return_tensors="pt")).logits[0, -1]
+        expected = model(**processor(text=prompt, images=picture, return_tensors="pt")).logits[
+            0, -1
+        ]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -18,7 +18,9 @@ from owl2_hf.scoring import PRESETS, Scorer
 from .test_videos import make_video
 
 DOCS = Path(__file__).parents[1] / "docs"
-BLOCKS = re.findall(r"## (.*?)\n.*?```python\n(.*?)```", (DOCS / "coming-from.md").read_text(), re.DOTALL)
+BLOCKS = re.findall(
+    r"## (.*?)\n.*?```python\n(.*?)```", (DOCS / "coming-from.md").read_text(), re.DOTALL
+)
 
 
 def with_words(words):
@@ -42,7 +44,12 @@ def with_words(words):
 def place(tmp_path_factory):
     """A folder where `path/to/...` and the pictures are."""
     folder = tmp_path_factory.mktemp("docs")
-    words = {word for preset in (*PRESETS.values(), COMPARE2SCORE) for word in preset.levels if isinstance(word, str)}
+    words = {
+        word
+        for preset in (*PRESETS.values(), COMPARE2SCORE)
+        for word in preset.levels
+        if isinstance(word, str)
+    }
     tokenizer = with_words(sorted(words))
     num_tokens = len(tokenizer) - 1
     config = owl2_hf.MplugOwl2Config(
@@ -128,7 +135,9 @@ def test_the_examples_of_a_page_run_one_after_the_other(place, monkeypatch, caps
 
 
 def test_every_section_has_a_new_call():
-    assert [name for name, _ in BLOCKS] == re.findall(r"^## (.*)", (DOCS / "coming-from.md").read_text(), re.MULTILINE)
+    assert [name for name, _ in BLOCKS] == re.findall(
+        r"^## (.*)", (DOCS / "coming-from.md").read_text(), re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize(("name", "code"), BLOCKS, ids=[name for name, _ in BLOCKS])
@@ -149,17 +158,27 @@ def test_the_analysis_runs_as_shown(place, monkeypatch, capsys):
     page = (DOCS / "analysis.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(code, "analysis.md", "exec"), {})
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["given", "unrelated", "none"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "given",
+        "unrelated",
+        "none",
+    ]
     (command,) = re.findall(r"\$ owl2-hf (analyze .*)", page)
     result = CliRunner().invoke(
-        app, [*shlex.split(command), *["--model", "path/to/owl2", "--without", "path/to/owl2", "--max-new-tokens", "4"]]
+        app,
+        [
+            *shlex.split(command),
+            *["--model", "path/to/owl2", "--without", "path/to/owl2", "--max-new-tokens", "4"],
+        ],
     )
     assert result.exit_code == 0, result.output
     written = {path.name for path in (place / "analysis").iterdir()}
     assert set(re.findall(r"`([\w]+\.(?:png|json))`", page)) <= written
 
 
-def test_the_page_on_scoring_runs_from_an_image_to_a_model_card(place, tmp_path, monkeypatch, capsys):
+def test_the_page_on_scoring_runs_from_an_image_to_a_model_card(
+    place, tmp_path, monkeypatch, capsys
+):
     pytest.importorskip("scipy", reason="scipy is not installed")
     import shlex
 
@@ -207,7 +226,9 @@ def test_the_presets_run_through_the_command(place, monkeypatch):
     from owl2_hf.cli import app
 
     monkeypatch.chdir(place)
-    result = CliRunner().invoke(app, ["score", "photo.jpg", "other.jpg", "--model", "path/to/one-align", "--csv"])
+    result = CliRunner().invoke(
+        app, ["score", "photo.jpg", "other.jpg", "--model", "path/to/one-align", "--csv"]
+    )
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0] == "image,score,std,excellent,good,fair,poor,bad"
 
@@ -221,27 +242,42 @@ def test_scores_of_batches_are_those_of_single_pictures_with_every_preset(place)
     for name in ("one-align", "deqa", "q-instruct"):
         together = Scorer(model, processor, name)(pictures)
         alone = [Scorer(model, processor, name)(picture)[0] for picture in pictures]
-        assert [one.score for one in together] == pytest.approx([one.score for one in alone], abs=1e-5)
+        assert [one.score for one in together] == pytest.approx(
+            [one.score for one in alone], abs=1e-5
+        )
 
 
 def test_the_examples_of_the_page_on_performance_run():
     pytest.importorskip("torchao")
     names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", (DOCS / "performance.md").read_text(encoding="utf-8"), re.DOTALL):
+    for block in re.findall(
+        r"```python\n(.*?)```", (DOCS / "performance.md").read_text(encoding="utf-8"), re.DOTALL
+    ):
         exec(compile(block, "performance.md", "exec"), names)
     said = [message["content"] for message in names["chat"] if message["role"] == "assistant"]
     assert said[0].strip() == "banana" and len(said) == 3
-    assert type(names["model"].model.language_model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
+    assert (
+        type(names["model"].model.language_model.layers[0].mlp.up_proj.weight).__name__
+        == "Int8Tensor"
+    )
 
 
 def test_every_test_that_the_page_on_reliability_names_exists():
     page = (DOCS / "reliability.md").read_text(encoding="utf-8")
-    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| case", "| ---"))]
+    rows = [
+        line
+        for line in page.splitlines()
+        if line.startswith("| ") and not line.startswith(("| case", "| ---"))
+    ]
     for row in rows:
         file = None
-        for named, name in re.findall(r"`([\w/]*(?:\.py)?)::(\w+)`", row.rpartition("|")[0].rpartition(" | ")[2]):
+        for named, name in re.findall(
+            r"`([\w/]*(?:\.py)?)::(\w+)`", row.rpartition("|")[0].rpartition(" | ")[2]
+        ):
             file = named or file
-            assert f"def test_{name}(" in (Path(__file__).parent / file).read_text(encoding="utf-8"), f"{file}::{name}"
+            assert f"def test_{name}(" in (Path(__file__).parent / file).read_text(
+                encoding="utf-8"
+            ), f"{file}::{name}"
         assert file is not None, row
 
 
@@ -250,21 +286,34 @@ def encoded():
     """The default model, its processor, and how many pictures each call of the vision encoder took."""
     calls: list[int] = []
     model, processor = owl2_hf.load_default(dtype=torch.float32)
-    model.model.vision_tower.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args: calls.append(len(args[0]))
+    )
     return model, processor, calls
 
 
 def question(text, picture=None):
-    image = [{"type": "image", "image": str(owl2_hf.default_pictures()[picture])}] if picture else []
+    image = (
+        [{"type": "image", "image": str(owl2_hf.default_pictures()[picture])}] if picture else []
+    )
     return {"role": "user", "content": [*image, {"type": "text", "text": text}]}
 
 
 def test_a_picture_of_an_earlier_turn_is_not_encoded_again(encoded):
     model, processor, calls = encoded
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    options = {
+        "add_generation_prompt": True,
+        "tokenize": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+    }
     first, second = list(owl2_hf.default_pictures())[:2]
     chat, features = [], []
-    for asked in (question("What is it?", first), question("Is it an animal?"), question("And this?", second)):
+    for asked in (
+        question("What is it?", first),
+        question("Is it an animal?"),
+        question("And this?", second),
+    ):
         chat.append(asked)
         inputs = processor.apply_chat_template(chat, **options)
         expected = model.generate(**inputs)
@@ -275,7 +324,9 @@ def test_a_picture_of_an_earlier_turn_is_not_encoded_again(encoded):
         known = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         assert model.generate(**inputs, mm_encoder_outputs=known).equal(expected)
         assert calls == [len(new)] * bool(len(new))
-        answer = processor.decode(expected[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answer = processor.decode(
+            expected[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         chat.append({"role": "assistant", "content": answer})
 
 
@@ -293,7 +344,9 @@ def test_the_page_on_installing_names_every_extra_and_the_wheel():
     project = (DOCS.parent / "pyproject.toml").read_text(encoding="utf-8")
     page = (DOCS / "install.md").read_text(encoding="utf-8")
     extras = re.findall(
-        r"^([a-z]+) = \[", project.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M
+        r"^([a-z]+) = \[",
+        project.partition("[project.optional-dependencies]")[2].partition("\n[")[0],
+        re.M,
     )
     assert set(re.findall(r"^\| `(\w+)`", page, re.M)) == set(extras) - {"dev", "docs"}
     (version,) = re.findall(r'^version = "(.*)"', project, re.M)

@@ -22,9 +22,14 @@ def test_prompts_are_the_originals():
         "USER: <|image|>Is it {red}?\nAnswer the question using a single word or phrase. ASSISTANT: "
     )
     assert (
-        EVALUATIONS["mmbench"].fill(hint="H", question="Q", options="A. x").startswith("USER: <|image|>H\nQ\nA. x\nAns")
+        EVALUATIONS["mmbench"]
+        .fill(hint="H", question="Q", options="A. x")
+        .startswith("USER: <|image|>H\nQ\nA. x\nAns")
     )
-    assert [name for name, one in EVALUATIONS.items() if one.ending == "ASSISTANT:"] == ["mmmu", "mmmu-open"]
+    assert [name for name, one in EVALUATIONS.items() if one.ending == "ASSISTANT:"] == [
+        "mmmu",
+        "mmmu-open",
+    ]
     with pytest.raises(ValueError, match="the prompt needs 'question', got"):
         EVALUATIONS["vqa"].fill(text="?")
 
@@ -64,7 +69,9 @@ def test_settings_go_straight_into_generate():
 
 
 def test_the_entry_point_is_there():
-    (found,) = [entry for entry in entry_points(group="lmms_eval.models") if entry.name == "owl2_hf"]
+    (found,) = [
+        entry for entry in entry_points(group="lmms_eval.models") if entry.name == "owl2_hf"
+    ]
     assert found.value == "owl2_hf.integrations.lmms_eval:manifest"
 
 
@@ -81,7 +88,9 @@ def test_lmms_eval_gets_the_answers_of_the_pipeline(lmms):
     docs = [{"image": picture} for picture in pictures]
     kwargs = {"until": ["\n"], "max_new_tokens": 6}
     requests = [
-        SimpleNamespace(args=("What is this?", kwargs, lambda doc: [doc["image"]], index, "task", "test"))
+        SimpleNamespace(
+            args=("What is this?", kwargs, lambda doc: [doc["image"]], index, "task", "test")
+        )
         for index in range(3)
     ]
     model = lmms.Owl2("default", batch_size=2)
@@ -89,10 +98,18 @@ def test_lmms_eval_gets_the_answers_of_the_pipeline(lmms):
     answers = model.generate_until(requests)
     loaded, processor = owl2_hf.load_default()
     for picture, answer in zip(pictures, answers, strict=True):
-        inputs = processor(text="USER: <|image|>What is this? ASSISTANT:", images=picture, return_tensors="pt")
-        output = loaded.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        inputs = processor(
+            text="USER: <|image|>What is this? ASSISTANT:", images=picture, return_tensors="pt"
+        )
+        output = loaded.generate(**inputs, max_new_tokens=6, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ]
         assert answer == processor.decode(output, skip_special_tokens=True).strip()
-    scored = [SimpleNamespace(args=("What is this?", answers[0], lambda doc: [doc["image"]], 0, "task", "test"))]
+    scored = [
+        SimpleNamespace(
+            args=("What is this?", answers[0], lambda doc: [doc["image"]], 0, "task", "test")
+        )
+    ]
     ((log_probability, is_greedy),) = model.loglikelihood(scored)
     assert is_greedy and log_probability < 0
 
@@ -109,7 +126,9 @@ def test_pictures_stand_where_the_question_marks_them(lmms):
 
 
 def test_the_originals_ending_comes_with_its_settings(lmms):
-    request = SimpleNamespace(args=("<image 1> What?", {}, lambda doc: [doc["image"]], 0, "task", "test"))
+    request = SimpleNamespace(
+        args=("<image 1> What?", {}, lambda doc: [doc["image"]], 0, "task", "test")
+    )
     for prompt, ending in ((None, "ASSISTANT:"), ("vqa", "ASSISTANT: "), ("mmmu", "ASSISTANT:")):
         model = lmms.Owl2("default", prompt=prompt)
         model.task_dict = {"task": {"test": [{"image": Image.new("RGB", (9, 9))}]}}
@@ -118,7 +137,9 @@ def test_the_originals_ending_comes_with_its_settings(lmms):
 
 
 def test_settings_of_a_task_win(lmms):
-    until, merged = lmms._generation({"until": "\n", "max_new_tokens": 3, "temperature": 0}, {"max_new_tokens": 60})
+    until, merged = lmms._generation(
+        {"until": "\n", "max_new_tokens": 3, "temperature": 0}, {"max_new_tokens": 60}
+    )
     assert until == ["\n"] and merged == {"do_sample": False, "max_new_tokens": 3}
     assert lmms._cut(" banana\nUSER: ", ["\n"]) == "banana"
     with pytest.raises(ValueError, match="expected a prompt of vqa"):

@@ -16,7 +16,9 @@ from owl2_hf.cli import app
 
 from .conversion.test_direct_loading import docowl, owl21
 
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'owl2_hf[export]'")
+onnxruntime = pytest.importorskip(
+    "onnxruntime", reason="needs onnxruntime: pip install 'owl2_hf[export]'"
+)
 pytest.importorskip("onnxscript", reason="needs onnxscript: pip install 'owl2_hf[export]'")
 DOCS = Path(__file__).parents[1] / "docs"
 LARGEST = 1e-4  # difference to torch; values are below 10
@@ -54,7 +56,9 @@ def test_a_file_that_is_there_is_kept(tmp_path):
 def test_a_file_that_computes_something_else_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "TOLERANCE", 1e-12)
     result = run("default", tmp_path / "vision.onnx")
-    assert result.exit_code == 1 and re.search(r"vision\.onnx differs from torch by \S+: do not use it", result.stderr)
+    assert result.exit_code == 1 and re.search(
+        r"vision\.onnx differs from torch by \S+: do not use it", result.stderr
+    )
 
 
 def test_the_page_runs_as_shown(tmp_path, monkeypatch, capsys):

@@ -27,8 +27,15 @@ def cases(*names):
     for set_name in SETS:
         folder = find_golden(set_name)
         listed = folder / "cases.json" if folder else None
-        known = json.loads(listed.read_text())["cases"] if listed and listed.is_file() else names[:1]
-        pairs += [((set_name, attention), name) for attention in ("eager", "sdpa") for name in names if name in known]
+        known = (
+            json.loads(listed.read_text())["cases"] if listed and listed.is_file() else names[:1]
+        )
+        pairs += [
+            ((set_name, attention), name)
+            for attention in ("eager", "sdpa")
+            for name in names
+            if name in known
+        ]
     ids = ["-".join((*params, name)) for params, name in pairs]
     return pytest.mark.parametrize(("golden", "name"), pairs, indirect=["golden"], ids=ids)
 
@@ -45,7 +52,11 @@ class GoldenSet:
 
     def case(self, name):
         prefix = name + "/"
-        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+        return {
+            key.removeprefix(prefix): value
+            for key, value in self.tensors.items()
+            if key.startswith(prefix)
+        }
 
     def inputs(self, case, **kwargs):
         inputs = expand_markers(
@@ -64,7 +75,9 @@ def converted_sets(tmp_path_factory, golden_dir):
         if name not in folders:
             source = golden_dir(name)
             if not (source / "hf").is_dir():
-                pytest.skip(f"golden set {name} is not here as a whole; OWL2_HF_GOLDEN names the folder that holds it")
+                pytest.skip(
+                    f"golden set {name} is not here as a whole; OWL2_HF_GOLDEN names the folder that holds it"
+                )
             target = tmp_path_factory.mktemp(name) / "converted"
             convert(source / "hf", target)
             folders[name] = source, target
@@ -109,11 +122,17 @@ def test_vision_and_connector_give_the_originals_numbers(golden, name):
         assert features.abstractor_hidden_states is None
     else:
         assert_close(torch.stack(features.pooler_output), case["abstractor_last_hidden_state"])
-        assert_close(torch.stack(features.abstractor_hidden_states[1:]), case["abstractor_layer_outputs"])
+        assert_close(
+            torch.stack(features.abstractor_hidden_states[1:]), case["abstractor_layer_outputs"]
+        )
     if "vision_attentions" in case:
-        features = eager_copy(golden.model).get_image_features(case["images"], output_attentions=True)
+        features = eager_copy(golden.model).get_image_features(
+            case["images"], output_attentions=True
+        )
         assert_close(torch.stack(features.attentions), case["vision_attentions"])
-        assert len(features.abstractor_attentions) == golden.config.abstractor_config.num_hidden_layers
+        assert (
+            len(features.abstractor_attentions) == golden.config.abstractor_config.num_hidden_layers
+        )
 
 
 @cases(
@@ -140,10 +159,15 @@ def test_language_model_gives_the_originals_numbers(golden, name):
 def test_attentions_and_cache_are_the_originals(golden, name):
     case = golden.case(name)
     layers = golden.model(**golden.inputs(case), use_cache=True).past_key_values.layers
-    for kind, tensors in (("keys", [one.keys for one in layers]), ("values", [one.values for one in layers])):
+    for kind, tensors in (
+        ("keys", [one.keys for one in layers]),
+        ("values", [one.values for one in layers]),
+    ):
         cached = torch.stack(tensors)
         # Upstream: in mPLUG-Owl2.1 positions stand before heads.
-        assert_close(cached.transpose(2, 3) if golden.config.is_owl21 else cached, case[f"past_{kind}"])
+        assert_close(
+            cached.transpose(2, 3) if golden.config.is_owl21 else cached, case[f"past_{kind}"]
+        )
     if "attentions" in case:
         output = eager_copy(golden.model)(**golden.inputs(case), output_attentions=True)
         assert_close(torch.stack(output.attentions), case["attentions"])
@@ -154,11 +178,18 @@ def test_attentions_and_cache_are_the_originals(golden, name):
 def test_several_frames_behind_one_marker(golden, name):
     case = golden.case(name)
     frames = case["images"].shape[1]
-    output = golden.model(**golden.inputs(case, tokens_per_marker=frames * golden.config.num_image_tokens))
+    output = golden.model(
+        **golden.inputs(case, tokens_per_marker=frames * golden.config.num_image_tokens)
+    )
     assert_close(text_logits(golden, output), case["logits"])
 
 
-@cases("c11_beyond_max_positions", "c11_ten_crops_beyond_max_positions", "c11_near_seq_length", "x12_beyond_seq_length")
+@cases(
+    "c11_beyond_max_positions",
+    "c11_ten_crops_beyond_max_positions",
+    "c11_near_seq_length",
+    "x12_beyond_seq_length",
+)
 @torch.no_grad()
 def test_long_prompts_give_the_originals_numbers(golden, name):
     case = golden.case(name)
@@ -173,7 +204,9 @@ def test_loss_is_the_originals(golden, name, training):
     case = golden.case(name)
     golden.model.train(training)
     inputs = golden.inputs(case)
-    if name == "c5d_labels_ragged":  # The original feeds a text-only row a picture that nobody looks at.
+    if (
+        name == "c5d_labels_ragged"
+    ):  # The original feeds a text-only row a picture that nobody looks at.
         num_pictures = int((case["input_ids"] == -200).sum())
         inputs["pixel_values"] = inputs["pixel_values"][:num_pictures]
     output = golden.model(**inputs)
@@ -229,7 +262,9 @@ def test_beam_search_gives_the_originals_ids(golden, name):
     case = golden.case(name)
     inputs = golden.inputs(case)
     new_ids = case["new_ids"]
-    output = golden.model.generate(**inputs, max_new_tokens=new_ids.shape[1], num_beams=3, do_sample=False)
+    output = golden.model.generate(
+        **inputs, max_new_tokens=new_ids.shape[1], num_beams=3, do_sample=False
+    )
     assert output[:, inputs["input_ids"].shape[1] :].tolist() == new_ids.tolist()
 
 

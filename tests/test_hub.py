@@ -91,7 +91,11 @@ def run(code, home, endpoint, *arguments, **environment):
         text=True,
         cwd=home,
         env={
-            **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("HF_", "TRANSFORMERS_"))
+            },
             "HF_ENDPOINT": endpoint,
             "HF_HOME": str(home / "hf"),
             "HF_HUB_DISABLE_XET": "1",
@@ -126,16 +130,28 @@ def test_a_stranger_loads_what_was_pushed_by_its_id_and_gets_the_same_logits(tmp
         assert set(sent) == {path.name for path in folder.iterdir()} | {".gitattributes"}
         assert all(sent[path.name] == path.read_bytes() for path in folder.iterdir())
         assert sum(name.endswith(".safetensors") for name in sent) > 1
-        printed = run(STRANGER, tmp_path, server.endpoint, "tester/owl", picture, PROMPT, HF_HOME=str(tmp_path / "new"))
+        printed = run(
+            STRANGER,
+            tmp_path,
+            server.endpoint,
+            "tester/owl",
+            picture,
+            PROMPT,
+            HF_HOME=str(tmp_path / "new"),
+        )
     with torch.no_grad():
-        expected = model(**processor(text=PROMPT, images=picture, return_tensors="pt")).logits[0, -1]
+        expected = model(**processor(text=PROMPT, images=picture, return_tensors="pt")).logits[
+            0, -1
+        ]
     torch.testing.assert_close(torch.tensor(json.loads(printed)), expected, rtol=0, atol=1e-6)
 
 
 def test_the_files_and_the_message_arrive(hub, folder):
     report = send(folder, commit_message="a first model")
     repo = hub.repos["tester/owl"]
-    assert {name: len(data) for name, data in repo.files().items() if name != ".gitattributes"} == dict(report.files)
+    assert {
+        name: len(data) for name, data in repo.files().items() if name != ".gitattributes"
+    } == dict(report.files)
     assert repo.files()["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert repo.refs["main"][-1].message == "a first model"
     assert report.url == f"{hub.endpoint}/tester/owl/commit/{repo.refs['main'][-1].oid}"
@@ -205,7 +221,9 @@ def test_a_second_push_of_the_same_files_makes_no_commit(hub, folder):
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["one commit", "streamed"])
-def test_weights_of_the_model_before_do_not_stay_beside_the_new_ones(hub, folder, monkeypatch, streamed):
+def test_weights_of_the_model_before_do_not_stay_beside_the_new_ones(
+    hub, folder, monkeypatch, streamed
+):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not streamed)
     hub.lfs = not streamed
     send(folder)
@@ -216,10 +234,14 @@ def test_weights_of_the_model_before_do_not_stay_beside_the_new_ones(hub, folder
     assert "model.safetensors" not in there
 
 
-@pytest.mark.parametrize(("status", "words"), [(401, "hf auth login"), (403, "may not write"), (404, "no such")])
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "hf auth login"), (403, "may not write"), (404, "no such")]
+)
 def test_a_refusal_of_the_hub_is_one_clear_line(hub, folder, status, words):
     hub.refusal = status
-    with pytest.raises(ValueError, match=f"^tester/owl was not pushed: the Hub answered {status}, .*{words}") as caught:
+    with pytest.raises(
+        ValueError, match=f"^tester/owl was not pushed: the Hub answered {status}, .*{words}"
+    ) as caught:
         send(folder)
     assert "\n" not in str(caught.value)
     assert TOKEN not in str(caught.value)
@@ -247,7 +269,9 @@ def test_an_unreachable_hub_is_one_clear_line(folder, monkeypatch):
 
 def test_a_card_that_the_hub_refuses_leaves_no_empty_repository(hub, folder):
     hub.card_errors = ['"license" must be one of these']
-    with pytest.raises(ValueError, match=r"README\.md: the Hub refuses its metadata: .*must be one of these"):
+    with pytest.raises(
+        ValueError, match=r"README\.md: the Hub refuses its metadata: .*must be one of these"
+    ):
         send(folder)
     assert hub.repos == {}
 
@@ -269,19 +293,35 @@ def refused(folder, match):
 
 
 def test_every_file_that_stops_a_push_is_named_in_one_error(folder):
-    for name in ("optimizer.pt", "weights.bin", ".env", "id_rsa.pub", "train.log", "try.ipynb", "config.json.bak"):
+    for name in (
+        "optimizer.pt",
+        "weights.bin",
+        ".env",
+        "id_rsa.pub",
+        "train.log",
+        "try.ipynb",
+        "config.json.bak",
+    ):
         (folder / name).write_text("x")
     for name in (".git", ".cache", "runs"):
         (folder / name).mkdir()
     (folder / "pictures" / "two.png").write_bytes(b"\x89PNG")
     message = refused(folder, r"holds what must not be published.*Remove them from the folder")
-    assert "Pickles, which can run code on loading (convert writes safetensors): optimizer.pt, weights.bin" in message
+    assert (
+        "Pickles, which can run code on loading (convert writes safetensors): optimizer.pt, weights.bin"
+        in message
+    )
     assert "Files that are secrets by their names: .env, id_rsa.pub" in message
-    assert "Not part of a model of this package: .cache, .git, config.json.bak, runs, train.log, try.ipynb" in message
+    assert (
+        "Not part of a model of this package: .cache, .git, config.json.bak, runs, train.log, try.ipynb"
+        in message
+    )
     assert "Pictures that README.md does not show: pictures/two.png" in message
 
 
-@pytest.mark.parametrize("name", ["a.pem", "server.key", ".netrc", "token", "credentials.json", ".env.local"])
+@pytest.mark.parametrize(
+    "name", ["a.pem", "server.key", ".netrc", "token", "credentials.json", ".env.local"]
+)
 def test_names_of_secrets_are_refused(folder, name):
     (folder / name).write_text("x")
     refused(folder, f"secrets by their names: {name}")
@@ -296,7 +336,11 @@ def test_a_pickle_under_another_name_is_refused(folder):
 
 def test_honest_weights_may_begin_like_a_pickle(folder):
     for size in range(8):
-        save_file({"a": np.zeros(1, dtype=np.float32)}, folder / "model.safetensors", {"pad": "x" * (560 + 8 * size)})
+        save_file(
+            {"a": np.zeros(1, dtype=np.float32)},
+            folder / "model.safetensors",
+            {"pad": "x" * (560 + 8 * size)},
+        )
         content = (folder / "model.safetensors").read_bytes()
         if content[:2] == b"\x80\x02":
             break
@@ -341,10 +385,16 @@ def test_a_secret_in_a_text_is_refused_and_not_repeated(folder, name, kind, secr
     assert secret not in refused(folder, f"{name} seems to hold {kind}")
 
 
-@pytest.mark.parametrize("value", ["/home/me/owl", "/Users/me/owl", "C:\\models\\owl", "/root/x", "file:///tmp/x"])
+@pytest.mark.parametrize(
+    "value", ["/home/me/owl", "/Users/me/owl", "C:\\models\\owl", "/root/x", "file:///tmp/x"]
+)
 def test_a_path_of_this_machine_in_a_config_is_refused_by_its_key(folder, value):
-    (folder / "config.json").write_text(json.dumps({"model_type": "mplug_owl2", "text_config": {"from": value}}))
-    assert value not in refused(folder, r"config\.json: text_config\.from is a path of a local machine")
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "mplug_owl2", "text_config": {"from": value}})
+    )
+    assert value not in refused(
+        folder, r"config\.json: text_config\.from is a path of a local machine"
+    )
 
 
 @pytest.mark.parametrize("value", ["/data/llama-7b", "../llama", "./a", "D:/models/a", "a/b/c"])
@@ -354,19 +404,29 @@ def test_a_local_path_as_the_name_of_a_model_is_refused(folder, value):
     )
     refused(folder, r"config\.json: text_config\._name_or_path is a path of a local machine")
     for fine in ("", "llama", "meta-llama/Llama-2-7b-hf"):
-        (folder / "config.json").write_text(json.dumps({"model_type": "mplug_owl2", "_name_or_path": fine}))
+        (folder / "config.json").write_text(
+            json.dumps({"model_type": "mplug_owl2", "_name_or_path": fine})
+        )
         assert push(folder, "tester/owl", dry_run=True).files
 
 
-@pytest.mark.parametrize("key", ["wandb_api_key", "apikey", "hub_token", "AWS_SECRET_KEY", "password"])
+@pytest.mark.parametrize(
+    "key", ["wandb_api_key", "apikey", "hub_token", "AWS_SECRET_KEY", "password"]
+)
 def test_a_secret_is_known_by_its_key(folder, key):
-    (folder / "config.json").write_text(json.dumps({"model_type": "mplug_owl2", "report": {key: "0123abcd"}}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "mplug_owl2", "report": {key: "0123abcd"}})
+    )
     assert "0123abcd" not in refused(folder, rf"config\.json: report\.{key} seems to be a secret")
-    (folder / "config.json").write_text(json.dumps({"model_type": "mplug_owl2", key: None, "bos_token": "<s>"}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "mplug_owl2", key: None, "bos_token": "<s>"})
+    )
     assert push(folder, "tester/owl", dry_run=True).files
 
 
-@pytest.mark.parametrize("text", ["see /home/me/owl", "`/Users/me`", "C:\\Users\\me", "cd /root/owl"])
+@pytest.mark.parametrize(
+    "text", ["see /home/me/owl", "`/Users/me`", "C:\\Users\\me", "cd /root/owl"]
+)
 @pytest.mark.parametrize("name", ["README.md", "NOTICE"])
 def test_a_home_folder_in_a_text_is_refused_by_its_line(folder, name, text):
     (folder / name).write_text(f"{CARD}\n{text}\n")
@@ -405,7 +465,10 @@ def test_what_is_no_image_or_a_program_is_refused(folder):
 def test_texts_in_an_image_are_read(folder, compressed):
     path = folder / "pictures" / "one.png"
     token = "hf_" + "a1B2" * 9
-    for text, match in ((f"by {token}", "one.png seems to hold a Hugging Face token"), ("/home/me/a", "holds a path")):
+    for text, match in (
+        (f"by {token}", "one.png seems to hold a Hugging Face token"),
+        ("/home/me/a", "holds a path"),
+    ):
         info = PngImagePlugin.PngInfo()
         info.add_text("Comment", text, zip=compressed)
         Image.new("RGB", (2, 2)).save(path, pnginfo=info)
@@ -438,7 +501,9 @@ def test_the_place_where_an_image_was_taken_is_not_published(folder, suffix):
 
 
 def test_web_addresses_and_vocabularies_are_no_local_paths(folder):
-    (folder / "generation_config.json").write_text(json.dumps({"a": "https://host.org/home/x, a/tmp/b"}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"a": "https://host.org/home/x, a/tmp/b"})
+    )
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"merges": ["/home/ x"]}}))
     assert push(folder, "tester/owl", dry_run=True).files
 
@@ -448,7 +513,10 @@ def test_web_addresses_and_vocabularies_are_no_local_paths(folder):
     [
         (["tags: [a]"], "lacks library_name, pipeline_tag, license;"),
         (CARD.replace("apache-2.0", "other").splitlines()[1:5], "lacks license_name;"),
-        (CARD.replace("image-text-to-text", "image-to-text").splitlines()[1:5], "expected pipeline_tag image-text-to"),
+        (
+            CARD.replace("image-text-to-text", "image-to-text").splitlines()[1:5],
+            "expected pipeline_tag image-text-to",
+        ),
         (["- a list"], "expected metadata in YAML"),
         (["a: [b"], "expected metadata in YAML"),
     ],
@@ -486,7 +554,10 @@ def test_an_adapter_needs_no_other_weights_but_a_model_does(folder):
 
 def test_remote_code_is_the_package_s_own_and_whole(folder):
     ours = PACKAGE / "modeling" / "configuration_mplug_owl2.py"
-    config = {"model_type": "mplug_owl2", "auto_map": {"AutoConfig": "configuration_mplug_owl2.MplugOwl2Config"}}
+    config = {
+        "model_type": "mplug_owl2",
+        "auto_map": {"AutoConfig": "configuration_mplug_owl2.MplugOwl2Config"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     refused(folder, r"lacks code that it refers to: configuration_mplug_owl2\.py")
     (folder / ours.name).write_bytes(ours.read_bytes())

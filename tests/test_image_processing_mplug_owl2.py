@@ -36,11 +36,15 @@ def photo():
     return Image.fromarray(array)
 
 
-@pytest.mark.parametrize(("key", "expected"), load_file(GOLDEN / "pixel_values.safetensors").items())
+@pytest.mark.parametrize(
+    ("key", "expected"), load_file(GOLDEN / "pixel_values.safetensors").items()
+)
 def test_pixels_are_the_originals(key, expected):
     name, _, mode, side = key.split("/")
     image = Image.open(GOLDEN / "images" / f"{name}.png").convert("RGB")
-    actual = processor(int(side), image_aspect_ratio=MODES[mode])(image, return_tensors="pt").pixel_values[0]
+    actual = processor(int(side), image_aspect_ratio=MODES[mode])(
+        image, return_tensors="pt"
+    ).pixel_values[0]
     assert torch.equal(actual, expected)
 
 
@@ -48,9 +52,13 @@ def test_pixels_are_the_originals_in_the_wider_set(golden_dir):
     folder = golden_dir("P")
     for key, expected in load_file(folder / "pixel_values.safetensors").items():
         name, kind, mode, side = key.split("/")
-        if kind == "rgb" and mode in MODES and key != "three_high_50x3/rgb/none/56":  # the original's channel bug
+        if (
+            kind == "rgb" and mode in MODES and key != "three_high_50x3/rgb/none/56"
+        ):  # the original's channel bug
             image = Image.open(folder / "images" / f"{name}.png").convert("RGB")
-            actual = processor(int(side))(image, image_aspect_ratio=MODES[mode], return_tensors="pt").pixel_values
+            actual = processor(int(side))(
+                image, image_aspect_ratio=MODES[mode], return_tensors="pt"
+            ).pixel_values
             assert torch.equal(actual[0], expected), key
 
 
@@ -77,15 +85,21 @@ def test_skipping_what_changes_nothing_gives_the_pixels_of_both_resamplings(size
         for ratio, square in squares.items():
             options = {"resample": Image.Resampling[resample], "image_aspect_ratio": ratio}
             actual = pixels(picture, do_rescale=False, do_normalize=False, **options)[0]
-            expected = np.asarray(square.resize((28, 28), Image.Resampling[resample])).transpose(2, 0, 1)
+            expected = np.asarray(square.resize((28, 28), Image.Resampling[resample])).transpose(
+                2, 0, 1
+            )
             assert np.array_equal(actual, expected), (mode, ratio)
 
 
-@pytest.mark.parametrize(("size", "resamplings"), [((41, 41), 1), ((28, 28), 1), ((41, 20), 2), ((20, 41), 2)])
+@pytest.mark.parametrize(
+    ("size", "resamplings"), [((41, 41), 1), ((28, 28), 1), ((41, 20), 2), ((20, 41), 2)]
+)
 def test_a_square_picture_is_resampled_once(size, resamplings, monkeypatch):
     calls, resize = [], Image.Image.resize
     monkeypatch.setattr(
-        Image.Image, "resize", lambda self, *args, **kw: calls.append(args) or resize(self, *args, **kw)
+        Image.Image,
+        "resize",
+        lambda self, *args, **kw: calls.append(args) or resize(self, *args, **kw),
     )
     pixels(noise(size))
     assert len(calls) == resamplings
@@ -125,7 +139,9 @@ def test_what_is_given_stays_as_it_is(photo):
     assert np.array_equal(array, before)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"]
+)
 def test_every_mode_shows_its_picture(mode):
     gray = Image.fromarray(np.repeat(np.linspace(0, 255, 40, dtype=np.uint8)[None], 40, axis=0))
     if mode == "I;16":
@@ -133,7 +149,11 @@ def test_every_mode_shows_its_picture(mode):
     elif mode == "PA":
         image = gray.convert("P").convert("PA")
     else:
-        image = gray.convert("RGB").convert(mode) if mode in ("CMYK", "YCbCr", "HSV", "RGBA") else gray.convert(mode)
+        image = (
+            gray.convert("RGB").convert(mode)
+            if mode in ("CMYK", "YCbCr", "HSV", "RGBA")
+            else gray.convert(mode)
+        )
     assert image.mode == mode
     error = (pixels(image) - pixels(gray)).abs().mean()
     assert error < (0.5 if mode == "1" else 0.05)
@@ -158,16 +178,22 @@ def test_exif_orientation_is_applied_to_what_is_opened(photo, tmp_path):
 
 
 def test_the_first_frame_of_an_animation_counts(photo, tmp_path):
-    photo.quantize().save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("P", photo.size)])
+    photo.quantize().save(
+        tmp_path / "a.gif", save_all=True, append_images=[Image.new("P", photo.size)]
+    )
     first = Image.open(tmp_path / "a.gif").convert("RGB")
     assert torch.equal(pixels(tmp_path / "a.gif"), pixels(first))
 
 
-@given(width=st.integers(1, 9), height=st.integers(1, 9), mode=st.sampled_from(module.ASPECT_RATIOS))
+@given(
+    width=st.integers(1, 9), height=st.integers(1, 9), mode=st.sampled_from(module.ASPECT_RATIOS)
+)
 @settings(max_examples=60, deadline=None)
 def test_small_pictures_keep_their_channels(width, height, mode):
     colour = (250, 10, 120)
-    values = processor(8, image_aspect_ratio=mode)(Image.new("RGB", (width, height), colour), return_tensors="np")
+    values = processor(8, image_aspect_ratio=mode)(
+        Image.new("RGB", (width, height), colour), return_tensors="np"
+    )
     mean, std = np.array(module.OPENAI_CLIP_MEAN), np.array(module.OPENAI_CLIP_STD)
     centre = values.pixel_values[0][:, 4, 4]
     if mode != "pad" or width == height:
@@ -185,7 +211,9 @@ def test_a_long_panorama_takes_little_memory(mode):
 
 def test_modes_differ_and_are_read_from_saved_settings(photo, tmp_path):
     results = [pixels(photo, image_aspect_ratio=mode) for mode in module.ASPECT_RATIOS]
-    assert not any(torch.equal(a, b) for a, b in [(results[0], results[1]), (results[1], results[2])])
+    assert not any(
+        torch.equal(a, b) for a, b in [(results[0], results[1]), (results[1], results[2])]
+    )
     saved = processor(image_aspect_ratio="pad")
     for _ in range(3):
         saved.save_pretrained(tmp_path)
@@ -194,11 +222,19 @@ def test_modes_differ_and_are_read_from_saved_settings(photo, tmp_path):
 
 
 def test_the_originals_settings_are_read():
-    settings = {"crop_size": 448, "do_center_crop": True, "size": 448, "feature_extractor_type": "CLIPFeatureExtractor"}
+    settings = {
+        "crop_size": 448,
+        "do_center_crop": True,
+        "size": 448,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+    }
     loaded = MplugOwl2ImageProcessor.from_dict({**settings, "resample": 3})
     assert dict(loaded.size) == {"height": 448, "width": 448}
     assert loaded.image_aspect_ratio == "resize"
-    assert dict(MplugOwl2ImageProcessor(size={"shortest_edge": 56}).size) == {"height": 56, "width": 56}
+    assert dict(MplugOwl2ImageProcessor(size={"shortest_edge": 56}).size) == {
+        "height": 56,
+        "width": 56,
+    }
 
 
 @pytest.mark.parametrize(
@@ -278,7 +314,12 @@ def test_whatever_bytes_come_are_a_picture_or_refused(kind, changes, keep, text)
     content = bytearray(FILES[kind])
     for place, value in changes:
         content[int(place * len(content))] = value
-    for one in (bytes(content), bytes(content[: int(keep * len(content))]), text, bytes(content[:12]) + text):
+    for one in (
+        bytes(content),
+        bytes(content[: int(keep * len(content))]),
+        text,
+        bytes(content[:12]) + text,
+    ):
         try:
             values = pixels(one)
         except ValueError as error:
@@ -330,9 +371,13 @@ def test_floats_from_0_to_1_need_no_rescaling(photo, normalize):
     array = np.asarray(photo, dtype=np.float32) / 255
     expected = processor()([photo, photo], do_normalize=normalize, return_tensors="pt").pixel_values
     for image in (array, torch.from_numpy(array).permute(2, 0, 1)):
-        actual = processor()([image, image], do_normalize=normalize, do_rescale=False, return_tensors="pt")
+        actual = processor()(
+            [image, image], do_normalize=normalize, do_rescale=False, return_tensors="pt"
+        )
         assert torch.equal(actual.pixel_values, expected)
-    both = processor()([array, photo], do_normalize=False, do_rescale=False, return_tensors="pt").pixel_values
+    both = processor()(
+        [array, photo], do_normalize=False, do_rescale=False, return_tensors="pt"
+    ).pixel_values
     assert both[0].max() <= 1 and torch.allclose(both[1], 255 * both[0])
 
 
@@ -346,7 +391,9 @@ def test_the_original_s_reading_is_that_of_pil(photo, tmp_path):
     for path in tmp_path.iterdir():
         expected = pixels(Image.open(path).convert("RGB"))
         assert torch.equal(pixels(path, original_reading=True), expected)
-        assert torch.equal(processor(original_reading=True)(path, return_tensors="pt").pixel_values, expected)
+        assert torch.equal(
+            processor(original_reading=True)(path, return_tensors="pt").pixel_values, expected
+        )
         assert torch.equal(pixels(path), expected) == (path.stem == "palette")
         assert torch.equal(pixels(processor(original_reading=True).fetch_images(path)), expected)
     assert torch.equal(pixels(sixteen, original_reading=True), pixels(sixteen.convert("RGB")))
@@ -369,10 +416,14 @@ def test_the_file_of_what_is_wrong_inside_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tensor", [torch.zeros(3, 4, 4, device="meta"), torch.zeros(4, 4).to_sparse()], ids=["meta", "sparse"]
+    "tensor",
+    [torch.zeros(3, 4, 4, device="meta"), torch.zeros(4, 4).to_sparse()],
+    ids=["meta", "sparse"],
 )
 def test_a_tensor_without_numbers_is_refused(tensor):
-    with pytest.raises(ValueError, match="picture 1 of 1: expected a dense tensor that holds numbers, got a"):
+    with pytest.raises(
+        ValueError, match="picture 1 of 1: expected a dense tensor that holds numbers, got a"
+    ):
         pixels(tensor)
 
 

@@ -12,7 +12,10 @@ from transformers.models.llama import modeling_llama
 from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2TextModel
 from owl2_hf.modeling.compatibility_mplug_owl2 import CACHE
 from owl2_hf.modeling.modeling_mplug_owl2 import RESERVED_LOGIT
-from owl2_hf.modeling.modeling_mplug_owl2_abstractor import image_position_table, query_position_table
+from owl2_hf.modeling.modeling_mplug_owl2_abstractor import (
+    image_position_table,
+    query_position_table,
+)
 
 from .original import pad
 
@@ -96,7 +99,9 @@ def test_equal_branches_make_llama(model, attn_implementation):
     embeds = torch.randn(2, 13, 48)
     indicators = torch.randint(0, 2, (2, 13))
     ours = text_model(inputs_embeds=embeds, mm_token_type_ids=indicators).last_hidden_state
-    torch.testing.assert_close(ours, llama.model(inputs_embeds=embeds).last_hidden_state, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours, llama.model(inputs_embeds=embeds).last_hidden_state, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
@@ -105,7 +110,8 @@ def test_equal_branches_make_llama(model, attn_implementation):
 def test_without_modality_specific_parts_it_is_llama(attn_implementation, training):
     config = tiny_config(modality_specific_projections=[], modality_specific_norms=False)
     assert (
-        not config.text_config.has_modality_adaptive_module and tiny_config().text_config.has_modality_adaptive_module
+        not config.text_config.has_modality_adaptive_module
+        and tiny_config().text_config.has_modality_adaptive_module
     )
     model = MplugOwl2ForConditionalGeneration(config).train(training)
     llama = llama_like(config.text_config).train(training)
@@ -119,7 +125,9 @@ def test_without_modality_specific_parts_it_is_llama(attn_implementation, traini
     embeds[inputs["input_ids"].eq(IMAGE)] = image
     mask = inputs["attention_mask"].bool()
     ours = model(**inputs, pixel_values=pictures(1)).logits[..., :IMAGE]
-    theirs = llama(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits[..., :IMAGE]
+    theirs = llama(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits[
+        ..., :IMAGE
+    ]
     assert torch.equal(ours[mask], theirs[mask])
 
 
@@ -127,7 +135,10 @@ def test_a_model_without_the_module_is_saved_trained_and_loaded_as_such(tmp_path
     model = MplugOwl2ForConditionalGeneration(
         tiny_config(modality_specific_projections=[], modality_specific_norms=False)
     )
-    assert not any("visual_k" in rule or "visual_v_" in rule for rule in model.config.text_config.base_model_tp_plan)
+    assert not any(
+        "visual_k" in rule or "visual_v_" in rule
+        for rule in model.config.text_config.base_model_tp_plan
+    )
     inputs = {**pad([[1, 5, *RUN, 7]]), "pixel_values": pictures(1)}
     model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -153,7 +164,9 @@ def test_a_llama_state_dict_is_a_subset_of_ours(model):
     assert llama_keys < set(model.model.language_model.state_dict())
 
 
-@pytest.mark.parametrize(("indicator", "ignored"), [(0, True), (1, False)], ids=["all text", "all image"])
+@pytest.mark.parametrize(
+    ("indicator", "ignored"), [(0, True), (1, False)], ids=["all text", "all image"]
+)
 @torch.no_grad()
 def test_one_modality_ignores_the_branch_of_the_other(model, indicator, ignored):
     text_model = copy.deepcopy(model.model.language_model)
@@ -179,8 +192,13 @@ def test_compiled_and_eager_routing_agree(model, monkeypatch):
 
 
 def test_llama_in_the_same_process_stays_untouched():
-    assert modeling_llama.LlamaAttention.forward.__module__ == "transformers.models.llama.modeling_llama"
-    layer = LlamaForCausalLM(LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1)).model.layers[0]
+    assert (
+        modeling_llama.LlamaAttention.forward.__module__
+        == "transformers.models.llama.modeling_llama"
+    )
+    layer = LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+    ).model.layers[0]
     assert not any("visual" in name for name, _ in layer.named_parameters())
 
 
@@ -196,8 +214,15 @@ def test_projections_are_plain_linear_leaves(model):
 
 
 def test_prefixes_of_the_components(model):
-    prefixes = {name.split(".")[0] + "." + name.split(".")[1] for name, _ in model.named_parameters()}
-    assert prefixes == {"model.vision_tower", "model.visual_abstractor", "model.language_model", "lm_head.weight"}
+    prefixes = {
+        name.split(".")[0] + "." + name.split(".")[1] for name, _ in model.named_parameters()
+    }
+    assert prefixes == {
+        "model.vision_tower",
+        "model.visual_abstractor",
+        "model.language_model",
+        "lm_head.weight",
+    }
     assert model.get_decoder() is model.model.language_model
 
 
@@ -208,10 +233,14 @@ def test_prefixes_of_the_components(model):
 def test_indicators_are_read_off_the_ids_when_absent(model):
     inputs = {**pad([[1, 5, *RUN, 7, 8]]), "pixel_values": pictures(1)}
     indicators = (inputs["input_ids"] == IMAGE).long()
-    torch.testing.assert_close(model(**inputs).logits, model(**inputs, mm_token_type_ids=indicators).logits)
+    torch.testing.assert_close(
+        model(**inputs).logits, model(**inputs, mm_token_type_ids=indicators).logits
+    )
     assert not torch.allclose(
         model.model.language_model(inputs["input_ids"]).last_hidden_state,
-        model.model.language_model(inputs["input_ids"], mm_token_type_ids=indicators).last_hidden_state,
+        model.model.language_model(
+            inputs["input_ids"], mm_token_type_ids=indicators
+        ).last_hidden_state,
     )
 
 
@@ -233,7 +262,9 @@ def test_one_row_of_indicators_holds_for_the_whole_batch(model):
     ids = torch.tensor([[1, 5, *RUN, 7], [1, 9, *RUN, 8]])
     indicators = ids.eq(IMAGE).long()
     expected = model(ids, pixel_values=pictures(2), mm_token_type_ids=indicators).logits
-    assert torch.equal(model(ids, pixel_values=pictures(2), mm_token_type_ids=indicators[:1]).logits, expected)
+    assert torch.equal(
+        model(ids, pixel_values=pictures(2), mm_token_type_ids=indicators[:1]).logits, expected
+    )
 
 
 @torch.no_grad()
@@ -247,15 +278,23 @@ def test_indicators_of_another_length_are_refused(model):
 
 @torch.no_grad()
 def test_counts_that_disagree_are_named(model):
-    with pytest.raises(ValueError, match=r"5 features \(1 pictures of 5\) for 10 placeholder positions"):
+    with pytest.raises(
+        ValueError, match=r"5 features \(1 pictures of 5\) for 10 placeholder positions"
+    ):
         model(torch.tensor([[1, *RUN, *RUN]]), pixel_values=pictures(1))
     with pytest.raises(ValueError, match=r"has 5 image placeholders .* but no pictures came"):
         model.generate(torch.tensor([[1, *RUN]]))
-    with pytest.raises(ValueError, match=r"pixel_values must be \(pictures, 3, 21, 21\), got \(1, 3, 28, 28\)"):
+    with pytest.raises(
+        ValueError, match=r"pixel_values must be \(pictures, 3, 21, 21\), got \(1, 3, 28, 28\)"
+    ):
         model(torch.tensor([[1, *RUN]]), pixel_values=torch.zeros(1, 3, 28, 28))
     with pytest.raises(ValueError, match="not both"):
         features = model.get_image_features(pictures(1))
-        model(torch.tensor([[1, *RUN]]), pixel_values=pictures(1), mm_encoder_outputs={"image": features})
+        model(
+            torch.tensor([[1, *RUN]]),
+            pixel_values=pictures(1),
+            mm_encoder_outputs={"image": features},
+        )
     features.pooler_output = [tokens[:, :32] for tokens in features.pooler_output]
     with pytest.raises(ValueError, match="width 32 do not fit a language model of width 48"):
         model(torch.tensor([[1, *RUN]]), mm_encoder_outputs={"image": features})
@@ -266,7 +305,8 @@ def test_pictures_encoded_beforehand_give_the_same(model):
     inputs = pad([[1, *RUN, 7, *RUN, 8]])
     features = model.get_image_features(pictures(2))
     torch.testing.assert_close(
-        model(**inputs, mm_encoder_outputs={"image": features}).logits, model(**inputs, pixel_values=pictures(2)).logits
+        model(**inputs, mm_encoder_outputs={"image": features}).logits,
+        model(**inputs, pixel_values=pictures(2)).logits,
     )
 
 
@@ -296,19 +336,25 @@ def test_a_batch_gives_each_row_its_own_logits(model, side, attn_implementation)
     for row, own_pictures, logits, mask in zip(
         ROWS, split_pictures(), together, batch["attention_mask"].bool(), strict=True
     ):
-        alone = model(torch.tensor([row]), pixel_values=own_pictures if len(own_pictures) else None).logits[0]
+        alone = model(
+            torch.tensor([row]), pixel_values=own_pictures if len(own_pictures) else None
+        ).logits[0]
         torch.testing.assert_close(logits[mask], alone, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str
+    "settings",
+    [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}],
+    ids=str,
 )
 def test_a_batch_generates_what_each_row_generates(model, attn_implementation, settings):
     model.set_attn_implementation(attn_implementation)
     settings = {"max_new_tokens": 6, "do_sample": False, **settings}
     batch = pad(ROWS)
-    together = model.generate(**batch, pixel_values=pictures(5), **settings)[:, batch["input_ids"].shape[1] :]
+    together = model.generate(**batch, pixel_values=pictures(5), **settings)[
+        :, batch["input_ids"].shape[1] :
+    ]
     for row, own_pictures, new_ids in zip(ROWS, split_pictures(), together, strict=True):
         inputs = pad([row])
         if len(own_pictures):
@@ -333,7 +379,10 @@ def test_ways_to_decode_agree_with_greedy_search(model, settings, explicit_indic
     if explicit_indicators:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
     expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    assert model.generate(**inputs, max_new_tokens=8, do_sample=False, **settings).tolist() == expected.tolist()
+    assert (
+        model.generate(**inputs, max_new_tokens=8, do_sample=False, **settings).tolist()
+        == expected.tolist()
+    )
 
 
 def test_assisted_decoding_agrees_with_greedy_search(model):
@@ -342,7 +391,9 @@ def test_assisted_decoding_agrees_with_greedy_search(model):
     inputs = {**pad([[1, 5, *RUN, 7]]), "pixel_values": pictures(1)}
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
     expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    assisted = model.generate(**inputs, max_new_tokens=8, do_sample=False, assistant_model=assistant)
+    assisted = model.generate(
+        **inputs, max_new_tokens=8, do_sample=False, assistant_model=assistant
+    )
     assert assisted.tolist() == expected.tolist()
 
 
@@ -350,7 +401,12 @@ def test_a_conversation_continues_from_its_cache_with_another_picture(model):
     first = {**pad([[1, 5, *RUN, 7]]), "pixel_values": pictures(2)[:1]}
     start = model.generate(**first, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     ids = torch.cat([start.sequences, torch.tensor([[9, 11, *RUN, 10]])], dim=1)
-    settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    settings = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     whole = model.generate(input_ids=ids, pixel_values=pictures(2), **settings)
     indicators = (ids == IMAGE).long()
     continued = model.generate(
@@ -361,12 +417,19 @@ def test_a_conversation_continues_from_its_cache_with_another_picture(model):
         mm_token_type_ids=indicators,
         **settings,
     )
-    torch.testing.assert_close(torch.stack(continued.logits), torch.stack(whole.logits), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.stack(continued.logits), torch.stack(whole.logits), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_every_beam_reads_all_images_of_its_prompt(model):
     inputs = {**pad([[1, 5, *RUN, 6, *RUN, 7], [1, *RUN, 7]]), "pixel_values": pictures(3)}
-    settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    settings = {
+        "max_new_tokens": 1,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     alone = model.generate(**inputs, **settings).logits[0]
     beams = model.generate(**inputs, **settings, num_beams=3).logits[0]
     torch.testing.assert_close(beams, alone.repeat_interleave(3, dim=0), rtol=1e-4, atol=1e-4)
@@ -388,7 +451,9 @@ def test_text_runs_no_visual_branch_and_decoding_runs_llamas_modules_alone(model
         assert called == []
         inputs = {**pad([[1, 5, *RUN]]), "pixel_values": pictures(1)}
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
-        output = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+        output = model.generate(
+            **inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True
+        )
         prefill = len(called)
         assert prefill > 0
         called.clear()
@@ -405,11 +470,15 @@ def test_training_touches_every_parameter_with_or_without_pictures(model, with_p
     model = copy.deepcopy(model).train()
     inputs = pad([[1, 5, *RUN, 7]]) if with_picture else pad([[1, 5, 7]])
     labels = inputs["input_ids"].clone()
-    model(**inputs, labels=labels, pixel_values=pictures(1) if with_picture else None).loss.backward()
+    model(
+        **inputs, labels=labels, pixel_values=pictures(1) if with_picture else None
+    ).loss.backward()
     untouched = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert untouched == []
     if not with_picture:
-        visual = [p.grad for name, p in model.named_parameters() if "visual" in name or "vision" in name]
+        visual = [
+            p.grad for name, p in model.named_parameters() if "visual" in name or "vision" in name
+        ]
         assert all(gradient.abs().max() == 0 for gradient in visual)
 
 
@@ -453,11 +522,15 @@ def test_what_does_not_fit_the_context_is_refused_before_the_model_runs(model):
     calls = []
     handle = model.model.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
-        with pytest.raises(ValueError, match=r"at most 128 positions.* a prompt of 100 and max_new_tokens=29"):
+        with pytest.raises(
+            ValueError, match=r"at most 128 positions.* a prompt of 100 and max_new_tokens=29"
+        ):
             model.generate(ids, max_new_tokens=29)
         with pytest.raises(ValueError, match="a prompt of 100 and max_new_tokens=29"):
             model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=29)
-        with pytest.raises(ValueError, match=r"at most 128 positions.* a prompt of 128; .*a picture takes 5"):
+        with pytest.raises(
+            ValueError, match=r"at most 128 positions.* a prompt of 128; .*a picture takes 5"
+        ):
             model.generate(torch.full((1, 128), 5), max_length=256)
         assert not calls
     finally:
@@ -489,7 +562,11 @@ def test_generation_settings_cope_with_the_placeholder(model, settings):
     torch.manual_seed(0)
     inputs = {**pad([[1, 5, *RUN, 7], [1, *RUN, 3, *RUN]]), "pixel_values": pictures(3)}
     output = model.generate(
-        **inputs, max_new_tokens=6, output_scores=True, return_dict_in_generate=True, **{"do_sample": False, **settings}
+        **inputs,
+        max_new_tokens=6,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **{"do_sample": False, **settings},
     )
     new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
     assert new_ids.max() < 90
@@ -500,7 +577,9 @@ def test_labels_at_visual_positions_never_count(model):
     ids = torch.tensor([[1, 5, *RUN, 7, 8]])
     masked = ids.masked_fill(ids == IMAGE, -100)
     with torch.no_grad():
-        losses = [model(ids, pixel_values=pictures(1), labels=labels).loss for labels in (ids, masked)]
+        losses = [
+            model(ids, pixel_values=pictures(1), labels=labels).loss for labels in (ids, masked)
+        ]
     assert losses[0] == losses[1]
 
 
@@ -523,12 +602,16 @@ def test_resizing_the_table_frees_the_new_ids(model):
 def test_a_checkpoint_without_position_tables_loads_bit_exactly(model, tmp_path, dtype):
     model = copy.deepcopy(model).to(dtype)
     model.save_pretrained(tmp_path / "with")
-    state_dict = {key: value for key, value in model.state_dict().items() if not key.endswith("_pos_embed")}
+    state_dict = {
+        key: value for key, value in model.state_dict().items() if not key.endswith("_pos_embed")
+    }
     assert len(state_dict) == len(model.state_dict()) - 4
     model.save_pretrained(tmp_path / "without", state_dict=state_dict)
     dirt = [torch.full((4096,), 7.0) for _ in range(64)]  # what uninitialised memory would hold
     del dirt
-    loaded, info = MplugOwl2ForConditionalGeneration.from_pretrained(tmp_path / "without", output_loading_info=True)
+    loaded, info = MplugOwl2ForConditionalGeneration.from_pretrained(
+        tmp_path / "without", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     config = model.config.abstractor_config
     for layer in loaded.model.visual_abstractor.layers:
@@ -557,7 +640,11 @@ def test_every_parameter_and_buffer_is_initialised():
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             tensor.fill_(float("nan"))
     model.initialize_weights()
-    bad = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if not t.isfinite().all()]
+    bad = [
+        name
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+        if not t.isfinite().all()
+    ]
     assert bad == []
 
 
@@ -585,7 +672,10 @@ def test_weights_on_disk_give_the_same(model, tmp_path):
     model.set_attn_implementation("sdpa")
     inputs = {**pad([[1, 5, *RUN, 7], [1, 9]]), "pixel_values": pictures(1)}
     settings = {"max_new_tokens": 4, "do_sample": False}
-    assert offloaded.generate(**inputs, **settings).tolist() == model.generate(**inputs, **settings).tolist()
+    assert (
+        offloaded.generate(**inputs, **settings).tolist()
+        == model.generate(**inputs, **settings).tolist()
+    )
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -609,7 +699,11 @@ def test_lora_finds_its_targets_by_plain_names_and_loads_again(model, tmp_path):
     inputs = {**pad([[1, 5, *RUN, 7]]), "pixel_values": pictures(1)}
     config = LoraConfig(target_modules=["q_proj", "visual_v_proj"], r=2, init_lora_weights=False)
     adapted = get_peft_model(copy.deepcopy(model), config).eval()
-    trained = {name.split(".lora_")[0] for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    trained = {
+        name.split(".lora_")[0]
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
     assert all(name.endswith(("q_proj", "visual_v_proj")) for name in trained)
     assert any("language_model.layers.0.self_attn.visual_v_proj" in name for name in trained)
     with torch.no_grad():
@@ -635,9 +729,13 @@ def test_continuous_batching_takes_text_alone(model):
     found = model.generate_batch(prompts, generation_config=config)
     answers = sorted((answer.prompt_ids, answer.generated_tokens) for answer in found.values())
     for prompt, answer in answers:
-        expected = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
+        expected = model.generate(torch.tensor([prompt]), generation_config=config)[
+            0, len(prompt) :
+        ].tolist()
         assert answer == expected
-    with pytest.raises(ValueError, match=r"prompt 1 has image placeholders \(id 90\), but continuous batching"):
+    with pytest.raises(
+        ValueError, match=r"prompt 1 has image placeholders \(id 90\), but continuous batching"
+    ):
         model.generate_batch([[1, 5], [1, *RUN, 5]], generation_config=config)
     manager = model.init_continuous_batching(generation_config=config)
     with pytest.raises(ValueError, match="has image placeholders"):
@@ -646,7 +744,10 @@ def test_continuous_batching_takes_text_alone(model):
 
 def test_a_part_that_the_model_does_not_have_gets_no_attention_silently(model):
     for wrong in ({"text_confg": "eager"}, {"": "eager", "text": "sdpa"}):
-        with pytest.raises(ValueError, match=r"attn_implementation: expected parts of 'vision_config', .* got \['text"):
+        with pytest.raises(
+            ValueError,
+            match=r"attn_implementation: expected parts of 'vision_config', .* got \['text",
+        ):
             model.set_attn_implementation(wrong)
         with pytest.raises(ValueError, match="attn_implementation: expected parts of"):
             MplugOwl2ForConditionalGeneration._from_config(tiny_config(), attn_implementation=wrong)

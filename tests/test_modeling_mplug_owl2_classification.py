@@ -15,7 +15,11 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.cache_utils import DynamicCache
 
-from owl2_hf.modeling import MplugOwl2ForConditionalGeneration, MplugOwl2ForSequenceClassification, MplugOwl2Model
+from owl2_hf.modeling import (
+    MplugOwl2ForConditionalGeneration,
+    MplugOwl2ForSequenceClassification,
+    MplugOwl2Model,
+)
 
 from .original import pad
 from .test_modeling_mplug_owl2 import RUN, pictures, tiny_config
@@ -76,7 +80,9 @@ def test_each_prompt_is_scored_at_its_last_token_alone_or_padded(model, side):
 
 def test_padding_is_known_by_its_id_where_there_is_no_mask(model):
     inputs = {"input_ids": pad([ROWS[1], [1, 4]], side="right")["input_ids"]}
-    expected = torch.cat([logits(model, {"input_ids": torch.tensor([ids])}) for ids in (ROWS[1], [1, 4])])
+    expected = torch.cat(
+        [logits(model, {"input_ids": torch.tensor([ids])}) for ids in (ROWS[1], [1, 4])]
+    )
     torch.testing.assert_close(logits(model, inputs), expected)
 
 
@@ -107,12 +113,17 @@ def test_a_prompt_that_goes_on_is_scored_at_its_end(model):
     with torch.no_grad():
         first = model(input_ids=ids[:, :3], attention_mask=mask[:, :3], cache=cache)
         second = model(input_ids=ids[:, 3:], attention_mask=mask, cache=first.cache)
-    torch.testing.assert_close(second.logits, logits(model, {"input_ids": ids}), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        second.logits, logits(model, {"input_ids": ids}), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_it_gives_hidden_states_and_images_as_the_other_models_do(model):
     outputs = model(**batch(), output_hidden_states=True)
-    assert len(outputs.hidden_states) == 4 and outputs.image_hidden_states.shape == (NUM_IMAGES * len(RUN), 48)
+    assert len(outputs.hidden_states) == 4 and outputs.image_hidden_states.shape == (
+        NUM_IMAGES * len(RUN),
+        48,
+    )
     assert torch.equal(model(**batch(), return_dict=False)[0], outputs.logits)
 
 
@@ -144,7 +155,10 @@ def test_the_loss_is_that_of_the_problem(kind, dtype):
     torch.testing.assert_close(outputs.loss, expected(outputs.logits.float(), labels))
     assert model.config.problem_type == kind.split()[0]
     outputs.loss.backward()
-    assert model.score.weight.grad.abs().sum() > 0 and model.model.vision_tower.embeddings.cls_token.grad is not None
+    assert (
+        model.score.weight.grad.abs().sum() > 0
+        and model.model.vision_tower.embeddings.cls_token.grad is not None
+    )
 
 
 def test_a_problem_that_is_set_needs_no_labels_of_its_own_type():
@@ -167,7 +181,10 @@ def test_checkpointing_changes_no_gradient():
 
 
 def test_accumulated_steps_are_one_step_of_all_their_rows(tmp_path):
-    rows = [{"input_ids": torch.tensor([1, 5, 7 + i]), "labels": torch.tensor(float(i))} for i in range(4)]
+    rows = [
+        {"input_ids": torch.tensor([1, 5, 7 + i]), "labels": torch.tensor(float(i))}
+        for i in range(4)
+    ]
     found = []
     for size, steps in ((4, 1), (1, 4)):
         model = make(1)
@@ -185,11 +202,15 @@ def test_accumulated_steps_are_one_step_of_all_their_rows(tmp_path):
 
 
 def test_a_causal_checkpoint_gives_all_but_the_head(causal, caplog):
-    model, info = AutoModelForSequenceClassification.from_pretrained(causal, num_labels=2, output_loading_info=True)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        causal, num_labels=2, output_loading_info=True
+    )
     assert type(model) is MplugOwl2ForSequenceClassification and model.score.out_features == 2
     assert set(info["missing_keys"]) == {"score.weight"} and not info["unexpected_keys"]
     expected = MplugOwl2ForConditionalGeneration.from_pretrained(causal).model.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in model.model.state_dict().items()
+    )
 
 
 def test_a_new_head_is_said(causal):
@@ -197,7 +218,9 @@ def test_a_new_head_is_said(causal):
         from owl2_hf import MplugOwl2ForSequenceClassification
         MplugOwl2ForSequenceClassification.from_pretrained({str(causal)!r})
     """
-    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
     assert ran.returncode == 0 and "score.weight" in ran.stderr and "MISSING" in ran.stderr
 
 
@@ -205,7 +228,10 @@ def test_a_checkpoint_that_lacks_more_than_the_head_is_refused(causal):
     weights = load_file(causal / "model.safetensors")
     weights.pop("model.language_model.norm.weight")
     save_file(weights, causal / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 parameters of this model, .* model\.language_model\.norm\.weight"):
+    with pytest.raises(
+        ValueError,
+        match=r"lacks 1 parameters of this model, .* model\.language_model\.norm\.weight",
+    ):
         MplugOwl2ForSequenceClassification.from_pretrained(causal)
 
 
@@ -214,7 +240,9 @@ def test_a_saved_classifier_is_the_same_again(tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["MplugOwl2ForSequenceClassification"]
-    again, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    again, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(info["missing_keys"]) and not any(info["unexpected_keys"])
     assert again.config.problem_type == "regression" and again.config.id2label[1] == "blurred"
     assert torch.equal(logits(again), logits(model))
@@ -222,7 +250,10 @@ def test_a_saved_classifier_is_the_same_again(tmp_path):
 
 def test_a_classifier_is_not_loaded_as_another_class_without_its_head(tmp_path, model):
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no place for, the first is 'score\.weight': it is the head of a classifier"):
+    with pytest.raises(
+        ValueError,
+        match=r"no place for, the first is 'score\.weight': it is the head of a classifier",
+    ):
         MplugOwl2Model.from_pretrained(tmp_path)
 
 
@@ -250,7 +281,11 @@ def test_it_loads_where_the_package_is_not(kind, causal, tmp_path, model):
         model.save_pretrained(folder)
     assert (folder / "modeling_mplug_owl2_classification.py").is_file()
     torch.save(batch(), tmp_path / "inputs.pt")
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "m")}
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+        "HF_MODULES_CACHE": str(tmp_path / "m"),
+    }
     names = [folder, tmp_path / "inputs.pt", tmp_path / "logits.pt", tmp_path / "again"]
     ran = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(STRANGER), *map(str, names)],
@@ -271,7 +306,12 @@ def test_it_loads_where_the_package_is_not(kind, causal, tmp_path, model):
 def adapted(causal, tmp_path):
     """A trained adapter with its head, and its folder."""
     base = MplugOwl2ForSequenceClassification.from_pretrained(causal, num_labels=3)
-    config = LoraConfig(task_type="SEQ_CLS", target_modules=r".*language_model.*q_proj", modules_to_save=["score"], r=2)
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        target_modules=r".*language_model.*q_proj",
+        modules_to_save=["score"],
+        r=2,
+    )
     adapted = get_peft_model(base, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -292,8 +332,12 @@ def test_an_adapter_has_the_head_and_loads_in_every_way(adapted, causal):
     assert not torch.allclose(logits(base()), expected)
     ways = {
         "PEFT": lambda: PeftModel.from_pretrained(base(), folder),
-        "PEFT's auto class": lambda: AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=3),
-        "from_pretrained": lambda: AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3),
+        "PEFT's auto class": lambda: AutoPeftModelForSequenceClassification.from_pretrained(
+            folder, num_labels=3
+        ),
+        "from_pretrained": lambda: AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=3
+        ),
     }
     for name, load in ways.items():
         torch.testing.assert_close(logits(load()), expected, msg=name)

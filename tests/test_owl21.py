@@ -18,7 +18,12 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from owl2_hf.conversion import ConversionError, convert
 from owl2_hf.conversion.verify import verify
 from owl2_hf.hub import checked_names
-from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2Model, MplugOwl21Config
+from owl2_hf.modeling import (
+    MplugOwl2Config,
+    MplugOwl2ForConditionalGeneration,
+    MplugOwl2Model,
+    MplugOwl21Config,
+)
 from owl2_hf.modeling.conversion_mplug_owl2 import original_key, to_original, to_ours
 from owl2_hf.processing import MplugOwl2Processor
 from owl2_hf.processing.tokenization_mplug_owl2 import QWEN_CONTROL_TOKENS, load_tokenizer
@@ -59,8 +64,12 @@ def test_positions_of_patches_are_interpolated_as_in_the_original(golden, name):
 def test_a_batch_generates_what_each_prompt_does_alone(golden):
     """Upstream: cached batches fail with pictures."""
     cases = [golden.case(name) for name in ("c6_generate_one_image", "c6c_generate_text")]
-    rows = [expand_markers(case["input_ids"], golden.config)["input_ids"][0].tolist() for case in cases]
-    output = golden.model.generate(**pad(rows), pixel_values=cases[0]["images"], max_new_tokens=10, do_sample=False)
+    rows = [
+        expand_markers(case["input_ids"], golden.config)["input_ids"][0].tolist() for case in cases
+    ]
+    output = golden.model.generate(
+        **pad(rows), pixel_values=cases[0]["images"], max_new_tokens=10, do_sample=False
+    )
     assert output[:, -10:].tolist() == torch.cat([case["new_ids"] for case in cases]).tolist()
 
 
@@ -69,7 +78,9 @@ def test_decoding_beyond_the_trained_length_keeps_the_base_of_the_prompt(golden)
     """Upstream: the keys in the cache were rotated by it."""
     ids = golden.case("x12_beyond_seq_length")["input_ids"]
     prompt = golden.model(input_ids=ids, use_cache=True)
-    step = golden.model(input_ids=ids[:, :1], past_key_values=prompt.past_key_values, use_cache=True)
+    step = golden.model(
+        input_ids=ids[:, :1], past_key_values=prompt.past_key_values, use_cache=True
+    )
     whole = golden.model(input_ids=torch.cat([ids, ids[:, :1]], dim=1), logits_to_keep=1)
     # Both prompts need the base of a length between 512 and 1024.
     assert_close(text_logits(golden, step)[:, -1:], text_logits(golden, whole))
@@ -88,9 +99,13 @@ def test_each_prompt_of_a_batch_is_read_by_its_own_length(golden):
     mask = torch.ones(2, 524, dtype=torch.long)
     mask[1, :24] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    batch = golden.model(input_ids=torch.cat([ids, short]), attention_mask=mask, position_ids=positions)
+    batch = golden.model(
+        input_ids=torch.cat([ids, short]), attention_mask=mask, position_ids=positions
+    )
     for row, alone in enumerate((ids, ids[:, :500])):
-        assert_close(batch.logits[row, -8:], golden.model(input_ids=alone, logits_to_keep=8).logits[0])
+        assert_close(
+            batch.logits[row, -8:], golden.model(input_ids=alone, logits_to_keep=8).logits[0]
+        )
 
 
 def test_training_knows_no_rule_for_long_prompts(golden):
@@ -107,19 +122,27 @@ def test_training_knows_no_rule_for_long_prompts(golden):
 
 
 def test_direct_loading_gives_the_bits_of_the_converted_folder(source, converted, caplog):
-    direct, info = MplugOwl2ForConditionalGeneration.from_pretrained(source / "hf", output_loading_info=True)
+    direct, info = MplugOwl2ForConditionalGeneration.from_pretrained(
+        source / "hf", output_loading_info=True
+    )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_same_bits(load_state(converted), direct.state_dict())
     assert type(AutoModel.from_pretrained(source / "hf")) is MplugOwl2Model
     by_name = AutoModelForImageTextToText.from_pretrained(source / "hf")
     assert_same_bits(direct.state_dict(), by_name.state_dict())
     assert "instantiate a model of type" not in caplog.text
-    one, other = (which.from_pretrained(source / "hf").to_dict() for which in (MplugOwl2Config, MplugOwl21Config))
+    one, other = (
+        which.from_pretrained(source / "hf").to_dict()
+        for which in (MplugOwl2Config, MplugOwl21Config)
+    )
     assert one == other
     config = AutoConfig.from_pretrained(source / "hf").to_dict()
     saved = AutoConfig.from_pretrained(converted).to_dict()
     assert saved["model_type"] == "mplug_owl2"
-    assert config["text_config"] == {**saved["text_config"], "dtype": config["text_config"].get("dtype")}
+    assert config["text_config"] == {
+        **saved["text_config"],
+        "dtype": config["text_config"].get("dtype"),
+    }
 
 
 def test_info_knows_the_model(source, converted):
@@ -131,11 +154,18 @@ def test_there_and_back_gives_the_originals_bits_and_settings(source, converted,
     convert(converted, tmp_path / "back", to="original")
     expected = read_shards(source / "hf")
     assert_same_bits(expected, load_file(tmp_path / "back" / "model.safetensors"))
-    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source / "hf", tmp_path / "back"))
+    before, after = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (source / "hf", tmp_path / "back")
+    )
     parts = ("visual_config", "transformers_version")
-    assert {key: value for key, value in before.items() if key not in parts}.items() <= after.items()
+    assert {
+        key: value for key, value in before.items() if key not in parts
+    }.items() <= after.items()
     convert(tmp_path / "back", tmp_path / "again")
-    assert (tmp_path / "again" / "config.json").read_text() == (converted / "config.json").read_text()
+    assert (tmp_path / "again" / "config.json").read_text() == (
+        converted / "config.json"
+    ).read_text()
 
 
 def test_save_pretrained_writes_both_layouts(source, converted, tmp_path):
@@ -193,7 +223,9 @@ def test_the_vocabulary_is_that_of_the_weights(source, converted, tmp_path):
     assert (config.image_token_id, config.text_config.eos_token_id) == (151851, 151643)
 
 
-@pytest.mark.parametrize(("name", "value"), [("multiway", False), ("rotary_pct", 0.5), ("intermediate_size", 175)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("multiway", False), ("rotary_pct", 0.5), ("intermediate_size", 175)]
+)
 def test_settings_of_another_decoder_are_errors(source, tmp_path, name, value):
     (tmp_path / "config.json").write_bytes((source / "hf" / "config.json").read_bytes())
     edit_config(tmp_path, **{name: value})
@@ -208,7 +240,10 @@ def test_fields_beyond_llamas_are_saved_only_where_they_say_something():
         MplugOwl2Config(text_config={"modality_specific_projections": ["v"]})
     with pytest.raises(StrictDataclassError, match="rope_type 'default'"):
         MplugOwl2Config(
-            text_config={"rope_dynamic_ntk_length": 16, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+            text_config={
+                "rope_dynamic_ntk_length": 16,
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            }
         )
 
 
@@ -260,8 +295,13 @@ def test_the_names_cover_the_published_model(golden_dir):
         pytest.skip("the key list of the published model is not here")
     config = MplugOwl2Config.from_dict(json.loads(json.dumps(PUBLISHED)))
     with torch.device("meta"):
-        expected = {key: value.shape for key, value in MplugOwl2ForConditionalGeneration(config).state_dict().items()}
-        published = {key: torch.Size(shape) for key, (shape, _) in json.loads(keys.read_text()).items()}
+        expected = {
+            key: value.shape
+            for key, value in MplugOwl2ForConditionalGeneration(config).state_dict().items()
+        }
+        published = {
+            key: torch.Size(shape) for key, (shape, _) in json.loads(keys.read_text()).items()
+        }
         converted = {}
         for key, shape in published.items():
             converted.update(to_ours(key, torch.empty(shape), config))
@@ -275,12 +315,17 @@ def test_the_names_cover_the_published_model(golden_dir):
 
 def test_names_of_the_other_original_are_unknown(golden_dir):
     owl21 = MplugOwl2Config.from_dict(json.loads(json.dumps(PUBLISHED)))
-    for config, key in ((owl21, "model.norm.weight"), (MplugOwl2Config(), "transformer.ln_f.weight")):
+    for config, key in (
+        (owl21, "model.norm.weight"),
+        (MplugOwl2Config(), "transformer.ln_f.weight"),
+    ):
         with pytest.raises(KeyError):
             dict(to_ours(key, torch.zeros(4096), config))
 
 
-TEXT = "the picture shows a caf\u00e9 with tables and chairs, 12 people; USER: ASSISTANT: \u7f8a\u99dd"
+TEXT = (
+    "the picture shows a caf\u00e9 with tables and chairs, 12 people; USER: ASSISTANT: \u7f8a\u99dd"
+)
 WORDS = [*TEXT.split(), "\n"]
 
 
@@ -301,7 +346,9 @@ def ranks():
 def merge(parts, ranks):
     """Neighbours that make the piece of the lowest rank, the first such pair first, until none make one."""
     while len(parts) > 1:
-        rank, index = min((ranks.get(a + b, 10**9), index) for index, (a, b) in enumerate(pairwise(parts)))
+        rank, index = min(
+            (ranks.get(a + b, 10**9), index) for index, (a, b) in enumerate(pairwise(parts))
+        )
         if rank == 10**9:
             break
         parts = [*parts[:index], parts[index] + parts[index + 1], *parts[index + 2 :]]
@@ -310,12 +357,17 @@ def merge(parts, ranks):
 
 def simple_ids(text, ranks):
     """Qwen's tokenizer in a few lines, for text without control tokens in ASCII and letters."""
-    pattern = PRETOKENIZE_REGEX.replace(r"\p{L}", r"[^\W\d_]").replace(r"[^\r\n[^\W\d_]\p{N}]", r"(?:[^\w\r\n]|_)")
+    pattern = PRETOKENIZE_REGEX.replace(r"\p{L}", r"[^\W\d_]").replace(
+        r"[^\r\n[^\W\d_]\p{N}]", r"(?:[^\w\r\n]|_)"
+    )
     pattern = pattern.replace(r"[^\s[^\W\d_]\p{N}]", r"(?:[^\s\w]|_)").replace(r"\p{N}", r"\d")
     ids = []
     for word in re.findall(pattern.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)|", ""), text):
         piece = word.encode()
-        ids += [ranks[part] for part in ([piece] if piece in ranks else merge([bytes([b]) for b in piece], ranks))]
+        ids += [
+            ranks[part]
+            for part in ([piece] if piece in ranks else merge([bytes([b]) for b in piece], ranks))
+        ]
     return ids
 
 
@@ -330,7 +382,10 @@ def test_ids_are_those_of_the_ranks(ranks, tmp_path):
     tokenizer, legacy = load_tokenizer(write_vocabulary(ranks, tmp_path))
     draw = random.Random(0)
     for _ in range(200):
-        text = "".join(draw.choice([*WORDS, " ", "  ", "\n", "x", "_", "9", "..."]) for _ in range(draw.randrange(12)))
+        text = "".join(
+            draw.choice([*WORDS, " ", "  ", "\n", "x", "_", "9", "..."])
+            for _ in range(draw.randrange(12))
+        )
         ids = tokenizer(text).input_ids
         assert ids == simple_ids(text, ranks), text
         assert tokenizer.decode(ids) == text
@@ -341,8 +396,17 @@ def test_ids_are_those_of_the_ranks(ranks, tmp_path):
 def test_control_tokens_stand_behind_the_ranks(ranks, tmp_path):
     tokenizer, _ = load_tokenizer(write_vocabulary(ranks, tmp_path))
     assert tokenizer.convert_tokens_to_ids(list(QWEN_CONTROL_TOKENS)) == list(range(320, 528))
-    assert tokenizer("a<|im_end|>\n<|extra_204|>").input_ids == [ranks[b"a"], 322, ranks[b"\n"], 527]
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|image|>")) == (
+    assert tokenizer("a<|im_end|>\n<|extra_204|>").input_ids == [
+        ranks[b"a"],
+        322,
+        ranks[b"\n"],
+        527,
+    ]
+    assert (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.convert_tokens_to_ids("<|image|>"),
+    ) == (
         320,
         320,
         528,
@@ -360,7 +424,12 @@ def test_control_tokens_stand_behind_the_ranks(ranks, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("IQ== 0 1\n", "line 1"), ("!! 0\n", "line 1"), ("IQ== 1\n", "each rank"), ("IQ== 0\n", "every byte")],
+    [
+        ("IQ== 0 1\n", "line 1"),
+        ("!! 0\n", "line 1"),
+        ("IQ== 1\n", "each rank"),
+        ("IQ== 0\n", "every byte"),
+    ],
 )
 def test_a_broken_vocabulary_is_an_error(tmp_path, content, message):
     (tmp_path / "qwen.tiktoken").write_text(content)
@@ -389,15 +458,25 @@ def test_a_folder_with_a_tokenizer_converts_verifies_and_comes_back(talking, tmp
     report = convert(talking, target)
     assert report.tokenizer == "talking"
     verify(target, against=talking)
-    processor, direct = AutoProcessor.from_pretrained(target), AutoProcessor.from_pretrained(talking)
-    assert type(direct) is MplugOwl2Processor and processor.image_token_id == direct.image_token_id == 560
+    processor, direct = (
+        AutoProcessor.from_pretrained(target),
+        AutoProcessor.from_pretrained(talking),
+    )
+    assert (
+        type(direct) is MplugOwl2Processor
+        and processor.image_token_id == direct.image_token_id == 560
+    )
     picture, text = Image.new("RGB", (50, 30), "red"), "USER: <|image|>the picture ASSISTANT:"
-    before, after = (one(text=text, images=picture, return_tensors="pt") for one in (direct, processor))
+    before, after = (
+        one(text=text, images=picture, return_tensors="pt") for one in (direct, processor)
+    )
     assert all(torch.equal(before[key], after[key]) for key in before)
     model = AutoModelForImageTextToText.from_pretrained(target)
     assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == 320
     convert(target, tmp_path / "back", to="original")
-    assert (tmp_path / "back" / "qwen.tiktoken").read_bytes() == (talking / "qwen.tiktoken").read_bytes()
+    assert (tmp_path / "back" / "qwen.tiktoken").read_bytes() == (
+        talking / "qwen.tiktoken"
+    ).read_bytes()
     assert_same_bits(load_state(target), load_state(tmp_path / "back"))
     tokenizer = AutoProcessor.from_pretrained(tmp_path / "back").tokenizer
     assert tokenizer(text).input_ids == processor.tokenizer(text).input_ids
@@ -423,7 +502,9 @@ def test_level_words_score_pictures(talking, ranks, tmp_path):
         inputs = processor(text=prompt, images=image, image_aspect_ratio="pad", return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs).logits[0, -1]
-        assert one.logits == pytest.approx([float(logits[ranks[f" {word}".encode()]]) for word in words], rel=1e-5)
+        assert one.logits == pytest.approx(
+            [float(logits[ranks[f" {word}".encode()]]) for word in words], rel=1e-5
+        )
 
 
 def test_a_stranger_gets_the_same_logits(talking, tmp_path):
@@ -442,7 +523,10 @@ def test_a_stranger_gets_the_same_logits(talking, tmp_path):
 def test_turns_are_joined_by_plain_text(talking):
     processor = MplugOwl2Processor.from_original(talking)
     chat = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What<|im_end|>?"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": "What<|im_end|>?"}],
+        },
         {"role": "assistant", "content": "A picture."},
         {"role": "user", "content": "More"},
     ]
@@ -468,7 +552,9 @@ def decoder(golden_dir):
     for key, tensor in load_file(folder / "decoder.safetensors").items():
         weights.update(to_ours(key, tensor, config))
     lost, unknown = model.load_state_dict(weights, strict=False)
-    assert not unknown and not any(name.startswith(("lm_head", "model.language_model")) for name in lost)
+    assert not unknown and not any(
+        name.startswith(("lm_head", "model.language_model")) for name in lost
+    )
     return model, load_file(folder / "cases.safetensors")
 
 
@@ -485,5 +571,7 @@ def test_the_decoder_alone_gives_the_originals_numbers(decoder):
     assert_close(torch.stack(output.hidden_states), picture["hidden_states"])
     text = model(input_ids=cases["c3_text_only/input_ids"]).logits[..., :409]
     assert_close(text, cases["c3_text_only/logits"])
-    beyond = model(input_ids=cases["x12_beyond_seq_length/input_ids"], logits_to_keep=16).logits[..., :409]
+    beyond = model(input_ids=cases["x12_beyond_seq_length/input_ids"], logits_to_keep=16).logits[
+        ..., :409
+    ]
     assert_close(beyond, cases["x12_beyond_seq_length/last_logits"])

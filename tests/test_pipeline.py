@@ -72,20 +72,32 @@ def test_every_form_of_a_picture_gets_the_same_answer(pipe, pictures):
         )
     }
     assert len(answers) == 1
-    raw = pipe(images=Image.open(path), text="USER: <|image|>What is this? ASSISTANT:", return_full_text=False)
+    raw = pipe(
+        images=Image.open(path),
+        text="USER: <|image|>What is this? ASSISTANT:",
+        return_full_text=False,
+    )
     assert {raw[0]["generated_text"]} == answers
 
 
 def test_text_without_pictures(pipe):
-    output = pipe(text=[{"role": "user", "content": [{"type": "text", "text": "Hello!"}]}], return_full_text=False)
+    output = pipe(
+        text=[{"role": "user", "content": [{"type": "text", "text": "Hello!"}]}],
+        return_full_text=False,
+    )
     assert output[0]["generated_text"].strip()
 
 
 def test_a_batch_answers_as_one_by_one(pipe, pictures):
-    chats = [[{"role": "user", "content": [{"type": "image", "path": str(path)}, QUESTION]}] for path in pictures]
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "path": str(path)}, QUESTION]}]
+        for path in pictures
+    ]
     together = pipe(text=chats, batch_size=3, return_full_text=False)
     alone = [pipe(text=chat, return_full_text=False) for chat in chats]
-    assert [answer[0]["generated_text"] for answer in together] == [answer[0]["generated_text"] for answer in alone]
+    assert [answer[0]["generated_text"] for answer in together] == [
+        answer[0]["generated_text"] for answer in alone
+    ]
 
 
 def test_answers_begin_without_a_space(pipe, pictures):
@@ -95,12 +107,18 @@ def test_answers_begin_without_a_space(pipe, pictures):
     assert answer == "banana"
     whole = pipe(text=chat)[0]["generated_text"]
     assert whole == [*chat, {"role": "assistant", "content": "banana"}]
-    assert copy.deepcopy(whole) == whole and type(copy.deepcopy(answer)) is str and json.dumps(answer) == '"banana"'
+    assert (
+        copy.deepcopy(whole) == whole
+        and type(copy.deepcopy(answer)) is str
+        and json.dumps(answer) == '"banana"'
+    )
     second = [*whole, {"role": "user", "content": [QUESTION]}]
     rendered = pipe.processor.apply_chat_template(second)
     assert "ASSISTANT: banana" in rendered
     together = pipe(text=[chat, second], batch_size=2, return_full_text=False)
-    assert together[0][0]["generated_text"] == "banana" and together[1][0]["generated_text"][0] != " "
+    assert (
+        together[0][0]["generated_text"] == "banana" and together[1][0]["generated_text"][0] != " "
+    )
 
 
 def test_raw_prompts_and_prefills_keep_their_spaces(pipe, pictures):
@@ -114,7 +132,11 @@ def test_raw_prompts_and_prefills_keep_their_spaces(pipe, pictures):
     (prefilled,) = pipe.processor.tokenizer.batch_decode(
         pipe.model.generate(
             **pipe.processor.apply_chat_template(
-                chat, continue_final_message=True, tokenize=True, return_dict=True, return_tensors="pt"
+                chat,
+                continue_final_message=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
             )
         ),
         skip_special_tokens=True,

@@ -30,7 +30,9 @@ RED, BLUE = Image.new("RGB", (9, 5), "red"), Image.new("RGB", (5, 9), "blue")
 def make(legacy=True, **kwargs):
     tokenizer, _ = load_tokenizer(GOLDEN / "T" / "tiny.model")
     image_processor = MplugOwl2ImageProcessor(size={"height": 14, "width": 14})
-    return MplugOwl2Processor(image_processor, tokenizer, num_image_tokens=3, legacy=legacy, **kwargs)
+    return MplugOwl2Processor(
+        image_processor, tokenizer, num_image_tokens=3, legacy=legacy, **kwargs
+    )
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["legacy", "not legacy"])
@@ -39,7 +41,10 @@ def processor(request):
 
 
 def user(*parts):
-    return {"role": "user", "content": [part if isinstance(part, dict) else text(part) for part in parts]}
+    return {
+        "role": "user",
+        "content": [part if isinstance(part, dict) else text(part) for part in parts],
+    }
 
 
 def text(value):
@@ -66,7 +71,12 @@ def encode(processor, conversation, **kwargs):
         ([{"role": "user", "content": "Hi"}], "USER: Hi ASSISTANT:"),
         ([{"role": "user", "content": ""}], "USER:ASSISTANT:"),
         (
-            [{"role": "system", "content": "Be kind."}, user("q1"), {"role": "assistant", "content": "a1"}, user("q2")],
+            [
+                {"role": "system", "content": "Be kind."},
+                user("q1"),
+                {"role": "assistant", "content": "a1"},
+                user("q2"),
+            ],
             "Be kind. USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT:",
         ),
     ],
@@ -83,10 +93,15 @@ def test_golden_conversations_give_the_originals_prompts_and_ids(golden_dir):
         for number, turn in enumerate(turn for turn in case["turns"] if turn is not None):
             parts = []
             for index, piece in enumerate(turn.split("<|image|>")):
-                parts += [picture(Image.open(golden_dir("A") / "e2e" / next(images)))] if index else []
+                parts += (
+                    [picture(Image.open(golden_dir("A") / "e2e" / next(images)))] if index else []
+                )
                 parts += [text(piece)] if piece else []
             messages.append({"role": "assistant" if number % 2 else "user", "content": parts})
-        assert processor.apply_chat_template(messages, add_generation_prompt=True) == "<s>" + case["prompt"]
+        assert (
+            processor.apply_chat_template(messages, add_generation_prompt=True)
+            == "<s>" + case["prompt"]
+        )
         from_chat = encode(processor, messages)
         pictures = [Image.open(golden_dir("A") / "e2e" / name) for name in case["images"]]
         from_string = processor(text=case["prompt"], images=pictures or None, return_tensors="pt")
@@ -99,7 +114,9 @@ def test_assistant_masks_cover_the_answers(processor):
         user(picture(RED), "What </s> is it?"), {"role": "assistant", "content": "A dog."},
         user(picture(BLUE), "And?"), {"role": "assistant", "content": "a </s> cat"},
     ]  # fmt: skip
-    out = encode(processor, messages, add_generation_prompt=False, return_assistant_tokens_mask=True)
+    out = encode(
+        processor, messages, add_generation_prompt=False, return_assistant_tokens_mask=True
+    )
     learned = out["input_ids"][0][out["assistant_masks"][0].bool()]
     assert processor.tokenizer.decode(learned) == "A dog.</s> a </s> cat</s>"
     assert (learned == processor.tokenizer.eos_token_id).sum() == 2
@@ -110,7 +127,11 @@ def test_assistant_masks_need_no_help_from_the_template():
     template = "{%- for m in messages -%}{%- generation -%}{{ m.content }}</s>{%- endgeneration -%}{%- endfor -%}"
     messages = [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "bb"}]
     out = encode(
-        processor, messages, chat_template=template, add_generation_prompt=False, return_assistant_tokens_mask=True
+        processor,
+        messages,
+        chat_template=template,
+        add_generation_prompt=False,
+        return_assistant_tokens_mask=True,
     )
     assert out["assistant_masks"].tolist() == [[0, *[1] * (out["input_ids"].shape[1] - 1)]]
 
@@ -147,7 +168,10 @@ def test_messages_may_be_objects(processor):
     expected = encode(processor, [user(picture(RED), "What is it?")])
     for message in (
         Said("user", [Part("image", image=RED), Part("text", text="What is it?")]),
-        UserDict(role="user", content=(UserDict(type="image", image=RED), {"type": "text", "text": "What is it?"})),
+        UserDict(
+            role="user",
+            content=(UserDict(type="image", image=RED), {"type": "text", "text": "What is it?"}),
+        ),
         {"role": "user", "content": [picture(RED), Part("text", text="What is it?")], "name": None},
     ):
         out = encode(processor, [message])
@@ -160,13 +184,18 @@ def test_messages_may_be_objects(processor):
 def test_the_positions_of_an_image_may_be_set_while_loading(processor, tmp_path):
     owl2_hf.load_default()[1].save_pretrained(tmp_path)
     shutil.copy(default_dir() / "config.json", tmp_path)
-    assert owl2_hf.MplugOwl2Processor.from_pretrained(tmp_path, num_image_tokens=9).num_image_tokens == 9
+    assert (
+        owl2_hf.MplugOwl2Processor.from_pretrained(tmp_path, num_image_tokens=9).num_image_tokens
+        == 9
+    )
 
 
 def test_an_answer_can_be_continued(processor):
     messages = [user(picture(RED), "What is it?"), {"role": "assistant", "content": "It is"}]
     out = encode(processor, messages, add_generation_prompt=False, continue_final_message=True)
-    prompt = processor(text="USER: <|image|>What is it? ASSISTANT: It is", images=RED, return_tensors="pt")
+    prompt = processor(
+        text="USER: <|image|>What is it? ASSISTANT: It is", images=RED, return_tensors="pt"
+    )
     assert torch.equal(out["input_ids"], prompt["input_ids"])
 
 
@@ -192,7 +221,12 @@ def test_names_of_control_tokens_in_messages_are_text(processor, token):
         assert token in processor.tokenizer.decode([i for i in ids if i > 2])
 
 
-@given(st.lists(st.sampled_from([*CONTROL, " ", "a", "\n", "é", ESCAPE, NO_PREFIX, "▁", "<", "|image|>"]), max_size=12))
+@given(
+    st.lists(
+        st.sampled_from([*CONTROL, " ", "a", "\n", "é", ESCAPE, NO_PREFIX, "▁", "<", "|image|>"]),
+        max_size=12,
+    )
+)
 @settings(max_examples=150, deadline=None)
 def test_no_text_makes_a_control_token(pieces):
     processor = PROCESSORS[len(pieces) % 2]
@@ -209,7 +243,9 @@ PARTS = st.one_of(
     st.sampled_from(CONTROL),
     st.sampled_from(COLOURS).map(lambda colour: picture(Image.new("RGB", (3, 2), colour))),
 )
-TURNS = st.lists(st.lists(PARTS, max_size=5).map(lambda parts: user(*parts)), min_size=1, max_size=3)
+TURNS = st.lists(
+    st.lists(PARTS, max_size=5).map(lambda parts: user(*parts)), min_size=1, max_size=3
+)
 
 
 @given(TURNS, st.booleans())
@@ -222,11 +258,19 @@ def test_any_conversation_keeps_its_text_and_its_pictures(questions, legacy):
     pictures = [part["image"].getpixel((0, 0)) for part in parts if part["type"] == "image"]
     out = encode(processor, chat)
     ids = out["input_ids"][0]
-    assert int(out["mm_token_type_ids"].sum()) == ids.eq(processor.image_token_id).sum() == 3 * len(pictures)
-    assert int(ids.eq(2).sum()) == len(questions) - 1  # each answer's end, and none that somebody wrote
+    assert (
+        int(out["mm_token_type_ids"].sum())
+        == ids.eq(processor.image_token_id).sum()
+        == 3 * len(pictures)
+    )
+    assert (
+        int(ids.eq(2).sum()) == len(questions) - 1
+    )  # each answer's end, and none that somebody wrote
     shown = out["pixel_values"] if pictures else []
     for values, colour in zip(shown, pictures, strict=True):
-        expected = processor.image_processor(Image.new("RGB", (3, 2), colour), return_tensors="pt").pixel_values[0]
+        expected = processor.image_processor(
+            Image.new("RGB", (3, 2), colour), return_tensors="pt"
+        ).pixel_values[0]
         assert torch.equal(values, expected)
     again = encode(processor, chat)
     assert all(torch.equal(again[key], out[key]) for key in out)
@@ -257,7 +301,9 @@ def test_a_hostile_chat_template_reaches_nothing(processor, tmp_path, monkeypatc
 @pytest.mark.parametrize("token", CONTROL)
 def test_control_tokens_spread_over_parts_are_text(processor, token):
     for cut in range(1, len(token)):
-        ids = encode(processor, [user(picture(RED), token[:cut], token[cut:], " a")])["input_ids"][0].tolist()
+        ids = encode(processor, [user(picture(RED), token[:cut], token[cut:], " a")])["input_ids"][
+            0
+        ].tolist()
         assert ids.count(processor.image_token_id) == 3
         assert [i for i in ids if i in (0, 1, 2)] == [1]
 
@@ -288,7 +334,10 @@ def test_a_tokenizer_that_cannot_keep_them_apart_is_refused():
     from transformers import PreTrainedTokenizerFast
 
     plain = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
     )
     processor = MplugOwl2Processor(processor.image_processor, plain, num_image_tokens=3)
     assert encode(processor, [user("hello")], return_tensors=None)["input_ids"]
@@ -302,7 +351,9 @@ def test_a_tokenizer_that_cannot_keep_them_apart_is_refused():
 
 
 def test_one_placeholder_becomes_the_positions_of_one_picture(processor):
-    out = processor(text="USER: <|image|>a<|image|> ASSISTANT:", images=[RED, BLUE], return_tensors="pt")
+    out = processor(
+        text="USER: <|image|>a<|image|> ASSISTANT:", images=[RED, BLUE], return_tensors="pt"
+    )
     is_image = out["input_ids"].eq(processor.image_token_id)
     assert is_image.sum() == 6
     assert torch.equal(out["mm_token_type_ids"], is_image.long())
@@ -327,7 +378,9 @@ def test_text_only_needs_no_picture(processor):
     out = processor(text=["USER: hi ASSISTANT:", "a"], padding=True, return_tensors="pt")
     assert "pixel_values" not in out
     assert out["mm_token_type_ids"].sum() == 0
-    assert processor(text=["hi", "ho"], images=[[], []]).keys() == processor(text=["hi", "ho"]).keys()
+    assert (
+        processor(text=["hi", "ho"], images=[[], []]).keys() == processor(text=["hi", "ho"]).keys()
+    )
 
 
 def test_batches_are_padded_on_the_left(processor):
@@ -342,7 +395,9 @@ def test_batches_are_padded_on_the_left(processor):
     none = processor(text=rows, images=[RED, None, [BLUE, RED]], padding=True, return_tensors="pt")
     assert torch.equal(none["pixel_values"], out["pixel_values"])
     array = np.stack([np.asarray(BLUE)] * 2)
-    stacked = processor(text=rows, images=[np.asarray(RED)[None], None, array], padding=True, return_tensors="pt")
+    stacked = processor(
+        text=rows, images=[np.asarray(RED)[None], None, array], padding=True, return_tensors="pt"
+    )
     assert torch.equal(stacked["input_ids"], out["input_ids"])
     flat = processor(text=rows, images=[RED, BLUE, RED], padding=True, return_tensors="pt")
     assert torch.equal(flat["pixel_values"], out["pixel_values"])
@@ -352,7 +407,9 @@ def test_the_frames_of_a_video_follow_one_another(processor):
     frames = [RED, BLUE, RED]
     video = encode(processor, [user({"type": "video", "video": frames}, "What happens?")])
     stacked = np.stack([np.asarray(RED), np.asarray(RED)])
-    assert encode(processor, [user({"type": "video", "video": stacked})])["pixel_values"].shape[0] == 2
+    assert (
+        encode(processor, [user({"type": "video", "video": stacked})])["pixel_values"].shape[0] == 2
+    )
     pictures = encode(processor, [user(*map(picture, frames), "What happens?")])
     assert all(torch.equal(video[key], pictures[key]) for key in video)
     runs = video["input_ids"][0].eq(processor.image_token_id).nonzero().flatten()
@@ -373,7 +430,9 @@ def test_pictures_of_a_chat_come_in_many_forms(processor, part, tmp_path):
     RED.save(path)
     for value in (str(path), path):
         out = encode(processor, [user({"type": "image", part: value}, "a")])
-        assert torch.equal(out["pixel_values"], encode(processor, [user(picture(RED), "a")])["pixel_values"])
+        assert torch.equal(
+            out["pixel_values"], encode(processor, [user(picture(RED), "a")])["pixel_values"]
+        )
     openai = {"type": "image_url", "image_url": {"url": str(path)}}
     assert encode(processor, [user(openai, "a")])["pixel_values"].shape[0] == 1
 
@@ -389,10 +448,16 @@ def test_nothing_that_is_given_changes(processor):
 
 
 def test_options_reach_the_image_processor(processor):
-    kwargs = {"text": "<|image|>", "images": Image.effect_noise((30, 10), 90), "return_tensors": "pt"}
+    kwargs = {
+        "text": "<|image|>",
+        "images": Image.effect_noise((30, 10), 90),
+        "return_tensors": "pt",
+    }
     padded = processor(**kwargs, image_aspect_ratio="pad")["pixel_values"]
     assert not torch.equal(padded, processor(**kwargs)["pixel_values"])
-    assert torch.equal(padded, processor(**kwargs, images_kwargs={"image_aspect_ratio": "pad"})["pixel_values"])
+    assert torch.equal(
+        padded, processor(**kwargs, images_kwargs={"image_aspect_ratio": "pad"})["pixel_values"]
+    )
 
 
 def test_the_limit_of_pixels_reaches_what_is_opened(processor, tmp_path):
@@ -446,7 +511,10 @@ def test_settings_survive_three_rounds_of_saving(tmp_path, processor):
         ({"text": "a", "videos": [[RED]]}, "as its frames"),
         ({"text": "<|image|>", "images": "nowhere.png"}, r"nowhere\.png"),
         ({"text": "<|image|>", "images": np.full((4, 4, 3), np.nan)}, "NaN"),
-        ({"text": "<|image|>abc", "images": RED, "truncation": True, "max_length": 3}, "truncation"),
+        (
+            {"text": "<|image|>abc", "images": RED, "truncation": True, "max_length": 3},
+            "truncation",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(processor, call, message):
@@ -465,7 +533,9 @@ def test_what_the_chat_template_has_no_place_for_is_refused(processor):
     with pytest.raises(ValueError, match="no place for tools"):
         processor.apply_chat_template([user("hello")], None, tools)
     template = "{{ tools[0].function.name }}"
-    assert processor.apply_chat_template([user("hello")], chat_template=template, tools=tools) == "add"
+    assert (
+        processor.apply_chat_template([user("hello")], chat_template=template, tools=tools) == "add"
+    )
 
 
 @pytest.mark.parametrize(
@@ -482,7 +552,10 @@ def test_what_the_chat_template_has_no_place_for_is_refused(processor):
         ([user({"type": "video", "video": []})], "at least one frame"),
         ([{"role": "narrator", "content": "a"}], "got 'narrator'"),
         ([user({"type": "audio", "audio": "a.wav"})], "got 'audio'"),
-        ([user({"type": "video", "video": "film.mp4"})], "must hold a list of at least one frame, got str"),
+        (
+            [user({"type": "video", "video": "film.mp4"})],
+            "must hold a list of at least one frame, got str",
+        ),
     ],
 )
 def test_a_conversation_that_makes_no_sense_is_refused(processor, conversation, message):

@@ -25,7 +25,11 @@ NAMES = {CACHE: "cache"}  # which older releases of transformers call past_key_v
 def options(command, path: str = "owl2-hf") -> dict[str, list[str]]:
     """Command line -> its arguments and options, of a command and all below it."""
     if below := getattr(command, "commands", None):
-        return {line: found for name, one in below.items() for line, found in options(one, f"{path} {name}").items()}
+        return {
+            line: found
+            for name, one in below.items()
+            for line, found in options(one, f"{path} {name}").items()
+        }
     names = ["/".join([*parameter.opts, *parameter.secondary_opts]) for parameter in command.params]
     return {path: sorted(names)}
 
@@ -38,20 +42,31 @@ def own_fields(config: type) -> list[str]:
 
 def interface() -> dict:
     configs = [name for name in owl2_hf.__all__ if name.endswith("Config")]
-    calls = {"MplugOwl2ForConditionalGeneration.forward": owl2_hf.MplugOwl2ForConditionalGeneration.forward}
-    calls["MplugOwl2ForSequenceClassification.forward"] = owl2_hf.MplugOwl2ForSequenceClassification.forward
+    calls = {
+        "MplugOwl2ForConditionalGeneration.forward": owl2_hf.MplugOwl2ForConditionalGeneration.forward
+    }
+    calls["MplugOwl2ForSequenceClassification.forward"] = (
+        owl2_hf.MplugOwl2ForSequenceClassification.forward
+    )
     calls["MplugOwl2Processor"] = owl2_hf.MplugOwl2Processor.__init__
     return {
         "names": sorted(owl2_hf.__all__),
         "commands": options(typer.main.get_command(app)),
         "configurations": {name: own_fields(getattr(owl2_hf, name)) for name in sorted(configs)},
         "image processor": sorted(owl2_hf.MplugOwl2ImageProcessor.valid_kwargs.__annotations__),
-        "calls": {name: [NAMES.get(p, p) for p in inspect.signature(call).parameters] for name, call in calls.items()},
+        "calls": {
+            name: [NAMES.get(p, p) for p in inspect.signature(call).parameters]
+            for name, call in calls.items()
+        },
         "recipes": {
             kind.__name__: [field.name for field in dataclasses.fields(kind)]
             for kind in (Recipe, DataRecipe, AdapterRecipe, ScoreRecipe)
         },
-        "presets": {"scores": sorted(PRESETS), "lora": sorted(LORA_PRESETS), "trains": sorted(TRAINABLE)},
+        "presets": {
+            "scores": sorted(PRESETS),
+            "lora": sorted(LORA_PRESETS),
+            "trains": sorted(TRAINABLE),
+        },
     }
 
 

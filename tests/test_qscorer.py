@@ -9,7 +9,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+)
 
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration, MplugOwl2ForSequenceClassification
 
@@ -17,7 +22,12 @@ from .conversion.conftest import command, edit_config, read_shards
 from .original import pad
 
 TOKENS = [f"<score{i}>" for i in range(1, 6)]
-WIDTHS = [64, 24, 24, 16]  # 64 is the width of the language model: two of the layers add their input
+WIDTHS = [
+    64,
+    24,
+    24,
+    16,
+]  # 64 is the width of the language model: two of the layers add their input
 PROMPT = "USER: How would you rate the quality of this image?\n<|image|>\nASSISTANT: The quality of the image is"
 
 
@@ -26,9 +36,13 @@ def save(source: Path, folder: Path, **tensors) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     state = read_shards(source)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        state[name] = torch.cat([state[name], torch.randn(5, state[name].shape[1], generator=generator)])
+        state[name] = torch.cat(
+            [state[name], torch.randn(5, state[name].shape[1], generator=generator)]
+        )
     sizes = [state["lm_head.weight"].shape[1], *WIDTHS]
-    shapes = {f"model.{i}.linear": shape for i, shape in enumerate(zip(WIDTHS, sizes, strict=False))}
+    shapes = {
+        f"model.{i}.linear": shape for i, shape in enumerate(zip(WIDTHS, sizes, strict=False))
+    }
     for name, shape in {**shapes, "output_layer": (1, 16)}.items():
         state[f"deepmlp.{name}.weight"] = torch.randn(shape, generator=generator) / 4
         state[f"deepmlp.{name}.bias"] = torch.randn(shape[0], generator=generator)
@@ -41,7 +55,9 @@ def save(source: Path, folder: Path, **tensors) -> dict[str, torch.Tensor]:
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (folder / name).write_bytes((source / name).read_bytes())
-    (folder / "added_tokens.json").write_text(json.dumps({token: 1000 + i for i, token in enumerate(TOKENS)}))
+    (folder / "added_tokens.json").write_text(
+        json.dumps({token: 1000 + i for i, token in enumerate(TOKENS)})
+    )
     return state
 
 
@@ -79,32 +95,45 @@ def by_hand(state, source, ids, image) -> tuple[torch.Tensor, int]:
     for step in range(2):
         embeds = state["model.embed_tokens.weight"][plain]
         embeds[is_image] = causal.get_image_features(image[None]).pooler_output[0]
-        hidden = causal.model(inputs_embeds=embeds, mm_token_type_ids=is_image.long()).last_hidden_state[0, -1]
+        hidden = causal.model(
+            inputs_embeds=embeds, mm_token_type_ids=is_image.long()
+        ).last_hidden_state[0, -1]
         if step == 0:
             token = (state["lm_head.weight"] @ hidden).argmax()
             plain = torch.cat([plain, token.view(1, 1)], dim=1)
             is_image = nn.functional.pad(is_image, (0, 1))
     assert image_id == 1000  # of the model without the five tokens
     for i in range(len(WIDTHS)):
-        weight, bias = state[f"deepmlp.model.{i}.linear.weight"], state[f"deepmlp.model.{i}.linear.bias"]
+        weight, bias = (
+            state[f"deepmlp.model.{i}.linear.weight"],
+            state[f"deepmlp.model.{i}.linear.bias"],
+        )
         output = torch.clamp(weight @ hidden + bias, min=0)
         hidden = output + hidden if len(output) == len(hidden) else output
-    return state["deepmlp.output_layer.weight"] @ hidden + state["deepmlp.output_layer.bias"], int(token)
+    return state["deepmlp.output_layer.weight"] @ hidden + state["deepmlp.output_layer.bias"], int(
+        token
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_scores_are_those_of_its_steps_by_hand(model, checkpoint, source, side):
     ids, images = rows(model)
-    expected = [by_hand(checkpoint[1], source, row, image) for row, image in zip(ids, images, strict=True)]
+    expected = [
+        by_hand(checkpoint[1], source, row, image) for row, image in zip(ids, images, strict=True)
+    ]
     assert len({token for _, token in expected}) > 1
     inputs = {**pad(ids, side=side), "pixel_values": images}
     inputs["mm_token_type_ids"] = inputs["input_ids"].eq(model.config.image_token_id).long()
     found = model(**inputs).logits
     assert found.shape == (3, 1)
-    torch.testing.assert_close(found, torch.stack([score for score, _ in expected]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found, torch.stack([score for score, _ in expected]), rtol=1e-4, atol=1e-4
+    )
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-    torch.testing.assert_close(model(**inputs, position_ids=positions).logits, found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model(**inputs, position_ids=positions).logits, found, rtol=1e-4, atol=1e-4
+    )
     for row, image, score in zip(ids, images, found, strict=True):
         alone = model(input_ids=torch.tensor([row]), pixel_values=image[None]).logits[0]
         torch.testing.assert_close(alone, score, rtol=1e-4, atol=1e-4)
@@ -117,7 +146,11 @@ def test_rows_that_pad_the_table_are_no_answer(model, checkpoint, source, tmp_pa
     hidden = model.model(**inputs).last_hidden_state[0, -1]
     head = -(1 + torch.arange(1005)[:, None]) * hidden / hidden.norm() ** 2  # logits -1, -2, ...
     state = save(source, tmp_path / "made", **{"lm_head.weight": head})
-    found = MplugOwl2ForSequenceClassification.from_pretrained(tmp_path / "made").eval()(**inputs).logits
+    found = (
+        MplugOwl2ForSequenceClassification.from_pretrained(tmp_path / "made")
+        .eval()(**inputs)
+        .logits
+    )
     expected, token = by_hand(state, source, ids[0], images[0])
     assert token == 0
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
@@ -126,17 +159,23 @@ def test_rows_that_pad_the_table_are_no_answer(model, checkpoint, source, tmp_pa
 @torch.no_grad()
 def test_it_is_saved_and_loaded_in_both_layouts(model, checkpoint, tmp_path):
     model.save_pretrained(tmp_path / "ours")
-    again, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    again, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids, images = rows(model)
     inputs = {**pad(ids), "pixel_values": images}
     assert torch.equal(again.eval()(**inputs).logits, model(**inputs).logits)
-    loaded, info = AutoModelForSequenceClassification.from_pretrained(checkpoint[0], output_loading_info=True)
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(
+        checkpoint[0], output_loading_info=True
+    )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     loaded.save_pretrained(tmp_path / "original", save_original_format=True)
     saved = load_file(tmp_path / "original" / "model.safetensors")
     computed = ("pos_embed", "inv_freq")
-    expected = {name: tensor for name, tensor in checkpoint[1].items() if not name.endswith(computed)}
+    expected = {
+        name: tensor for name, tensor in checkpoint[1].items() if not name.endswith(computed)
+    }
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
 
 
@@ -151,7 +190,9 @@ def test_it_trains_with_checkpointing_and_a_regression(model, checkpoint):
 
 
 def test_what_it_cannot_read_is_refused(model):
-    with pytest.raises(ValueError, match=r"Q-Scorer reads whole prompts .* expected input_ids, and no cache"):
+    with pytest.raises(
+        ValueError, match=r"Q-Scorer reads whole prompts .* expected input_ids, and no cache"
+    ):
         model(inputs_embeds=torch.zeros(1, 3, 64))
 
 
@@ -159,11 +200,15 @@ def test_what_it_cannot_read_is_refused(model):
 def test_widths_that_are_none_are_refused(checkpoint, widths):
     config = AutoConfig.from_pretrained(checkpoint[0])
     config.deepmlp_hidden_dims = widths
-    with pytest.raises(ValueError, match=r"deepmlp_hidden_dims: expected a list of layer widths, got .*; correct"):
+    with pytest.raises(
+        ValueError, match=r"deepmlp_hidden_dims: expected a list of layer widths, got .*; correct"
+    ):
         MplugOwl2ForSequenceClassification(config)
 
 
-@pytest.mark.parametrize("ids", [{"<score1>": [1]}, {"<score1>": 7}, {TOKENS[i]: 1001 + i for i in range(5)}])
+@pytest.mark.parametrize(
+    "ids", [{"<score1>": [1]}, {"<score1>": 7}, {TOKENS[i]: 1001 + i for i in range(5)}]
+)
 def test_added_tokens_that_are_not_behind_the_pieces_are_left_aside(checkpoint, tmp_path, ids):
     shutil.copytree(checkpoint[0], tmp_path / "made")
     (tmp_path / "made" / "added_tokens.json").write_text(json.dumps(ids))
@@ -185,7 +230,8 @@ def test_its_processor_knows_the_added_tokens(model, checkpoint, tmp_path):
     assert model(**inputs).logits.isfinite().all()
     processor.save_pretrained(tmp_path)
     assert (
-        AutoProcessor.from_pretrained(tmp_path)(text="a<score2>b").input_ids == processor(text="a<score2>b").input_ids
+        AutoProcessor.from_pretrained(tmp_path)(text="a<score2>b").input_ids
+        == processor(text="a<score2>b").input_ids
     )
 
 
@@ -205,7 +251,9 @@ def test_a_fine_tune_is_merged_and_keeps_head_and_tokens(golden_dir, tmp_path, l
         file.chmod(0o644)
     others = torch.load(tune / "non_lora_trainables.bin", weights_only=True)
     new = ("deepmlp.", "model.embed_tokens.", "lm_head.")
-    others |= {f"base_model.model.{name}": tensor for name, tensor in state.items() if name.startswith(new)}
+    others |= {
+        f"base_model.model.{name}": tensor for name, tensor in state.items() if name.startswith(new)
+    }
     torch.save(others, tune / "non_lora_trainables.bin")
     edit_config(tune, vocab_size=1005)
     if layout == "ours":
@@ -214,7 +262,9 @@ def test_a_fine_tune_is_merged_and_keeps_head_and_tokens(golden_dir, tmp_path, l
     command("convert", tune, tmp_path / "target", "--base", base)
 
     expected = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-    found, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "target", output_loading_info=True)
+    found, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "target", output_loading_info=True
+    )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids, images = rows(expected)
     inputs = {**pad(ids), "pixel_values": images}

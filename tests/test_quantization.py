@@ -24,7 +24,9 @@ from .conversion.test_direct_loading import docowl, owl21
 from .original import pad
 from .test_modeling_mplug_owl2 import RUN, pictures, tiny_config
 
-torchao = pytest.importorskip("torchao", reason="needs torchao: pip install 'owl2_hf[quantization]'")
+torchao = pytest.importorskip(
+    "torchao", reason="needs torchao: pip install 'owl2_hf[quantization]'"
+)
 from torchao.quantization import Int8WeightOnlyConfig  # noqa: E402
 
 
@@ -59,7 +61,9 @@ def test_the_decoders_projections_of_both_modalities_are_quantised_and_nothing_e
 
 def int8_of(folder):
     config = TorchAoConfig(Int8WeightOnlyConfig())
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config).eval()
+    return AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=config
+    ).eval()
 
 
 @pytest.mark.parametrize("layout", ["A", "docowl"])
@@ -72,14 +76,17 @@ def test_the_originals_layout_is_quantised_as_the_converted_folder_is(golden_dir
     ids = torch.tensor([[5, 6, *[config.image_token_id] * config.num_image_tokens, 7]])
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.no_grad():
-        one, other = (model(input_ids=ids, pixel_values=pixels).logits for model in (direct, converted))
+        one, other = (
+            model(input_ids=ids, pixel_values=pixels).logits for model in (direct, converted)
+        )
     assert torch.equal(one, other)
 
 
 def test_owl21_in_the_originals_layout_is_to_be_converted_first(tmp_path):
     source = owl21(tmp_path)
     with pytest.raises(
-        ValueError, match=r"mPLUG-Owl2\.1 in the original's layout is not quantised .* `owl2-hf convert`"
+        ValueError,
+        match=r"mPLUG-Owl2\.1 in the original's layout is not quantised .* `owl2-hf convert`",
     ):
         int8_of(source)
     convert(source, tmp_path / "converted")
@@ -97,16 +104,25 @@ def test_the_head_of_a_classifier_is_left_as_it_is(tmp_path):
 
 
 def test_what_is_named_is_left_alone_instead(whole):
-    config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["model.language_model", "lm_head"])
-    model = AutoModelForImageTextToText.from_pretrained(default_dir(), dtype=torch.bfloat16, quantization_config=config)
+    config = TorchAoConfig(
+        Int8WeightOnlyConfig(), modules_to_not_convert=["model.language_model", "lm_head"]
+    )
+    model = AutoModelForImageTextToText.from_pretrained(
+        default_dir(), dtype=torch.bfloat16, quantization_config=config
+    )
     names = quantized_names(model)
-    assert names and all(name.startswith(("model.vision_tower.", "model.visual_abstractor.")) for name in names)
+    assert names and all(
+        name.startswith(("model.vision_tower.", "model.visual_abstractor.")) for name in names
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Config Deprecation")
 def test_a_configuration_that_names_what_it_takes_is_left_as_it_is():
     one = r"re:model\.vision_tower\..*\.fc1"
-    for names, is_spared in (({one: Int8WeightOnlyConfig()}, False), ({"_default": Int8WeightOnlyConfig()}, True)):
+    for names, is_spared in (
+        ({one: Int8WeightOnlyConfig()}, False),
+        ({"_default": Int8WeightOnlyConfig()}, True),
+    ):
         config = TorchAoConfig(torchao.quantization.FqnToConfig(names))
         assert (spare_vision_side(config).modules_to_not_convert == UNQUANTIZED) == is_spared
         assert config.modules_to_not_convert is None
@@ -114,10 +130,14 @@ def test_a_configuration_that_names_what_it_takes_is_left_as_it_is():
 
 def test_saved_names_are_plain_for_readers_that_know_no_patterns(int8, tmp_path):
     int8.config.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"][
+        "modules_to_not_convert"
+    ]
     assert all(re.fullmatch(r"[\w.]+", name) for name in saved)
     linears = {name for name, module in int8.named_modules() if isinstance(module, nn.Linear)}
-    taken = {f"{name}.weight" for name in linears if not any(f".{one}." in f".{name}." for one in saved)}
+    taken = {
+        f"{name}.weight" for name in linears if not any(f".{one}." in f".{name}." for one in saved)
+    }
     assert taken == quantized_names(int8)
 
 
@@ -127,7 +147,9 @@ def test_logits_with_a_picture_stay_close(whole, int8):
     side = config.vision_config.image_size
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.no_grad():
-        expected, got = (model(ids, pixel_values=pixels).logits[..., :1000] for model in (whole, int8))
+        expected, got = (
+            model(ids, pixel_values=pixels).logits[..., :1000] for model in (whole, int8)
+        )
     assert 0 < (got - expected).float().norm() < 0.05 * expected.float().norm()
 
 
@@ -140,7 +162,9 @@ def test_a_quantised_model_is_saved_and_loads_alike(int8, tmp_path):
         assert torch.equal(again(ids).logits, int8(ids).logits)
 
 
-@pytest.mark.parametrize("given", [BitsAndBytesConfig(load_in_4bit=True), {"load_in_8bit": True}], ids=["4bit", "8bit"])
+@pytest.mark.parametrize(
+    "given", [BitsAndBytesConfig(load_in_4bit=True), {"load_in_8bit": True}], ids=["4bit", "8bit"]
+)
 def test_bitsandbytes_is_told_the_same(given):
     skipped = spare_vision_side(given).llm_int8_skip_modules
     model = MplugOwl2ForConditionalGeneration(tiny_config())
@@ -159,7 +183,9 @@ def test_pictures_go_through_the_layers_of_a_quantised_model():
     torchao.quantization.quantize_(
         model,
         Int8WeightOnlyConfig(),
-        filter_fn=lambda module, name: isinstance(module, nn.Linear) and should_convert_module(name, UNQUANTIZED),
+        filter_fn=lambda module, name: (
+            isinstance(module, nn.Linear) and should_convert_module(name, UNQUANTIZED)
+        ),
     )
     got = model(**inputs, pixel_values=pictures(1)).logits[..., :90]
     # Twelve seeds gave 0.015 to 0.030; a visual token in the wrong branch gives 0.7 and more.
@@ -170,9 +196,15 @@ def test_pictures_go_through_the_layers_of_a_quantised_model():
 def test_bitsandbytes_replaces_the_decoders_linears_alone(bits):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'owl2_hf[qlora]'")
     config = BitsAndBytesConfig(**{bits: True})
-    model = AutoModelForImageTextToText.from_pretrained(default_dir(), dtype=torch.bfloat16, quantization_config=config)
+    model = AutoModelForImageTextToText.from_pretrained(
+        default_dir(), dtype=torch.bfloat16, quantization_config=config
+    )
     modules = dict(model.named_modules())
-    replaced = {f"{name}.weight" for name in modules if type(modules[name]).__module__.startswith("bitsandbytes")}
+    replaced = {
+        f"{name}.weight"
+        for name in modules
+        if type(modules[name]).__module__.startswith("bitsandbytes")
+    }
     assert replaced == decoder_linears(model)
 
 
@@ -180,7 +212,9 @@ def test_an_adapter_trains_over_int8_weights():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     config = TorchAoConfig(Int8WeightOnlyConfig())
-    model = AutoModelForImageTextToText.from_pretrained(default_dir(), dtype=torch.bfloat16, quantization_config=config)
+    model = AutoModelForImageTextToText.from_pretrained(
+        default_dir(), dtype=torch.bfloat16, quantization_config=config
+    )
     adapted = peft.get_peft_model(model, lora_config(r=4, lora_alpha=4, lora_dropout=0.0))
     ids = torch.tensor([[1, 20, 30, 40]])
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -198,7 +232,9 @@ def test_an_adapter_trains_over_int8_weights():
 def test_agreement_with_float32_is_measured(monkeypatch):
     from benchmarks import quantized
 
-    monkeypatch.setattr(quantized, "CONFIGS", {name: quantized.CONFIGS[name] for name in ("int8", "int4")})
+    monkeypatch.setattr(
+        quantized, "CONFIGS", {name: quantized.CONFIGS[name] for name in ("int8", "int4")}
+    )
     model, asked = quantized.default_model()
     found = quantized.agreement(model, asked[:3])
     errors = {name: values["logit error"] for name, values in found["models"].items()}

@@ -164,7 +164,16 @@ for program in json.load(sys.stdin):
 
 def run(code: str, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess:
     """A program of its own, in which a warning about imports is an error."""
-    command = [sys.executable, "-W", "error::ImportWarning", "-W", "error::RuntimeWarning", "-c", code, *arguments]
+    command = [
+        sys.executable,
+        "-W",
+        "error::ImportWarning",
+        "-W",
+        "error::RuntimeWarning",
+        "-c",
+        code,
+        *arguments,
+    ]
     return subprocess.run(command, capture_output=True, text=True, input=stdin)
 
 
@@ -185,7 +194,9 @@ def test_auto_classes_know_the_family(name, results):
 
 
 def test_transformers_itself_may_be_imported_later():
-    ran = run("import owl2_hf\nfrom transformers import CONFIG_MAPPING\nprint(CONFIG_MAPPING['mplug_owl2'].__name__)")
+    ran = run(
+        "import owl2_hf\nfrom transformers import CONFIG_MAPPING\nprint(CONFIG_MAPPING['mplug_owl2'].__name__)"
+    )
     assert ran.stdout.strip() == "MplugOwl2Config", ran.stderr
 
 
@@ -207,7 +218,9 @@ def test_unknown_names_of_the_package_are_attribute_errors():
 
 def test_every_public_name_is_what_its_package_has():
     for name in set(owl2_hf.__all__) - {"check", "default_pictures", "load_default"}:
-        package = import_module("owl2_hf.processing" if hasattr(owl2_hf.processing, name) else "owl2_hf.modeling")
+        package = import_module(
+            "owl2_hf.processing" if hasattr(owl2_hf.processing, name) else "owl2_hf.modeling"
+        )
         assert getattr(owl2_hf, name) is getattr(package, name)
     assert set(owl2_hf.modeling.__all__) | set(owl2_hf.processing.__all__) < set(owl2_hf.__all__)
 
@@ -223,7 +236,9 @@ def test_registering_again_changes_nothing():
 def test_hooked_modules_look_as_if_they_were_not():
     for name in registration.TABLES:
         module = import_module(name)
-        assert type(module.__loader__) is type(import_module("transformers.modeling_utils").__loader__)
+        assert type(module.__loader__) is type(
+            import_module("transformers.modeling_utils").__loader__
+        )
         assert module.__spec__.loader is module.__loader__
 
 
@@ -258,7 +273,9 @@ importlib.machinery.SourceFileLoader.get_code = lambda self, name, get=importlib
 """
 
 
-@pytest.mark.parametrize("first", ["owl2_hf", "transformers", "transformers.models.auto.processing_auto"])
+@pytest.mark.parametrize(
+    "first", ["owl2_hf", "transformers", "transformers.models.auto.processing_auto"]
+)
 def test_auto_classes_know_the_family_where_the_private_name_is_gone(first):
     ran = run(
         f"""{RENAMING}
@@ -274,7 +291,9 @@ print(kinds(AutoModelForImageTextToText), kinds(AutoProcessor), kinds(AutoConfig
     assert ran.stdout.strip() == f"{MODEL} {PROCESSOR} {['MplugOwl2Config'] * 2}", ran.stderr
 
 
-@pytest.mark.parametrize("command", [["--help"], ["describe", "--help"], ["data", "check", "--help"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["describe", "--help"], ["data", "check", "--help"]]
+)
 def test_help_imports_nothing_heavy(command):
     code = """
 import atexit, json, sys
@@ -289,7 +308,9 @@ runpy.run_module("owl2_hf", run_name="__main__")
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
 def test_an_interrupt_while_torch_is_imported_ends_in_one_line(tmp_path):
-    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+    (tmp_path / "torch.py").write_text(
+        "print('importing', flush=True)\nimport time\ntime.sleep(60)\n"
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "owl2_hf", "info"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},

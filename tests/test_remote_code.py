@@ -16,11 +16,23 @@ from owl2_hf.modeling.configuration_mplug_owl2 import AUTO_MAP
 
 PACKAGE = Path(owl2_hf.__file__).parent
 TRAVELLING = sorted(
-    [*(PACKAGE / "modeling").glob("*_mplug_owl2*.py"), *(PACKAGE / "processing").glob("*_mplug_owl2*.py")]
+    [
+        *(PACKAGE / "modeling").glob("*_mplug_owl2*.py"),
+        *(PACKAGE / "processing").glob("*_mplug_owl2*.py"),
+    ]
 )
 # transformers needs all of them itself; sentencepiece is imported only where a tokenizer.model is read.
 ALLOWED = {
-    *("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "PIL", "tokenizers", "sentencepiece"),
+    *(
+        "torch",
+        "transformers",
+        "safetensors",
+        "huggingface_hub",
+        "numpy",
+        "PIL",
+        "tokenizers",
+        "sentencepiece",
+    ),
     "packaging",
 }
 
@@ -93,7 +105,9 @@ def test_a_stranger_gets_the_same_logits(saved, tmp_path):
     found = ask_a_stranger(saved, picture, prompt, tmp_path)
     model, processor = owl2_hf.load_default(dtype=torch.float32)
     with torch.no_grad():
-        expected = model(**processor(text=prompt, images=picture, return_tensors="pt")).logits[0, -1]
+        expected = model(**processor(text=prompt, images=picture, return_tensors="pt")).logits[
+            0, -1
+        ]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
@@ -111,12 +125,20 @@ def test_travelling_files_import_only_what_a_stranger_has(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1, f"{path.name} imports from another folder"
-            assert node.module and (path.parent / f"{node.module}.py").is_file(), f"{path.name}: from .{node.module}"
+            assert node.module and (path.parent / f"{node.module}.py").is_file(), (
+                f"{path.name}: from .{node.module}"
+            )
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            names = (
+                [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
             for name in names:
                 root = name.split(".")[0]
-                assert root in ALLOWED or root in sys.stdlib_module_names, f"{path.name} imports {name}"
+                assert root in ALLOWED or root in sys.stdlib_module_names, (
+                    f"{path.name} imports {name}"
+                )
 
 
 def test_travelling_files_have_names_of_their_own():

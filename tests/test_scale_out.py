@@ -33,13 +33,18 @@ TINY = {
 
 def tiny_inputs() -> dict[str, torch.Tensor]:
     """A row with a picture, a row with two, and a row of text alone."""
-    return {**pad([[1, 5, *RUN, 7], [1, *RUN, 4, *RUN, 9, 3], [1, 9, 8]]), "pixel_values": pictures(3)}
+    return {
+        **pad([[1, 5, *RUN, 7], [1, *RUN, 4, *RUN, 9, 3], [1, 9, 8]]),
+        "pixel_values": pictures(3),
+    }
 
 
 def default_inputs() -> dict[str, torch.Tensor]:
     picture = Image.open(owl2_hf.default_pictures()["emoji-banana"])
     text = "USER: <|image|>What is this? ASSISTANT:"
-    return dict(AutoProcessor.from_pretrained(default_dir())(text=text, images=picture, return_tensors="pt"))
+    return dict(
+        AutoProcessor.from_pretrained(default_dir())(text=text, images=picture, return_tensors="pt")
+    )
 
 
 def inputs_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -47,19 +52,32 @@ def inputs_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def answers(model: MplugOwl2ForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def answers(
+    model: MplugOwl2ForConditionalGeneration, inputs: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     return {
         "logits": model(**inputs).logits,
         "ids": model.generate(**inputs, **GREEDY),
-        "ids, static cache": model.generate(**inputs, **GREEDY, cache_implementation="static", disable_compile=True),
+        "ids, static cache": model.generate(
+            **inputs, **GREEDY, cache_implementation="static", disable_compile=True
+        ),
     }
 
 
-def gradients(model: MplugOwl2ForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def gradients(
+    model: MplugOwl2ForConditionalGeneration, inputs: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"].eq(0), -100)
     model(**inputs, labels=labels).loss.backward()
-    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}
+    grads = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return {
+        name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        for name, grad in grads.items()
+    }
 
 
 def work(root: Path) -> None:
@@ -88,7 +106,9 @@ def parallel(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("parallel")
     for name, overrides in TINY.items():
         torch.manual_seed(2)
-        config = tiny_config(**{key: value for key, value in overrides.items() if key != "tie_word_embeddings"})
+        config = tiny_config(
+            **{key: value for key, value in overrides.items() if key != "tie_word_embeddings"}
+        )
         config.tie_word_embeddings = "tie_word_embeddings" in overrides
         MplugOwl2ForConditionalGeneration(config).save_pretrained(root / name)
     (root / "default").symlink_to(default_dir())
@@ -97,10 +117,19 @@ def parallel(tmp_path_factory) -> Path:
 
 
 def torchrun(arguments: list[str], cwd: Path = ROOT) -> str:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    done = subprocess.run([*launch, *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*launch, *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -142,30 +171,48 @@ def test_two_processes_have_the_gradients_of_one(parallel, name):
     got = torch.load(parallel / f"{name}.pt")["gradients"]
     assert got.keys() == expected.keys()
     for key in expected:
-        torch.testing.assert_close(got[key], expected[key], rtol=1e-4, atol=1e-5)  # sums in another order
+        torch.testing.assert_close(
+            got[key], expected[key], rtol=1e-4, atol=1e-5
+        )  # sums in another order
 
 
 @pytest.mark.parametrize("name", [*TINY, "default"])
 def test_two_processes_save_the_whole_model(parallel, name):
-    expected, got = one_process(parallel / name).state_dict(), one_process(parallel / "saved" / name).state_dict()
+    expected, got = (
+        one_process(parallel / name).state_dict(),
+        one_process(parallel / "saved" / name).state_dict(),
+    )
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
 def test_both_branches_are_shared_out(parallel):
     parts = torch.load(parallel / "even.pt")["parts"]
-    own = {name.removeprefix("model.language_model.layers.0."): shape for name, shape in parts.items() if ".0." in name}
+    own = {
+        name.removeprefix("model.language_model.layers.0."): shape
+        for name, shape in parts.items()
+        if ".0." in name
+    }
     for branch in ("", "visual_"):
-        assert own[f"self_attn.{branch}k_proj.weight"] == own[f"self_attn.{branch}v_proj.weight"] == (8, 48)
+        assert (
+            own[f"self_attn.{branch}k_proj.weight"]
+            == own[f"self_attn.{branch}v_proj.weight"]
+            == (8, 48)
+        )
     assert (own["self_attn.q_proj.weight"], own["self_attn.o_proj.weight"]) == ((24, 48), (48, 24))
-    assert (parts["lm_head.weight"], parts["model.language_model.embed_tokens.weight"]) == ((48, 48), (48, 48))
+    assert (parts["lm_head.weight"], parts["model.language_model.embed_tokens.weight"]) == (
+        (48, 48),
+        (48, 48),
+    )
 
 
 @pytest.mark.parametrize("name", ["uneven", "few_key_values", "default"])
 def test_attention_of_heads_that_do_not_divide_stays_whole(parallel, name):
     parts = torch.load(parallel / f"{name}.pt")["parts"]
     assert not any("self_attn" in part for part in parts)
-    assert {"embed_tokens", "gate_proj", "up_proj", "down_proj"} <= {part.split(".")[-2] for part in parts}
+    assert {"embed_tokens", "gate_proj", "up_proj", "down_proj"} <= {
+        part.split(".")[-2] for part in parts
+    }
 
 
 def test_the_documentation_shows_what_two_processes_run(tmp_path):
@@ -184,7 +231,9 @@ def expected_default() -> dict[str, torch.Tensor]:
     return answers(owl2_hf.load_default()[0], default_inputs())
 
 
-def assert_answers(model: MplugOwl2ForConditionalGeneration, expected: dict[str, torch.Tensor]) -> None:
+def assert_answers(
+    model: MplugOwl2ForConditionalGeneration, expected: dict[str, torch.Tensor]
+) -> None:
     got = answers(model, default_inputs())
     assert all(torch.equal(got[key], expected[key]) for key in expected)
 
@@ -194,7 +243,9 @@ def test_device_map_auto_puts_on_the_disk_what_has_no_room(tmp_path, share):
     """The shares end within the decoder, the abstractor and the vision encoder, and before everything."""
     expected = expected_default()
     room = int(share * owl2_hf.load_default()[0].get_memory_footprint())
-    model, _ = owl2_hf.load_default(device_map="auto", max_memory={"cpu": room}, offload_folder=tmp_path)
+    model, _ = owl2_hf.load_default(
+        device_map="auto", max_memory={"cpu": room}, offload_folder=tmp_path
+    )
     places = {str(place) for place in model.hf_device_map.values()}
     assert places == ({"cpu", "disk"} if share else {"disk"})
     assert any(parameter.is_meta for parameter in model.parameters())

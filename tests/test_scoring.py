@@ -29,7 +29,9 @@ from owl2_hf.scoring import (
 )
 
 PROMPT = "USER: <|image|>Is it red? ASSISTANT:"
-YES_NO = Preset({"quality": PROMPT, "video": PROMPT}, ("yes", "no"), (1.0, 0.0), "resize", (0.0, 1.0))
+YES_NO = Preset(
+    {"quality": PROMPT, "video": PROMPT}, ("yes", "no"), (1.0, 0.0), "resize", (0.0, 1.0)
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,9 @@ def test_a_score_is_the_expected_value_of_the_levels(default, pictures):
     model, processor = default
     preset = Preset({"quality": PROMPT}, ("yes", "no", "red"), (1.0, 0.25, 0.0), "pad", (1.0, 5.0))
     (found,) = Scorer(model, processor, preset)(pictures[0])
-    inputs = processor(text=PROMPT, images=pictures[0], image_aspect_ratio="pad", return_tensors="pt")
+    inputs = processor(
+        text=PROMPT, images=pictures[0], image_aspect_ratio="pad", return_tensors="pt"
+    )
     with torch.no_grad():
         logits = model(**inputs).logits[0, -1]
     ids = processor.tokenizer.convert_tokens_to_ids(["▁yes", "▁no", "▁red"])
@@ -56,7 +60,9 @@ def test_a_score_is_the_expected_value_of_the_levels(default, pictures):
     assert found.logits == pytest.approx(logits[ids].tolist(), abs=1e-5)
     assert found.probs == pytest.approx(probs.tolist(), abs=1e-6)
     assert found.score == pytest.approx(float(probs @ values), abs=1e-5)
-    assert found.std == pytest.approx(math.sqrt(float(probs @ (values - probs @ values) ** 2)), abs=1e-4)
+    assert found.std == pytest.approx(
+        math.sqrt(float(probs @ (values - probs @ values) ** 2)), abs=1e-4
+    )
     assert found.levels == ("yes", "no", "red") and found.scale == (1.0, 5.0)
 
 
@@ -90,7 +96,9 @@ def test_the_scale_stretches_scores_and_deviations(default, pictures):
     model, processor = default
     (unit,) = Scorer(model, processor, YES_NO)(pictures[0])
     (stars,) = Scorer(model, processor, YES_NO, scale=(1.0, 5.0))(pictures[0])
-    assert stars.score == pytest.approx(1 + 4 * unit.score) and stars.std == pytest.approx(4 * unit.std)
+    assert stars.score == pytest.approx(1 + 4 * unit.score) and stars.std == pytest.approx(
+        4 * unit.std
+    )
 
 
 def test_words_of_a_group_are_averaged_before_the_softmax(default, pictures):
@@ -98,7 +106,9 @@ def test_words_of_a_group_are_averaged_before_the_softmax(default, pictures):
     single = Preset({"quality": PROMPT}, (*groups[0], *groups[1]), (1.0, 1.0, 0.0, 0.0))
     (words,) = Scorer(*default, single)(pictures[0])
     (found,) = Scorer(*default, Preset({"quality": PROMPT}, groups, (1.0, 0.0)))(pictures[0])
-    assert found.logits == pytest.approx([sum(words.logits[:2]) / 2, sum(words.logits[2:]) / 2], abs=1e-5)
+    assert found.logits == pytest.approx(
+        [sum(words.logits[:2]) / 2, sum(words.logits[2:]) / 2], abs=1e-5
+    )
     assert found.levels == ("yes", "no")
 
 
@@ -110,8 +120,16 @@ def test_prompts_are_those_of_the_released_models():
     assert align["aesthetics"].endswith("The aesthetics of the image is")
     assert align["video"].startswith("USER: How would you rate the quality of this video?")
     assert PRESETS["deqa"].prompts["quality"] == align["quality"]
-    assert PRESETS["q-instruct"].prompts["quality"] == "USER: <|image|>Rate the quality of the image.\nASSISTANT: "
-    assert [preset.image_aspect_ratio for preset in PRESETS.values()] == ["pad", "pad", "crop", "crop"]
+    assert (
+        PRESETS["q-instruct"].prompts["quality"]
+        == "USER: <|image|>Rate the quality of the image.\nASSISTANT: "
+    )
+    assert [preset.image_aspect_ratio for preset in PRESETS.values()] == [
+        "pad",
+        "pad",
+        "crop",
+        "crop",
+    ]
     assert PRESETS["q-instruct-boost"].levels[1] == ("average", "medium", "acceptable")
 
 
@@ -120,7 +138,14 @@ def test_the_presets_words_have_llamas_ids(golden_dir):
     if not source.is_file():
         pytest.skip("LLaMA-2's tokenizer is not ours to ship and not here")
     tokenizer, _ = load_tokenizer(source)
-    expected = {"excellent": 15129, "good": 1781, "fair": 6534, "poor": 6460, "bad": 4319, "average": 6588}
+    expected = {
+        "excellent": 15129,
+        "good": 1781,
+        "fair": 6534,
+        "poor": 6460,
+        "bad": 4319,
+        "average": 6588,
+    }
     assert {word: _token_id(tokenizer, word) for word in expected} == expected
     for preset in PRESETS.values():
         for level in preset.levels:
@@ -132,7 +157,9 @@ def test_what_cannot_be_scored_is_refused(default, pictures):
     model, processor = default
     with pytest.raises(ValueError, match="expected a preset of one-align, deqa"):
         Scorer(model, processor, "best")
-    with pytest.raises(ValueError, match="the level 'excellent' is not one token of this vocabulary"):
+    with pytest.raises(
+        ValueError, match="the level 'excellent' is not one token of this vocabulary"
+    ):
         Scorer(model, processor)
     with pytest.raises(ValueError, match="expected a task of quality, video, got 'beauty'"):
         Scorer(model, processor, YES_NO)(pictures, task="beauty")
@@ -167,7 +194,9 @@ def test_a_level_is_the_word_behind_other_words():
 def test_a_broken_picture_costs_no_other_its_score(default, pictures, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     scorer = Scorer(*default, YES_NO, batch_size=2)
-    found = list(score_each(scorer, [pictures[0], tmp_path / "broken.png", pictures[1], "missing.png"]))
+    found = list(
+        score_each(scorer, [pictures[0], tmp_path / "broken.png", pictures[1], "missing.png"])
+    )
     assert [isinstance(one, ValueError) for one in found] == [False, True, False, True]
     assert "broken.png" in str(found[1])
     assert found[2].logits == pytest.approx(scorer(pictures[1])[0].logits, abs=2e-5)
@@ -189,7 +218,14 @@ def test_pictures_score_the_same_in_every_form(default, pictures):
     array = np.asarray(picture)
     tensor = torch.from_numpy(array.transpose(2, 0, 1).copy())
     (expected,) = scorer(pictures[0])
-    forms = [Path(pictures[0]), Path(pictures[0]).read_bytes(), picture, array, tensor, np.stack([array, array])]
+    forms = [
+        Path(pictures[0]),
+        Path(pictures[0]).read_bytes(),
+        picture,
+        array,
+        tensor,
+        np.stack([array, array]),
+    ]
     for form in forms:
         for found in scorer(form):
             assert found.logits == pytest.approx(expected.logits, abs=2e-5)
@@ -240,7 +276,9 @@ def test_a_score_over_crops_is_that_of_their_mean_probabilities(default, picture
     assert sum(found.probs) == pytest.approx(1)
     mean = [sum(pair) / 2 for pair in zip(alone[0].probs, alone[1].probs, strict=True)]
     assert found.probs == pytest.approx(mean, abs=1e-5)
-    assert Scorer(model, processor, YES_NO, crops=True)(squares)[1].score == pytest.approx(alone[1].score, abs=1e-5)
+    assert Scorer(model, processor, YES_NO, crops=True)(squares)[1].score == pytest.approx(
+        alone[1].score, abs=1e-5
+    )
     with pytest.raises(ValueError, match="expected crops of images, got task 'video'"):
         Scorer(model, processor, YES_NO, crops=True)([squares], task="video")
 
@@ -251,7 +289,9 @@ def test_aesthetic_is_another_word_for_aesthetics(default, pictures):
 
 
 def test_levels_and_prompts_of_ones_own():
-    preset = custom_preset("one-align", "quality", "USER: <|image|>\\nGood? ASSISTANT:", ["yes", " maybe", "no"])
+    preset = custom_preset(
+        "one-align", "quality", "USER: <|image|>\\nGood? ASSISTANT:", ["yes", " maybe", "no"]
+    )
     assert preset.levels == ("yes", "maybe", "no") and preset.values == (1.0, 0.5, 0.0)
     assert preset.prompts == {"quality": "USER: <|image|>\nGood? ASSISTANT:"}
 
@@ -275,7 +315,9 @@ def test_the_command_prints_json_and_csv(folder, default, pictures, tmp_path):
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     preset = Preset({"quality": PROMPT}, ("yes", "no"), (1.0, 0.0), "pad", (0.0, 1.0))
     expected = Scorer(*default, preset)(pictures[:2])
-    assert [line["score"] for line in lines] == pytest.approx([one.score for one in expected], abs=1e-4)
+    assert [line["score"] for line in lines] == pytest.approx(
+        [one.score for one in expected], abs=1e-4
+    )
     assert [line["image"] for line in lines] == pictures[:2] and lines[0]["scale"] == [0.0, 1.0]
     odd = tmp_path / 'a "b", c.png'
     odd.write_bytes(Path(pictures[0]).read_bytes())
@@ -332,7 +374,9 @@ def test_images_are_opened_no_sooner_than_their_batch_is_scored(default, picture
     assert not isinstance(next(found)[1], ValueError)
 
 
-def test_files_are_read_as_the_originals_read_them_where_that_is_asked_for(folder, default, pictures, tmp_path):
+def test_files_are_read_as_the_originals_read_them_where_that_is_asked_for(
+    folder, default, pictures, tmp_path
+):
     exif = Image.Exif()
     exif[0x0112] = 3
     path = tmp_path / "turned.png"
@@ -346,7 +390,9 @@ def test_files_are_read_as_the_originals_read_them_where_that_is_asked_for(folde
         assert found.score == pytest.approx(expected.score, abs=1e-6)
     line = json.loads(run(folder, path, "--original-reading", "--json").stdout)
     assert line["score"] == pytest.approx(expected.score, abs=1e-5)
-    assert json.loads(run(folder, path, "--json").stdout)["score"] == pytest.approx(upright.score, abs=1e-5)
+    assert json.loads(run(folder, path, "--json").stdout)["score"] == pytest.approx(
+        upright.score, abs=1e-5
+    )
 
 
 def test_the_command_scores_crops(folder, default, pictures, tmp_path):
@@ -359,5 +405,8 @@ def test_the_command_scores_crops(folder, default, pictures, tmp_path):
 
 
 def test_the_auto_classes_load_what_scores(folder, pictures):
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(folder),
+        AutoProcessor.from_pretrained(folder),
+    )
     assert 0 <= Scorer(model.eval(), processor, YES_NO)(pictures[0])[0].score <= 1

@@ -47,7 +47,9 @@ ENDLESS = {"2": -100}  # the end-of-sequence token never comes
 def launch(*arguments, **environment):
     command = [sys.executable, "-m", "owl2_hf", "serve", "--port", "0", *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def url_of(process):
@@ -61,7 +63,14 @@ def url_of(process):
 @pytest.fixture(scope="module")
 def server():
     process = launch(
-        *["--max-image-pixels", MAX_PIXELS, "--max-body-bytes", MAX_BODY_BYTES, "--max-new-tokens", 500],
+        *[
+            "--max-image-pixels",
+            MAX_PIXELS,
+            "--max-body-bytes",
+            MAX_BODY_BYTES,
+            "--max-new-tokens",
+            500,
+        ],
         OWL2_HF_API_KEY=KEY,
     )
     yield url_of(process)
@@ -93,14 +102,20 @@ def bundled_picture(name):
 
 
 def ask(client, text, *urls, **options):
-    answer = client.chat.completions.create(model="default", messages=message(text, *urls), **options)
+    answer = client.chat.completions.create(
+        model="default", messages=message(text, *urls), **options
+    )
     return answer.choices[0].message.content
 
 
 def post(url, body, headers=None, path="/v1/chat/completions"):
     """Status and JSON of an answer to raw bytes, or to an iterator of them, which is sent in chunks."""
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=30)
-    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **(headers or {})}
+    headers = {
+        "Authorization": f"Bearer {KEY}",
+        "Content-Type": "application/json",
+        **(headers or {}),
+    }
     try:
         connection.request("POST", path, body, headers)
         response = connection.getresponse()
@@ -124,7 +139,9 @@ QUESTIONS = [
 def test_it_answers_as_the_model_does_without_a_server(client):
     model, processor = owl2_hf.load_default()
     for text, name in QUESTIONS[3:6]:
-        picture = [{"type": "image", "image": str(owl2_hf.default_pictures()[name])}] if name else []
+        picture = (
+            [{"type": "image", "image": str(owl2_hf.default_pictures()[name])}] if name else []
+        )
         chat = [{"role": "user", "content": [*picture, {"type": "text", "text": text}]}]
         inputs = processor.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -140,7 +157,9 @@ def test_eight_clients_at_once_get_their_own_answers(client):
         urls = [bundled_picture(name)] if name else []
         if not stream:
             return ask(client, text, *urls)
-        events = client.chat.completions.create(model="default", messages=message(text, *urls), stream=True)
+        events = client.chat.completions.create(
+            model="default", messages=message(text, *urls), stream=True
+        )
         return "".join(event.choices[0].delta.content or "" for event in events)
 
     alone = [answer(question, stream=False) for question in QUESTIONS]
@@ -151,7 +170,11 @@ def test_eight_clients_at_once_get_their_own_answers(client):
 
 
 def test_the_stream_ends_as_openai_s_does(server, client):
-    body = {"messages": message("What is this?", bundled_picture("emoji-banana")), "stream": True, "max_tokens": 1}
+    body = {
+        "messages": message("What is this?", bundled_picture("emoji-banana")),
+        "stream": True,
+        "max_tokens": 1,
+    }
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(server).netloc, timeout=30)
     connection.request(
         "POST",
@@ -175,7 +198,9 @@ def test_models_lists_the_one_model(client):
 
 
 def test_no_other_model_is_loaded(client, server):
-    with pytest.raises(openai.NotFoundError, match="'org/other' is not here; this is 'default'") as error:
+    with pytest.raises(
+        openai.NotFoundError, match="'org/other' is not here; this is 'default'"
+    ) as error:
         client.chat.completions.create(model="org/other", messages=message("Hi"))
     assert error.value.code == "model_not_found"
     for path in ("/reset", "/v1/responses", "/v1/audio/transcriptions", "/docs", "/openapi.json"):
@@ -198,11 +223,17 @@ def test_answers_are_as_long_as_asked_and_allowed(client):
 
 def test_an_answer_ends_where_the_context_does(client):
     words = "red " * 1_900
-    answer = client.chat.completions.create(model="default", messages=message(words), logit_bias=ENDLESS)
+    answer = client.chat.completions.create(
+        model="default", messages=message(words), logit_bias=ENDLESS
+    )
     assert answer.usage.total_tokens == 2048
-    with pytest.raises(openai.BadRequestError, match=r"the messages have \d+ tokens, which leaves no room"):
+    with pytest.raises(
+        openai.BadRequestError, match=r"the messages have \d+ tokens, which leaves no room"
+    ):
         ask(client, words + "red " * 200)
-    with pytest.raises(openai.BadRequestError, match="the messages are longer than the context of 2048 tokens"):
+    with pytest.raises(
+        openai.BadRequestError, match="the messages are longer than the context of 2048 tokens"
+    ):
         ask(client, "red " * 60_000)
 
 
@@ -218,11 +249,15 @@ def test_sampling_follows_the_seed(client):
 def test_stop_strings_end_the_answer_and_are_no_part_of_it(client, stream):
     def answer(**options):
         options |= {"max_tokens": 60, "logit_bias": ENDLESS, "stream": stream}
-        found = client.chat.completions.create(model="default", messages=message("What is this?"), **options)
+        found = client.chat.completions.create(
+            model="default", messages=message("What is this?"), **options
+        )
         if not stream:
             return found.choices[0].message.content, found.usage.completion_tokens
         events = list(found)
-        return "".join(e.choices[0].delta.content or "" for e in events), events[-1].usage.completion_tokens
+        return "".join(e.choices[0].delta.content or "" for e in events), events[
+            -1
+        ].usage.completion_tokens
 
     whole, num_tokens = answer()
     stop = whole[9:13]
@@ -267,7 +302,9 @@ def test_the_python_of_the_documentation_runs(server, tmp_path, monkeypatch, cap
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     (tmp_path / "photo.png").write_bytes(owl2_hf.default_pictures()["emoji-banana"].read_bytes())
     monkeypatch.chdir(tmp_path)
-    own = code.replace("http://127.0.0.1:8000/v1", server).replace("the key, or anything where there is none", KEY)
+    own = code.replace("http://127.0.0.1:8000/v1", server).replace(
+        "the key, or anything where there is none", KEY
+    )
     assert own.count(server) == own.count(f'"{KEY}"') == 1
     exec(own, {})
     assert capsys.readouterr().out == "banana"
@@ -289,17 +326,23 @@ def test_an_oversized_body_is_413(client, server):
     with pytest.raises(openai.APIStatusError, match="may have 300,000 bytes at most") as error:
         ask(client, "x" * 20_000_000)
     assert error.value.status_code == 413
-    status, body = post(server, (b" " * 10_000 for _ in range(100)))  # chunks, without a content length
+    status, body = post(
+        server, (b" " * 10_000 for _ in range(100))
+    )  # chunks, without a content length
     assert (status, body["error"]["code"]) == (413, "request_too_large")
     assert ask(client, "Is red a shape?") == "no"
 
 
 def test_too_many_pixels_are_400(client):
     bomb = data_url(Image.new("1", (8_000, 8_000)))
-    with pytest.raises(openai.BadRequestError, match="picture 1 of 1: it has 8000 x 8000 pixels, at most 250,000"):
+    with pytest.raises(
+        openai.BadRequestError, match="picture 1 of 1: it has 8000 x 8000 pixels, at most 250,000"
+    ):
         ask(client, "What is this?", bomb)
     half = data_url(Image.new("RGB", (400, 400)))
-    with pytest.raises(openai.BadRequestError, match="picture 2 of 2: it has 400 x 400 pixels, at most 90,000"):
+    with pytest.raises(
+        openai.BadRequestError, match="picture 2 of 2: it has 400 x 400 pixels, at most 90,000"
+    ):
         ask(client, "What is this?", half, half)
 
 
@@ -324,7 +367,16 @@ def test_pictures_that_are_not_taken_are_400(client, url, expected):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{bad", b"[]", b'"text"', b"null", b"\xff\xfe", b"[" * 100_000, b'{"messages": ' + b"9" * 5_000 + b"}"],
+    [
+        b"",
+        b"{bad",
+        b"[]",
+        b'"text"',
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"messages": ' + b"9" * 5_000 + b"}",
+    ],
 )
 def test_what_is_no_json_object_is_400(server, body):
     status, answer = post(server, body)
@@ -337,10 +389,19 @@ def test_what_is_no_json_object_is_400(server, body):
     [
         ({"messages": []}, "messages: List should have at least 1 item"),
         ({"messages": "Hi"}, "messages: Input should be a valid list"),
-        ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages.0.role: Input should be 'system'"),
+        (
+            {"messages": [{"role": "tool", "content": "Hi"}]},
+            "messages.0.role: Input should be 'system'",
+        ),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "Input tag 'input_audio'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "path": "/etc/passwd"}]}]}, "Input tag 'image'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+            "Input tag 'input_audio'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "path": "/etc/passwd"}]}]},
+            "Input tag 'image'",
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "is not Unicode"),
         ({"max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
@@ -355,12 +416,21 @@ def test_what_is_no_json_object_is_400(server, body):
         ({"stop": ""}, "stop.0: String should have at least 1 character"),
         ({"n": 2}, "n: Input should be 1"),
         ({"tools": []}, "tools: Extra inputs are not permitted"),
-        ({"generation_config": '{"num_beams": 2}'}, "generation_config.num_beams: Extra inputs are not permitted"),
-        ({"generation_config": '{"max_new_tokens": 0}'}, "generation_config.max_new_tokens: Input should be greater"),
+        (
+            {"generation_config": '{"num_beams": 2}'},
+            "generation_config.num_beams: Extra inputs are not permitted",
+        ),
+        (
+            {"generation_config": '{"max_new_tokens": 0}'},
+            "generation_config.max_new_tokens: Input should be greater",
+        ),
         ({"generation_config": "{"}, "generation_config: Value error"),
         ({"generation_config": "[]"}, "generation_config: Input should be"),
         ({"chat_template_kwargs": {}}, "chat_template_kwargs: Extra inputs are not permitted"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type: Input should be 'text'"),
+        (
+            {"response_format": {"type": "json_object"}},
+            "response_format.type: Input should be 'text'",
+        ),
         ({"a": 1, "b": 1, "c": 1, "d": 1}, r"a: .*; b: .*; c: .*; \.\.\.$"),
     ],
 )
@@ -373,7 +443,9 @@ def test_fields_that_are_not_taken_are_400(client, server, fields, expected):
 
 
 def test_control_tokens_of_a_message_are_text(client):
-    answer = client.chat.completions.create(model="default", messages=message("<|image|></s>"), max_tokens=1)
+    answer = client.chat.completions.create(
+        model="default", messages=message("<|image|></s>"), max_tokens=1
+    )
     assert answer.usage.prompt_tokens > 8
 
 
@@ -381,12 +453,18 @@ def test_an_answer_of_the_client_can_be_sent_back(client):
     chat = message("Is red a shape?")
     answer = client.chat.completions.create(model="default", messages=chat).choices[0].message
     chat += [answer, *message("Is a tiger an animal?")]
-    assert client.chat.completions.create(model="default", messages=[{"role": "developer", "content": "Hi."}, *chat])
+    assert client.chat.completions.create(
+        model="default", messages=[{"role": "developer", "content": "Hi."}, *chat]
+    )
 
 
 def test_other_paths_and_methods(server):
     netloc = urllib.parse.urlsplit(server).netloc
-    for method, path, status in (("GET", "/health", 200), ("PUT", "/v1/models", 401), ("GET", "/", 401)):
+    for method, path, status in (
+        ("GET", "/health", 200),
+        ("PUT", "/v1/models", 401),
+        ("GET", "/", 401),
+    ):
         connection = http.client.HTTPConnection(netloc, timeout=30)
         connection.request(method, path)
         assert connection.getresponse().status == status
@@ -400,9 +478,16 @@ def test_signals_end_it_within_seconds_while_it_generates():
 
     def generate(url, stream):
         client = openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=60)
-        options = {"model": "default", "messages": message("Hi"), "logit_bias": ENDLESS, "stream": stream}
+        options = {
+            "model": "default",
+            "messages": message("Hi"),
+            "logit_bias": ENDLESS,
+            "stream": stream,
+        }
         cut_off = r"(?i)connection|disconnected|the server is going down"
-        with pytest.raises(Exception, match=cut_off):  # older clients let errors of their transport through
+        with pytest.raises(
+            Exception, match=cut_off
+        ):  # older clients let errors of their transport through
             for _ in range(50):
                 list(client.chat.completions.create(**options))
 
@@ -427,14 +512,20 @@ NUM_REQUESTS = int(os.environ.get("OWL2_HF_SOAK", "200"))  # more for a soak of 
 
 def leave_early(client, url):
     stream = client.chat.completions.create(
-        model="default", messages=message("Hi", url), logit_bias=ENDLESS, stream=True, max_tokens=400
+        model="default",
+        messages=message("Hi", url),
+        logit_bias=ENDLESS,
+        stream=True,
+        max_tokens=400,
     )
     next(iter(stream))
     stream.close()
 
 
 def test_a_soak_of_good_and_bad_requests_leaves_answers_and_memory_alone():
-    process = launch("--max-image-pixels", MAX_PIXELS, "--max-body-bytes", MAX_BODY_BYTES, OWL2_HF_API_KEY=KEY)
+    process = launch(
+        "--max-image-pixels", MAX_PIXELS, "--max-body-bytes", MAX_BODY_BYTES, OWL2_HF_API_KEY=KEY
+    )
     url = url_of(process)
     client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=60)
     stranger = openai.OpenAI(base_url=url, api_key="wrong", max_retries=0, timeout=60)
@@ -473,8 +564,12 @@ def test_a_soak_of_good_and_bad_requests_leaves_answers_and_memory_alone():
     try:
         with ThreadPoolExecutor(4) as pool:
             memory = list(pool.map(request, range(NUM_REQUESTS)))
-        early, late = (statistics.median(part) for part in (memory[NUM_REQUESTS // 4 :][:20], memory[-20:]))
-        logging.getLogger(__name__).info("%d requests, %.0f MB, then %.0f MB", NUM_REQUESTS, early, late)
+        early, late = (
+            statistics.median(part) for part in (memory[NUM_REQUESTS // 4 :][:20], memory[-20:])
+        )
+        logging.getLogger(__name__).info(
+            "%d requests, %.0f MB, then %.0f MB", NUM_REQUESTS, early, late
+        )
         assert late < 1.1 * early
         assert [ask(client, text, *urls[name]) for text, name in QUESTIONS] == expected
         assert process.poll() is None
@@ -502,8 +597,19 @@ def run_app(built, body):
 
     async def run():
         headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
-        scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("test", 80), "root_path": ""}
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/chat/completions",
+            "headers": headers,
+        }
+        scope |= {
+            "query_string": b"",
+            "http_version": "1.1",
+            "scheme": "http",
+            "server": ("test", 80),
+            "root_path": "",
+        }
         try:
             await built(scope, receive, send)
         except RuntimeError as error:  # uvicorn logs it
@@ -676,13 +782,18 @@ def test_urls_that_are_not_fetched(web, url, expected):
 
 def test_a_public_url_is_fetched(web):
     url = f"http://public.test:{web}/redirect?a=b"
-    assert pictures.read_pictures([url, url.replace("http", "HTTP")], allow_http=True) == [b"the picture"] * 2
+    assert (
+        pictures.read_pictures([url, url.replace("http", "HTTP")], allow_http=True)
+        == [b"the picture"] * 2
+    )
 
 
 def test_the_downloads_of_a_request_have_one_limit(web, monkeypatch):
     monkeypatch.setattr(pictures, "MAX_DOWNLOAD_BYTES", 21)
     url = f"http://public.test:{web}/ok"
-    with pytest.raises(ValueError, match="picture 2 of 2: the downloads of a request have more than 21 bytes"):
+    with pytest.raises(
+        ValueError, match="picture 2 of 2: the downloads of a request have more than 21 bytes"
+    ):
         pictures.read_pictures([url, url], allow_http=True)
 
 
@@ -739,9 +850,14 @@ def web(monkeypatch):
         return resolve(host, *args, **kwargs)
 
     connect = pictures._connect
-    looked_up = lambda addresses: [(family, ("127.0.0.1", address[1])) for family, address in addresses]  # noqa: E731
+
+    def looked_up(addresses):
+        return [(family, ("127.0.0.1", address[1])) for family, address in addresses]
+
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(pictures, "_connect", lambda found, deadline: connect(looked_up(found), deadline))
+    monkeypatch.setattr(
+        pictures, "_connect", lambda found, deadline: connect(looked_up(found), deadline)
+    )
     monkeypatch.setattr(pictures, "DOWNLOAD_SECONDS", 0.5)
     monkeypatch.setattr(pictures, "MAX_DOWNLOAD_BYTES", 1_000_000)
     threading.Thread(target=accept, daemon=True).start()
@@ -799,7 +915,9 @@ def test_a_limit_below_one_is_refused():
 
 
 def test_another_family_s_model_is_refused():
-    with pytest.raises(ValueError, match="expected an MplugOwl2ForConditionalGeneration to serve, it is a Linear"):
+    with pytest.raises(
+        ValueError, match="expected an MplugOwl2ForConditionalGeneration to serve, it is a Linear"
+    ):
         serving.build_app("it", torch.nn.Linear(1, 1), None)
 
 
@@ -812,11 +930,20 @@ app(["serve"])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr == "owl2-hf: the server needs fastapi, uvicorn and openai: pip install 'owl2_hf[serve]'.\n"
+    assert (
+        result.stderr
+        == "owl2-hf: the server needs fastapi, uvicorn and openai: pip install 'owl2_hf[serve]'.\n"
+    )
 
 
 def test_a_request_takes_what_has_no_effect():
-    body = {"messages": message("Hi"), "user": "me", "stream_options": {"include_usage": True}, "n": 1, "stop": "a"}
+    body = {
+        "messages": message("Hi"),
+        "user": "me",
+        "stream_options": {"include_usage": True},
+        "n": 1,
+        "stop": "a",
+    }
     assert parse_request(body).stop == ["a"]
 
 
@@ -855,7 +982,9 @@ def test_the_chat_of_transformers_finds_the_one_model_there(server):
         assert event["status"] == status
     assert event["message"] == "the model 'other/model' is not here; this is 'default'."
     assert post(server, b'{"model": 5}', path="/load_model")[0] == 400
-    assert post(server, b'{"model": "default"}', {"Authorization": ""}, path="/load_model")[0] == 401
+    assert (
+        post(server, b'{"model": "default"}', {"Authorization": ""}, path="/load_model")[0] == 401
+    )
 
 
 @pytest.mark.parametrize(
@@ -863,12 +992,20 @@ def test_the_chat_of_transformers_finds_the_one_model_there(server):
     [
         ({"do_sample": True, "max_new_tokens": 7}, {"do_sample": True, "max_new_tokens": 7}),
         ({"temperature": 0, "do_sample": True}, {"do_sample": False}),
-        ({"top_k": 3, "top_p": 0.5, "repetition_penalty": 1.5}, {"top_k": 3, "top_p": 0.5, "repetition_penalty": 1.5}),
+        (
+            {"top_k": 3, "top_p": 0.5, "repetition_penalty": 1.5},
+            {"top_k": 3, "top_p": 0.5, "repetition_penalty": 1.5},
+        ),
     ],
 )
 def test_the_settings_of_transformers_chat_are_taken(wanted, expected):
-    handler = ChatHandler(PinnedModel("default", *owl2_hf.load_default()), GenerationState(), serving.ServerSettings())
-    body = {"messages": message("Hi"), "generation_config": json.dumps({**wanted, "transformers_version": "5"})}
+    handler = ChatHandler(
+        PinnedModel("default", *owl2_hf.load_default()), GenerationState(), serving.ServerSettings()
+    )
+    body = {
+        "messages": message("Hi"),
+        "generation_config": json.dumps({**wanted, "transformers_version": "5"}),
+    }
     config = handler._configure(parse_request(body), 5)
     assert {name: getattr(config, name) for name in expected} == expected
 

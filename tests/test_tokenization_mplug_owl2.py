@@ -74,7 +74,10 @@ def test_ids_survive_three_rounds_of_saving(tmp_path, legacy):
         processor = MplugOwl2Processor.from_pretrained(folder)
         assert processor.legacy is legacy
     check_ids(processor, "tiny", legacy)
-    assert AutoTokenizer.from_pretrained(folder)("USER: hi").input_ids == processor.tokenizer("USER: hi").input_ids
+    assert (
+        AutoTokenizer.from_pretrained(folder)("USER: hi").input_ids
+        == processor.tokenizer("USER: hi").input_ids
+    )
     # A generic class obeys tokenizer.json; LLaMA's own would rebuild the tokenizer from its pieces.
     saved = json.loads((folder / "tokenizer_config.json").read_text())
     assert saved["tokenizer_class"] in ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -94,7 +97,12 @@ def test_ascii_bytes_survive_broken_utf8_beside_them():
 def test_the_control_tokens_and_settings():
     tokenizer, legacy = load_tokenizer(GOLDEN / "tiny.model")
     assert legacy
-    assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
+    assert (
+        tokenizer.unk_token_id,
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    ) == (
         0,
         1,
         2,
@@ -107,7 +115,10 @@ def test_the_control_tokens_and_settings():
 def test_a_sentencepiece_model_of_another_kind_is_refused(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     lines = ["the quick brown fox jumps over the lazy dog"] * 50
-    for kind, extra in (("unigram", {}), ("bpe", {"add_dummy_prefix": False, "byte_fallback": True})):
+    for kind, extra in (
+        ("unigram", {}),
+        ("bpe", {"add_dummy_prefix": False, "byte_fallback": True}),
+    ):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_prefix=str(tmp_path / "tokenizer"), model_type=kind,
             vocab_size=40 if kind == "unigram" else 300,
@@ -136,14 +147,30 @@ def bpe(vocab, merges=(), **others):
         ("tokenizer.model", b"no model", "not a sentencepiece model"),
         ("tokenizer.json", b"{", "not valid JSON"),
         ("tokenizer.json", b"[]", "expected an object, got list"),
-        ("tokenizer.json", b'{"model": {"type": "WordPiece"}}', "expected a byte-pair encoding, got 'WordPiece'"),
+        (
+            "tokenizer.json",
+            b'{"model": {"type": "WordPiece"}}',
+            "expected a byte-pair encoding, got 'WordPiece'",
+        ),
         ("tokenizer.json", b'{"model": []}', "expected a byte-pair encoding, got None"),
-        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "expected byte_fallback"),
+        (
+            "tokenizer.json",
+            b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
+            "expected byte_fallback",
+        ),
         ("tokenizer.json", bpe({"a": 0}), "not LLaMA's kind: expected <unk>"),
         ("tokenizer.json", bpe({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 9}), "some are missing"),
-        ("tokenizer.json", bpe({"<unk>": 0, "<s>": 1, "</s>": 2}, ["a b c"]), "merges must be pairs"),
+        (
+            "tokenizer.json",
+            bpe({"<unk>": 0, "<s>": 1, "</s>": 2}, ["a b c"]),
+            "merges must be pairs",
+        ),
         ("tokenizer.json", bpe({"<unk>": 0, "<s>": 1, "</s>": 2}, ["a b"]), "fits together"),
-        ("tokenizer.json", bpe({"<unk>": 0}, added_tokens=[{"content": "<pad>"}]), r"does not have: \['<pad>'\]"),
+        (
+            "tokenizer.json",
+            bpe({"<unk>": 0}, added_tokens=[{"content": "<pad>"}]),
+            r"does not have: \['<pad>'\]",
+        ),
     ],
 )
 def test_a_broken_tokenizer_is_named(tmp_path, name, content, message):
@@ -156,7 +183,9 @@ def test_a_broken_tokenizer_is_named(tmp_path, name, content, message):
 def test_a_legacy_flag_that_is_none_is_named(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((GOLDEN / "tiny.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"legacy": "false"}')
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: legacy must be true or false, got 'false'"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer_config\.json: legacy must be true or false, got 'false'"
+    ):
         load_tokenizer(tmp_path)
 
 

@@ -71,7 +71,11 @@ def test_a_video_scores_as_the_list_of_its_frames(default, tmp_path):
     expected = [scorer(read_frames(path), task="video")[0] for path in paths]
     assert expected[0].logits != expected[1].logits
     together = scorer([str(path) for path in paths], task="video")
-    for found in (together, [scorer(path, task="video")[0] for path in paths], score_each(scorer, paths, "video")):
+    for found in (
+        together,
+        [scorer(path, task="video")[0] for path in paths],
+        score_each(scorer, paths, "video"),
+    ):
         for one, other in zip(found, expected, strict=True):
             assert one.logits == pytest.approx(other.logits, abs=2e-5)
 
@@ -99,7 +103,17 @@ def folder(default, tmp_path_factory):
 
 
 def run(folder, *arguments):
-    own = ["--task", "video", "--model", str(folder), "--levels", "yes,no", "--prompt", PROMPT, "--json"]
+    own = [
+        "--task",
+        "video",
+        "--model",
+        str(folder),
+        "--levels",
+        "yes,no",
+        "--prompt",
+        PROMPT,
+        "--json",
+    ]
     return CliRunner().invoke(app, ["score", *map(str, arguments), *own])
 
 
@@ -112,12 +126,16 @@ def test_the_command_names_a_broken_video_and_scores_the_rest(folder, default, t
     result = run(folder, videos)
     assert result.exit_code == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("owl2-hf: ")]
-    assert len(errors) == 1 and "b.mp4" in errors[0] and "neither a picture nor a video" in errors[0]
+    assert (
+        len(errors) == 1 and "b.mp4" in errors[0] and "neither a picture nor a video" in errors[0]
+    )
     found = {line["image"]: line["score"] for line in map(json.loads, result.stdout.splitlines())}
     assert list(found) == [str(videos / "a.mp4"), str(videos / "c.mkv")]
     preset = Preset({"video": PROMPT}, ("yes", "no"), (1.0, 0.0))
     for path, score in found.items():
-        assert score == pytest.approx(Scorer(*default, preset)(path, task="video")[0].score, abs=1e-4)
+        assert score == pytest.approx(
+            Scorer(*default, preset)(path, task="video")[0].score, abs=1e-4
+        )
     assert run(folder, videos / "a.mp4").exit_code == 0
 
 
@@ -126,11 +144,15 @@ def test_what_is_no_video_is_named(tmp_path, monkeypatch):
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "empty.mp4").write_bytes(b"")
     for name in ("text.mp4", "empty.mp4"):
-        with pytest.raises(ValueError, match=f"{name}' is neither a picture nor a video that can be read"):
+        with pytest.raises(
+            ValueError, match=f"{name}' is neither a picture nor a video that can be read"
+        ):
             read_frames(tmp_path / name)
     with pytest.raises(ValueError, match="there is no such file"):
         read_frames(tmp_path / "missing.mp4")
-    Image.new("RGB", (40, 40)).save(tmp_path / "a.gif", save_all=True, append_images=[Image.effect_noise((40, 40), 50)])
+    Image.new("RGB", (40, 40)).save(
+        tmp_path / "a.gif", save_all=True, append_images=[Image.effect_noise((40, 40), 50)]
+    )
     content = (tmp_path / "a.gif").read_bytes()
     (tmp_path / "half.gif").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"half\.gif'.* is damaged"):

@@ -74,12 +74,16 @@ class Emoji:
 
     @property
     def may_flip(self) -> bool:
-        sided = any(word in self.name.split() for word in ("left", "right", "clockwise", "back", "next", "last"))
+        sided = any(
+            word in self.name.split()
+            for word in ("left", "right", "clockwise", "back", "next", "last")
+        )
         return self.group != "symbols" and self.subgroup != "time" and not sided
 
     def is_a(self, kind: str) -> bool:
         return any(
-            self.subgroup.startswith(part) if part.endswith("-") else self.subgroup == part for part in KINDS[kind]
+            self.subgroup.startswith(part) if part.endswith("-") else self.subgroup == part
+            for part in KINDS[kind]
         )
 
 
@@ -87,7 +91,9 @@ def load_emoji() -> list[Emoji]:
     """All emoji without skin tones, in a fixed order."""
     short_names = json.loads((fetch("emoji") / "emoji/unicode_codes/emoji.json").read_text())
     rows = json.loads((fetch("noto") / "emoji.json").read_text())
-    rows = sorted((row for row in rows if row["category"] != "Component"), key=lambda row: row["sort_order"])
+    rows = sorted(
+        (row for row in rows if row["category"] != "Component"), key=lambda row: row["sort_order"]
+    )
     emoji, names = [], 0
     for row in rows:
         sequence = "".join(chr(int(code, 16)) for code in row["unified"].split("-"))
@@ -98,12 +104,23 @@ def load_emoji() -> list[Emoji]:
         named = group in ("animals and nature", "food and drink") or subgroup in NAMED_SUBGROUPS
         names += named
         held_out = named and names % HELD_OUT_EVERY == 7
-        emoji.append(Emoji("flag" if country else name, group, row["subcategory"], row["image"], named, held_out))
+        emoji.append(
+            Emoji(
+                "flag" if country else name,
+                group,
+                row["subcategory"],
+                row["image"],
+                named,
+                held_out,
+            )
+        )
     return emoji
 
 
 def _fluent_slug(name: str) -> str:
-    return "".join(c for c in name.replace(" ", "-").replace("&", "and") if c.isalnum() or c in "-_").lower()
+    return "".join(
+        c for c in name.replace(" ", "-").replace("&", "and") if c.isalnum() or c in "-_"
+    ).lower()
 
 
 def _picture(style: str, emoji: Emoji) -> Image.Image | None:
@@ -117,9 +134,9 @@ def _picture(style: str, emoji: Emoji) -> Image.Image | None:
     for suffix in ("", "-default"):
         path = folder / f"{_fluent_slug(emoji.name)}{suffix}.svg"
         if path.exists():
-            return Image.open(io.BytesIO(bytes(svg_to_bytes(svg_path=str(path), width=SIDE, height=SIDE)))).convert(
-                "RGBA"
-            )
+            return Image.open(
+                io.BytesIO(bytes(svg_to_bytes(svg_path=str(path), width=SIDE, height=SIDE)))
+            ).convert("RGBA")
     return None
 
 
@@ -138,7 +155,10 @@ def load_style(style: str) -> tuple[Tensor, Tensor]:
         there = torch.zeros(len(emoji), dtype=torch.bool)
         for i, one in enumerate(emoji):
             if (image := _picture(style, one)) is not None:
-                pictures[i], there[i] = _to_tensor(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)), True
+                pictures[i], there[i] = (
+                    _to_tensor(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)),
+                    True,
+                )
         torch.save((pictures, there), cached)
     return torch.load(cached, weights_only=True)
 
@@ -156,7 +176,9 @@ def load_easy_vqa(part: str) -> tuple[Tensor, list[list[tuple[str, str]]]]:
     pairs: list[list[tuple[str, str]]] = [[] for _ in range(1 + max(row[2] for row in questions))]
     for question, answer, index in questions:
         pairs[index].append((question, answer))
-    images = [Image.open(folder / "images" / f"{index}.png").convert("RGB") for index in range(len(pairs))]
+    images = [
+        Image.open(folder / "images" / f"{index}.png").convert("RGB") for index in range(len(pairs))
+    ]
     return torch.stack([_to_tensor(image) for image in images]), pairs
 
 

@@ -50,7 +50,9 @@ class Answerer:
             inputs = inputs.to(dtype=self.model.dtype)
             ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=24)
             new = ids[:, inputs["input_ids"].shape[1] :]
-            answers += [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+            answers += [
+                text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)
+            ]
         return answers
 
 
@@ -69,7 +71,9 @@ def swapped(cases: list[Case]) -> list[Case]:
     pictures = [case[0] for case in cases]
     return [
         (other, question, answer)
-        for other, (_, question, answer) in zip(pictures[half:] + pictures[:half], cases, strict=True)
+        for other, (_, question, answer) in zip(
+            pictures[half:] + pictures[:half], cases, strict=True
+        )
     ]
 
 
@@ -83,7 +87,9 @@ def question_prior(train: list[list[tuple[str, str]]], cases: list[Case]) -> flo
     for pairs in train:
         for question, answer in pairs:
             counts[question][answer] += 1
-    return accuracy([counts[q].most_common(1)[0][0] if q in counts else "" for _, q, _ in cases], cases)
+    return accuracy(
+        [counts[q].most_common(1)[0][0] if q in counts else "" for _, q, _ in cases], cases
+    )
 
 
 def with_pictures(answerer: Answerer, cases: list[Case]) -> dict[str, float]:
@@ -98,14 +104,17 @@ def with_pictures(answerer: Answerer, cases: list[Case]) -> dict[str, float]:
 def word_overlap(answers: list[str], cases: list[Case]) -> float:
     """Share of answers that have a word of the expected name."""
     return sum(
-        bool(set(answer.split()) & set(case[2].split())) for answer, case in zip(answers, cases, strict=True)
+        bool(set(answer.split()) & set(case[2].split()))
+        for answer, case in zip(answers, cases, strict=True)
     ) / len(cases)
 
 
 def evaluate(folder: Path, dtype: str = "float32") -> dict[str, dict[str, float]]:
     answerer = Answerer(folder, dtype=dtype)
     shapes, pairs = load_easy_vqa("test")
-    shape_cases: list[Case] = [(picture(shapes[i]), q, a) for i, own in enumerate(pairs) for q, a in own]
+    shape_cases: list[Case] = [
+        (picture(shapes[i]), q, a) for i, own in enumerate(pairs) for q, a in own
+    ]
     results = {"easy-VQA test": with_pictures(answerer, shape_cases)}
     results["easy-VQA test"]["commonest answer to the same question"] = question_prior(
         load_easy_vqa("train")[1], shape_cases
@@ -122,14 +131,19 @@ def evaluate(folder: Path, dtype: str = "float32") -> dict[str, dict[str, float]
     results["name, unseen artist"]["a word of the name"] = word_overlap(answerer(names), names)
     kinds: list[Case] = [(pictures[i], "What kind of thing is it?", emoji[i].group) for i in seen]
     results["kind, unseen artist"] = with_pictures(answerer, kinds)
-    food_and_animals = [i for i in seen if emoji[i].group in ("animals and nature", "food and drink")]
+    food_and_animals = [
+        i for i in seen if emoji[i].group in ("animals and nature", "food and drink")
+    ]
     results["name, unseen artist, animals and food alone"] = with_pictures(
         answerer, [(pictures[i], "What is this?", emoji[i].name) for i in food_and_animals]
     )
     animal: list[Case] = [
-        (pictures[i], "Is this an animal?", "yes" if emoji[i].is_a("an animal") else "no") for i in food_and_animals
+        (pictures[i], "Is this an animal?", "yes" if emoji[i].is_a("an animal") else "no")
+        for i in food_and_animals
     ]
-    results["is it an animal, unseen artist, animals and food alone"] = with_pictures(answerer, animal)
+    results["is it an animal, unseen artist, animals and food alone"] = with_pictures(
+        answerer, animal
+    )
     new_names: list[Case] = [(pictures[i], "What is this?", emoji[i].name) for i in unseen]
     results["name, unseen artist and unseen caption"] = with_pictures(answerer, new_names)
     results["name, unseen artist and unseen caption"]["a word of the name"] = word_overlap(
@@ -148,7 +162,9 @@ def evaluate(folder: Path, dtype: str = "float32") -> dict[str, dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="float32", help="dtype to compute in")
     args = parser.parse_args()

@@ -16,7 +16,17 @@ from owl2_hf.default import default_dir
 from .data import load_easy_vqa, load_emoji, load_style, on_white
 from .evaluate import Answerer, picture
 
-WANTED = ("red apple", "banana", "strawberry", "tiger face", "cat face", "dog face", "penguin", "bus", "airplane")
+WANTED = (
+    "red apple",
+    "banana",
+    "strawberry",
+    "tiger face",
+    "cat face",
+    "dog face",
+    "penguin",
+    "bus",
+    "airplane",
+)
 NUM_EMOJI, NUM_SHAPES = 3, 2
 LARGE, WIDE = 320, 400  # the last emoji is enlarged and put on a wider ground, to show resizing
 
@@ -26,7 +36,9 @@ def emoji_candidates() -> dict[str, tuple[Image.Image, dict[str, str]]]:
     twitter = on_white(load_style("twitter")[0])
     emoji = load_emoji()
     named = {one.name: index for index, one in enumerate(emoji) if one.named and not one.held_out}
-    order = [name for name in WANTED if name in named] + [name for name in named if name not in WANTED]
+    order = [name for name in WANTED if name in named] + [
+        name for name in named if name not in WANTED
+    ]
     return {
         name: (
             picture(twitter[named[name]]),
@@ -45,7 +57,9 @@ def shape_candidates() -> dict[str, tuple[Image.Image, dict[str, str]]]:
     }
 
 
-def choose(answerer: Answerer, candidates: dict[str, tuple[Image.Image, dict[str, str]]], count: int) -> list[str]:
+def choose(
+    answerer: Answerer, candidates: dict[str, tuple[Image.Image, dict[str, str]]], count: int
+) -> list[str]:
     """The first `count` candidates all of whose questions are answered rightly, no two with the same answers."""
     chosen: dict[tuple[str, ...], str] = {}
     for name, (image, questions) in candidates.items():
@@ -54,7 +68,9 @@ def choose(answerer: Answerer, candidates: dict[str, tuple[Image.Image, dict[str
             chosen.setdefault(tuple(questions.values()), name)
         if len(chosen) == count:
             return list(chosen.values())
-    raise ValueError(f"Wanted {count} pictures that are answered rightly, found {len(chosen)}: train for longer.")
+    raise ValueError(
+        f"Wanted {count} pictures that are answered rightly, found {len(chosen)}: train for longer."
+    )
 
 
 def on_wide_ground(image: Image.Image) -> Image.Image:
@@ -66,7 +82,10 @@ def on_wide_ground(image: Image.Image) -> Image.Image:
 def install(trained: Path, target: Path) -> None:
     answerer = Answerer(trained, dtype="auto")
     emoji, shapes = emoji_candidates(), shape_candidates()
-    chosen = {f"emoji-{name.replace(' ', '-')}": emoji[name] for name in choose(answerer, emoji, NUM_EMOJI)}
+    chosen = {
+        f"emoji-{name.replace(' ', '-')}": emoji[name]
+        for name in choose(answerer, emoji, NUM_EMOJI)
+    }
     chosen |= {f"shapes-{name}": shapes[name] for name in choose(answerer, shapes, NUM_SHAPES)}
     wide = {
         f"emoji-wide-{name.replace(' ', '-')}": (on_wide_ground(image), questions)
@@ -88,7 +107,9 @@ def install(trained: Path, target: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("trained", type=Path)
     parser.add_argument("--target", type=Path, default=default_dir())
     args = parser.parse_args()

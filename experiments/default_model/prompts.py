@@ -30,13 +30,18 @@ def train_tokenizer(emoji: list[Emoji], shape_pairs: list[list[tuple[str, str]]]
     questions = Questions(emoji, random.Random(0))
     lines = ["USER: ASSISTANT:"] * 500
     lines += [f"{q} {a}" for pairs in shape_pairs[::20] for q, a in pairs]
-    lines += [f"{q} {a}" for one in emoji if not one.held_out for q, a in questions.about_emoji(one)]
+    lines += [
+        f"{q} {a}" for one in emoji if not one.held_out for q, a in questions.about_emoji(one)
+    ]
     lines += [one.name for one in questions.named for _ in range(10)]
     lines += [" ".join(questions.without_picture()) for _ in range(3000)]
     trainee = Tokenizer(BPE(unk_token="<unk>"))
     # Pieces never cross a word; digits and punctuation stand alone.
     trainee.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Split(Regex(r"[^\p{L}▁]"), "isolated")]
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="always"),
+            pre_tokenizers.Split(Regex(r"[^\p{L}▁]"), "isolated"),
+        ]
     )
     printable = [chr(code) for code in range(33, 127)] + ["▁"]
     trainer = trainers.BpeTrainer(
@@ -48,7 +53,9 @@ def train_tokenizer(emoji: list[Emoji], shape_pairs: list[list[tuple[str, str]]]
     )
     trainee.train_from_iterator(lines, trainer)
     model = json.loads(trainee.to_str())["model"]
-    return llama_tokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]], model_max_length=2048)
+    return llama_tokenizer(
+        model["vocab"], [tuple(pair) for pair in model["merges"]], model_max_length=2048
+    )
 
 
 class RowEncoder:
@@ -66,7 +73,9 @@ class RowEncoder:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text).input_ids
 
-    def question(self, has_picture: bool, question: str, answer: str) -> tuple[list[int], list[int]]:
+    def question(
+        self, has_picture: bool, question: str, answer: str
+    ) -> tuple[list[int], list[int]]:
         """Ids behind the prefix, and the same as labels, -100 up to the answer."""
         key = (has_picture, question, answer)
         if key not in self.known:
@@ -74,7 +83,10 @@ class RowEncoder:
             start = "USER: " + IMAGE_TOKEN * self.num_image_tokens if has_picture else "USER: "
             prompt = self._ids(f"{start}{question} ASSISTANT:")
             whole = self._ids(f"{start}{question} ASSISTANT: {answer}</s>")
-            assert whole[: len(prompt)] == prompt and prompt[: len(prefix)] == prefix, (question, answer)
+            assert whole[: len(prompt)] == prompt and prompt[: len(prefix)] == prefix, (
+                question,
+                answer,
+            )
             ids = whole[len(prefix) :]
             num_prompt = len(prompt) - len(prefix)
             self.known[key] = (ids, [-100] * num_prompt + ids[num_prompt:])
@@ -82,7 +94,12 @@ class RowEncoder:
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         """Ids, labels, positions (R, L) and the mask of what each position attends to (R, 1, L, L)."""
-        columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": [], "part": []}
+        columns: dict[str, list[list[int]]] = {
+            "input_ids": [],
+            "labels": [],
+            "position_ids": [],
+            "part": [],
+        }
         for has_picture, pairs in rows:
             prefix = self.prefixes[has_picture]
             ids, labels = list(prefix), [-100] * len(prefix)
@@ -99,7 +116,9 @@ class RowEncoder:
         batch = {name: _pad(values, padding[name]) for name, values in columns.items()}
         part = batch.pop("part")
         same = (part[:, :, None] == part[:, None, :]) | (part[:, None, :] == 0)
-        batch["attention_mask"] = (same & torch.ones(same.shape[1:], dtype=torch.bool).tril())[:, None]
+        batch["attention_mask"] = (same & torch.ones(same.shape[1:], dtype=torch.bool).tril())[
+            :, None
+        ]
         batch["mm_token_type_ids"] = batch["input_ids"].eq(self.image_token_id).long()
         return batch
 

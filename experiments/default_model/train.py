@@ -49,12 +49,33 @@ KEPT_PATCHES, MIN_CONTRAST = 24, 0.1
 def build_config(tokenizer) -> MplugOwl2Config:
     num_tokens = len(tokenizer) - 1
     initialised = {"initializer_range": 0.05}
-    vision = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-    abstractor = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 3, "num_attention_heads": 5}
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
+    abstractor = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    text = {
+        "hidden_size": 160,
+        "intermediate_size": 432,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 5,
+    }
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return MplugOwl2Config(
-        vision_config={**vision, **initialised, "image_size": SIDE, "patch_size": 8, "hidden_act": "gelu"},
+        vision_config={
+            **vision,
+            **initialised,
+            "image_size": SIDE,
+            "patch_size": 8,
+            "hidden_act": "gelu",
+        },
         abstractor_config={**abstractor, **initialised, "num_learnable_queries": 8},
         text_config={
             **text,
@@ -119,7 +140,9 @@ def patch_contrast(pixel_values: Tensor, side: int) -> Tensor:
     return pixels.std(2).amax(1)
 
 
-def encode_busiest(vision_tower: nn.Module, pixel_values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def encode_busiest(
+    vision_tower: nn.Module, pixel_values: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
     """Encode no more of each picture than the patches in which most is drawn, for a third of the cost.
 
     Returns:
@@ -127,7 +150,9 @@ def encode_busiest(vision_tower: nn.Module, pixel_values: Tensor, count: int) ->
     """
     hidden_states = vision_tower.embeddings(pixel_values)
     contrast, kept = patch_contrast(pixel_values, vision_tower.config.patch_size).topk(count, dim=1)
-    patches = hidden_states[:, 1:].gather(1, kept[..., None].expand(-1, -1, hidden_states.shape[-1]))
+    patches = hidden_states[:, 1:].gather(
+        1, kept[..., None].expand(-1, -1, hidden_states.shape[-1])
+    )
     hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
     for layer in vision_tower.layers:
         hidden_states = layer(hidden_states)
@@ -145,7 +170,10 @@ class Classifier(nn.Module):
     def forward(self, features: Tensor, classes: Tensor) -> Tensor:
         """(N, P, D) features of pictures, (N, 4) classes with -100 where none is known -> the losses of the heads."""
         pooled = self.norm(features.mean(1))
-        losses = [nn.functional.cross_entropy(head(pooled), classes[:, i]) for i, head in enumerate(self.heads)]
+        losses = [
+            nn.functional.cross_entropy(head(pooled), classes[:, i])
+            for i, head in enumerate(self.heads)
+        ]
         return torch.stack(losses)
 
 
@@ -172,21 +200,30 @@ class ModelWithClassifiers(MplugOwl2ForConditionalGeneration):
 
     def __init__(self, config: MplugOwl2Config, num_classes: tuple[int, ...]):
         super().__init__(config)
-        widths = {"encoded": config.vision_config.hidden_size, "tokens": config.text_config.hidden_size}
-        self.classifier = nn.ModuleDict({name: Classifier(width, num_classes) for name, width in widths.items()})
+        widths = {
+            "encoded": config.vision_config.hidden_size,
+            "tokens": config.text_config.hidden_size,
+        }
+        self.classifier = nn.ModuleDict(
+            {name: Classifier(width, num_classes) for name, width in widths.items()}
+        )
 
     def loss_of_classes(self, pixel_values: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
         """What is descended at first: the classes of pictures (N, 3, H, W), with the weights (4,) of the heads."""
         patches, drawn = encode_busiest(self.model.vision_tower, pixel_values, KEPT_PATCHES)
         return weighted(self.classifier["encoded"](*each_patch(patches, drawn, classes)), weights)
 
-    def loss_of_answers(self, pixel_values: Tensor, classes: Tensor, weights: Tensor, **row: Tensor) -> Tensor:
+    def loss_of_answers(
+        self, pixel_values: Tensor, classes: Tensor, weights: Tensor, **row: Tensor
+    ) -> Tensor:
         """What is descended then: the answers, and the classes less."""
         features = self.get_image_features(pixel_values)
         drawn = patch_contrast(pixel_values, self.config.vision_config.patch_size) > MIN_CONTRAST
         patches = each_patch(features.last_hidden_state[:, 1:], drawn, classes)
         loss = weighted(self.classifier["encoded"](*patches), weights)
-        loss = loss + weighted(self.classifier["tokens"](torch.stack(features.pooler_output), classes), weights)
+        loss = loss + weighted(
+            self.classifier["tokens"](torch.stack(features.pooler_output), classes), weights
+        )
         return self(**row, mm_encoder_outputs={"image": features}).loss + 0.2 * loss
 
 
@@ -196,7 +233,9 @@ def weighted(losses: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def initialise_embeddings(model: MplugOwl2ForConditionalGeneration, pixel_values: Tensor, floor: float = 0.02) -> None:
+def initialise_embeddings(
+    model: MplugOwl2ForConditionalGeneration, pixel_values: Tensor, floor: float = 0.02
+) -> None:
     """Start from whitened patches and sin-cos positions.
 
     Drawn at random, both edges and positions are drowned by the brightness of the ground and take long to be learned.
@@ -222,7 +261,14 @@ class Batches(Dataset):
         num_vision_steps: First steps, on classes of pictures alone.
     """
 
-    def __init__(self, emoji: list[Emoji], encoder: RowEncoder, seed: int, num_steps: int, num_vision_steps: int):
+    def __init__(
+        self,
+        emoji: list[Emoji],
+        encoder: RowEncoder,
+        seed: int,
+        num_steps: int,
+        num_vision_steps: int,
+    ):
         self.emoji, self.encoder, self.seed = emoji, encoder, seed
         self.num_steps, self.num_vision_steps = num_steps, num_vision_steps
         self.shapes, self.shape_pairs = load_easy_vqa("train")
@@ -263,8 +309,15 @@ class Batches(Dataset):
         shapes = [rng.randrange(len(self.shapes)) for _ in range(num_shapes)]
         drawn = torch.multinomial(self.weights, num_emoji, generator=generator)
         emoji, style = drawn // len(STYLES), drawn % len(STYLES)
-        rgba = torch.stack([self.styles[s][0][e] for e, s in zip(emoji.tolist(), style.tolist(), strict=True)])
-        pictures = torch.cat([vary_shapes(self.shapes[shapes], rng), vary_emoji(rgba, self.may_flip[emoji], generator)])
+        rgba = torch.stack(
+            [self.styles[s][0][e] for e, s in zip(emoji.tolist(), style.tolist(), strict=True)]
+        )
+        pictures = torch.cat(
+            [
+                vary_shapes(self.shapes[shapes], rng),
+                vary_emoji(rgba, self.may_flip[emoji], generator),
+            ]
+        )
         unknown = torch.full_like(emoji, -100)
         emoji_classes = torch.stack([unknown, unknown, self.groups[emoji], emoji], dim=1)
         classes = torch.cat([self.shape_classes[shapes], emoji_classes])
@@ -274,17 +327,23 @@ class Batches(Dataset):
         """Questions of a step as the model takes them, the pixel values (N, 3, H, W) and classes (N, 4)."""
         pixel_values, classes, shapes, emoji = self.pictures(step)
         self.questions.rng = random.Random(self.seed * 1_000_003 + step)
-        rows = [(True, self.questions.about_shape(self.shape_pairs[i], QUESTIONS_A_SHAPE)) for i in shapes]
+        rows = [
+            (True, self.questions.about_shape(self.shape_pairs[i], QUESTIONS_A_SHAPE))
+            for i in shapes
+        ]
         rows += [(True, self.questions.about_emoji(self.emoji[i])) for i in emoji]
         rows += [
-            (False, [self.questions.without_picture() for _ in range(NUM_TEXT_QUESTIONS)]) for _ in range(NUM_TEXT)
+            (False, [self.questions.without_picture() for _ in range(NUM_TEXT_QUESTIONS)])
+            for _ in range(NUM_TEXT)
         ]
         return self.encoder(rows), pixel_values, classes
 
 
 def shape_classes(pairs: list[tuple[str, str]]) -> list[int]:
     """Classes of an easy-VQA picture as far as its questions other than yes/no tell them."""
-    words = {word for q, a in pairs if a not in ("yes", "no") for word in (*q.rstrip("?").split(), a)}
+    words = {
+        word for q, a in pairs if a not in ("yes", "no") for word in (*q.rstrip("?").split(), a)
+    }
     color = [i for i, name in enumerate(COLORS) if name in words]
     shape = [i for i, name in enumerate(SHAPES) if name in words]
     return [*(color or [-100])[:1], *(shape or [-100])[:1], -100, -100]
@@ -296,7 +355,9 @@ def rate_factor(step: int, steps: int, decay_steps: int, warmup: int = 150) -> f
 
 
 @torch.no_grad()
-def exact_answers(model, encoder: RowEncoder, pictures: Tensor | None, rows: list[list[tuple[str, str]]]) -> list[bool]:
+def exact_answers(
+    model, encoder: RowEncoder, pictures: Tensor | None, rows: list[list[tuple[str, str]]]
+) -> list[bool]:
     """Whether greedy decoding gives each answer to the letter: every token of it is the likeliest after those before.
 
     Args:
@@ -335,7 +396,9 @@ def quick_scores(model, encoder: RowEncoder, emoji: list[Emoji]) -> dict[str, fl
         "name, unseen artist": exact_answers(model, encoder, on_white(twitter[seen]), names),
         "kind, unseen artist": exact_answers(model, encoder, on_white(twitter[seen]), kinds),
         "name, trained picture": exact_answers(model, encoder, on_white(noto[seen]), names),
-        "text only": exact_answers(model, encoder, None, [[pair] for pair in text_only_test(emoji)]),
+        "text only": exact_answers(
+            model, encoder, None, [[pair] for pair in text_only_test(emoji)]
+        ),
     }
     return {name: round(sum(right) / len(right), 4) for name, right in results.items()}
 
@@ -343,7 +406,11 @@ def quick_scores(model, encoder: RowEncoder, emoji: list[Emoji]) -> dict[str, fl
 def export(trained: ModelWithClassifiers, tokenizer, folder: Path) -> None:
     """Write model and processor as the package holds them, weights rounded to 16 bits."""
     model = MplugOwl2ForConditionalGeneration(trained.config).to(torch.bfloat16)
-    weights = {name: value for name, value in trained.state_dict().items() if not name.startswith("classifier.")}
+    weights = {
+        name: value
+        for name, value in trained.state_dict().items()
+        if not name.startswith("classifier.")
+    }
     model.load_state_dict(weights)
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=24, bos_token_id=1, eos_token_id=2, pad_token_id=0
@@ -351,14 +418,22 @@ def export(trained: ModelWithClassifiers, tokenizer, folder: Path) -> None:
     model.save_pretrained(folder)
     image_processor = MplugOwl2ImageProcessor(size={"height": SIDE, "width": SIDE})
     num_image_tokens = model.config.num_image_tokens
-    MplugOwl2Processor(image_processor, tokenizer, num_image_tokens=num_image_tokens).save_pretrained(folder)
+    MplugOwl2Processor(
+        image_processor, tokenizer, num_image_tokens=num_image_tokens
+    ).save_pretrained(folder)
 
 
 class DefaultModelTrainer(Owl2Trainer):
     """A Trainer whose batches are those of `Batches`, and whose evaluation is a part of the test sets."""
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        return model.loss_of_answers(**inputs) if "input_ids" in inputs else model.loss_of_classes(**inputs)
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        return (
+            model.loss_of_answers(**inputs)
+            if "input_ids" in inputs
+            else model.loss_of_classes(**inputs)
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         batches = self.train_dataset
@@ -382,7 +457,13 @@ def build_trainer(args: argparse.Namespace) -> DefaultModelTrainer:
     emoji = load_emoji()
     tokenizer = train_tokenizer(emoji, load_easy_vqa("train")[1], args.vocab_size)
     config = build_config(tokenizer)
-    batches = Batches(emoji, RowEncoder(tokenizer, config.num_image_tokens), args.seed, args.steps, args.vision_steps)
+    batches = Batches(
+        emoji,
+        RowEncoder(tokenizer, config.num_image_tokens),
+        args.seed,
+        args.steps,
+        args.vision_steps,
+    )
     model = ModelWithClassifiers(config, batches.num_classes)
     initialise_embeddings(model, torch.cat([batches.pictures(step)[0] for step in range(40)]))
     optimizer = optimizer_of(model, args.lr)
@@ -418,10 +499,19 @@ def build_trainer(args: argparse.Namespace) -> DefaultModelTrainer:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the model and of checkpoints to go on from")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the model and of checkpoints to go on from",
+    )
     parser.add_argument("--steps", type=int, default=7500)
-    parser.add_argument("--vision-steps", type=int, default=6500, help="first steps, on classes of pictures alone")
+    parser.add_argument(
+        "--vision-steps", type=int, default=6500, help="first steps, on classes of pictures alone"
+    )
     parser.add_argument("--decay-steps", type=int, default=650)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--vocab-size", type=int, default=1400)

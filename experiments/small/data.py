@@ -63,7 +63,9 @@ def row(pairs: list[Pair], picture: str | None = None) -> Row:
             content.insert(0, {"type": "image"})
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return {"messages": messages} if picture is None else {"messages": messages, "images": [picture]}
+    return (
+        {"messages": messages} if picture is None else {"messages": messages, "images": [picture]}
+    )
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -71,7 +73,9 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), encoding="utf-8"
+    )
 
 
 def view(picture: Image.Image, may_flip: bool, rng: random.Random) -> Image.Image:
@@ -81,7 +85,9 @@ def view(picture: Image.Image, may_flip: bool, rng: random.Random) -> Image.Imag
     if may_flip and rng.random() < 0.5:
         drawn = drawn.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     ground = Image.new("RGB", picture.size, "white")
-    ground.paste(drawn, (rng.randint(0, picture.width - side), rng.randint(0, picture.height - side)))
+    ground.paste(
+        drawn, (rng.randint(0, picture.width - side), rng.randint(0, picture.height - side))
+    )
     return ground
 
 
@@ -103,7 +109,9 @@ class Writer:
         return path
 
     def shapes(self, pictures: torch.Tensor, part: str) -> list[str]:
-        return [self.save(as_picture(one), f"easy-vqa-{part}-{i:04d}") for i, one in enumerate(pictures)]
+        return [
+            self.save(as_picture(one), f"easy-vqa-{part}-{i:04d}") for i, one in enumerate(pictures)
+        ]
 
     def emoji(self, emoji: list[Emoji], style: str, views: int) -> dict[int, list[str]]:
         """Number of a named emoji -> its picture as it is, and further views of it."""
@@ -120,7 +128,9 @@ class Writer:
 
 def caption(pairs: list[Pair]) -> str | None:
     """'red circle', where the questions about an easy-VQA picture tell both."""
-    words = {word for q, a in pairs if a not in ("yes", "no") for word in (*q.rstrip("?").split(), a)}
+    words = {
+        word for q, a in pairs if a not in ("yes", "no") for word in (*q.rstrip("?").split(), a)
+    }
     color, shape = words.intersection(COLORS), words.intersection(SHAPES)
     return f"{color.pop()} {shape.pop()}" if color and shape else None
 
@@ -155,11 +165,15 @@ def load_meanings() -> Iterator[tuple[str, str, list[str]]]:
 def text_rows(held_out: list[str], rng: random.Random) -> tuple[list[Row], list[Row], list[str]]:
     """Meanings for training, meanings for the test, and plain sentences; no name in `held_out` is in the first."""
     entries = sorted(load_meanings())
-    sentences = sorted({one for *_, examples in entries for one in examples if len(one) >= MIN_SENTENCE})
+    sentences = sorted(
+        {one for *_, examples in entries for one in examples if len(one) >= MIN_SENTENCE}
+    )
     meanings = [
         (word, meaning)
         for word, meaning, _ in entries
-        if len(meaning) <= MAX_MEANING and '"' not in meaning and not _names_any(f"{word} {meaning}", held_out)
+        if len(meaning) <= MAX_MEANING
+        and '"' not in meaning
+        and not _names_any(f"{word} {meaning}", held_out)
     ]
     rng.shuffle(meanings)
     test, train = meanings[:NUM_TEST], meanings[NUM_TEST : NUM_TEST + NUM_MEANINGS]
@@ -182,11 +196,17 @@ def write_all(out: Path, seed: int) -> dict[str, int]:
 
     shapes, pairs = load_easy_vqa("train")
     paths = writer.shapes(shapes, "train")
-    captions = [(name, path) for own, path in zip(pairs, paths, strict=True) if (name := caption(own)) is not None]
+    captions = [
+        (name, path)
+        for own, path in zip(pairs, paths, strict=True)
+        if (name := caption(own)) is not None
+    ]
     instruct = []
     for own, path in zip(pairs, paths, strict=True):
         turns = questions.about_shape(own, TURNS)
-        rng.shuffle(turns)  # or answers about shape and colour would always stand before the questions with yes or no
+        rng.shuffle(
+            turns
+        )  # or answers about shape and colour would always stand before the questions with yes or no
         instruct.append(row(turns, path))
     test_shapes, test_pairs = load_easy_vqa("test")
     files["easy_vqa.test"] = [
@@ -203,29 +223,51 @@ def write_all(out: Path, seed: int) -> dict[str, int]:
         for i, views in drawn[style].items():
             if i in seen:
                 captions += [(emoji[i].name, path) for path in views[:CAPTION_VIEWS]]
-                instruct += [row(questions.about_emoji(emoji[i]), path) for path in views[:INSTRUCT_VIEWS]]
-    new_views = [(i, drawn[style][i][-1]) for i in seen for style in TRAIN_STYLES if i in drawn[style]]
+                instruct += [
+                    row(questions.about_emoji(emoji[i]), path) for path in views[:INSTRUCT_VIEWS]
+                ]
+    new_views = [
+        (i, drawn[style][i][-1]) for i in seen for style in TRAIN_STYLES if i in drawn[style]
+    ]
     other_style = [(i, drawn[TEST_STYLE][i][0]) for i in seen if i in drawn[TEST_STYLE]]
     other_names = [(i, views[i][0]) for i in held_out for views in drawn.values() if i in views]
-    for name, cases in (("seen", new_views), ("unseen-style", other_style), ("unseen-names", other_names)):
-        files[f"captions.{name}.test"] = [row([(NAME_QUESTIONS[0], emoji[i].name)], path) for i, path in cases]
+    for name, cases in (
+        ("seen", new_views),
+        ("unseen-style", other_style),
+        ("unseen-names", other_names),
+    ):
+        files[f"captions.{name}.test"] = [
+            row([(NAME_QUESTIONS[0], emoji[i].name)], path) for i, path in cases
+        ]
 
     text, files["text.test"], sentences = text_rows([one.name for one in held_out.values()], rng)
-    files["captions.train"] = [row([(rng.choice(NAME_QUESTIONS), name)], path) for name, path in captions]
+    files["captions.train"] = [
+        row([(rng.choice(NAME_QUESTIONS), name)], path) for name, path in captions
+    ]
     files["instruct.train"] = instruct + text
     for name in ("captions.train", "instruct.train"):
         rng.shuffle(files[name])
     for name, rows in files.items():
         write_rows(out / f"{name}.jsonl", rows)
-    (out / "easy_vqa.prior.json").write_text(json.dumps(prior(pairs), indent=0) + "\n", encoding="utf-8")
-    (out / "sentences.test.txt").write_text("".join(f"{one}\n" for one in sentences), encoding="utf-8")
-    return {f"{name}.jsonl": len(rows) for name, rows in files.items()} | {"sentences.test.txt": len(sentences)}
+    (out / "easy_vqa.prior.json").write_text(
+        json.dumps(prior(pairs), indent=0) + "\n", encoding="utf-8"
+    )
+    (out / "sentences.test.txt").write_text(
+        "".join(f"{one}\n" for one in sentences), encoding="utf-8"
+    )
+    return {f"{name}.jsonl": len(rows) for name, rows in files.items()} | {
+        "sentences.test.txt": len(sentences)
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, default=0, help="of the views, the questions and the order")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the views, the questions and the order"
+    )
     args = parser.parse_args()
     for name, count in write_all(args.out, args.seed).items():
         print(f"{count:6,} {args.out / name}")

@@ -42,13 +42,17 @@ def plain(answer: str) -> str:
 
 
 def accuracy(answers: list[str], rows: list[Row]) -> float:
-    return sum(plain(said) == plain(answer_of(row)) for said, row in zip(answers, rows, strict=True)) / len(rows)
+    return sum(
+        plain(said) == plain(answer_of(row)) for said, row in zip(answers, rows, strict=True)
+    ) / len(rows)
 
 
 def token_f1(answers: list[str], rows: list[Row]) -> float:
     """Mean over rows of the harmonic mean of precision and recall of words, as SQuAD has it."""
     pairs = zip(answers, rows, strict=True)
-    return sum(_f1(plain(said).split(), plain(answer_of(row)).split()) for said, row in pairs) / len(rows)
+    return sum(
+        _f1(plain(said).split(), plain(answer_of(row)).split()) for said, row in pairs
+    ) / len(rows)
 
 
 def _f1(said: list[str], expected: list[str]) -> float:
@@ -75,7 +79,9 @@ class Model:
     """A saved model, and the folder that the pictures of the rows are in."""
 
     def __init__(self, folder: Path, data: Path, batch_size: int = 32):
-        self.model = MplugOwl2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = MplugOwl2ForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32
+        ).eval()
         self.processor = MplugOwl2Processor.from_pretrained(folder)
         self.data, self.batch_size = data, batch_size
 
@@ -91,7 +97,10 @@ class Model:
             {
                 "role": message["role"],
                 "content": [
-                    {"type": "image", "image": Image.open(self.data / next(pictures)).convert("RGB")}
+                    {
+                        "type": "image",
+                        "image": Image.open(self.data / next(pictures)).convert("RGB"),
+                    }
                     if part["type"] == "image"
                     else part
                     for part in message["content"]
@@ -135,9 +144,13 @@ class Model:
         """Of plain text without a template, from its second token on."""
         total = count = 0
         for batch in self._batches(sentences, name):
-            inputs = self.processor.tokenizer(batch, padding=True, return_tensors="pt", return_token_type_ids=False)
+            inputs = self.processor.tokenizer(
+                batch, padding=True, return_tensors="pt", return_token_type_ids=False
+            )
             is_text = inputs["attention_mask"].bool()
-            is_text &= is_text.roll(1, dims=1)  # padding stands on the left: the first token has none before it
+            is_text &= is_text.roll(
+                1, dims=1
+            )  # padding stands on the left: the first token has none before it
             is_text[:, 0] = False
             total, count = self._add(inputs, is_text, total, count)
         return math.exp(total / count)
@@ -147,13 +160,22 @@ class Model:
         """`total` and `count` with the losses of the tokens of one batch; (N, T) True where a token counts."""
         logits = self.model(**inputs).logits[:, :-1].float()
         targets = inputs["input_ids"][:, 1:].masked_fill(~is_counted[:, 1:], -100)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="sum"
+        )
         return total + loss.item(), count + int((targets != -100).sum())
 
 
 def with_pictures(model: Model, rows: list[Row], name: str) -> tuple[list[str], Scores]:
-    said, blind = model.answers(rows, name), model.answers(swapped(rows), f"{name}, picture swapped")
-    return said, {"questions": len(rows), "accuracy": accuracy(said, rows), "picture swapped": accuracy(blind, rows)}
+    said, blind = (
+        model.answers(rows, name),
+        model.answers(swapped(rows), f"{name}, picture swapped"),
+    )
+    return said, {
+        "questions": len(rows),
+        "accuracy": accuracy(said, rows),
+        "picture swapped": accuracy(blind, rows),
+    }
 
 
 def question_prior(rows: list[Row], prior: dict[str, str]) -> float:
@@ -161,7 +183,9 @@ def question_prior(rows: list[Row], prior: dict[str, str]) -> float:
     return accuracy([prior.get(question_of(row), "") for row in rows], rows)
 
 
-def evaluate(folder: Path, data: Path, limit: int | None = None, batch_size: int = 32) -> dict[str, Scores]:
+def evaluate(
+    folder: Path, data: Path, limit: int | None = None, batch_size: int = 32
+) -> dict[str, Scores]:
     """All scores by test file; `limit` thins each file."""
     model, results = Model(folder, data, batch_size), {}
     rows = thinned(read_rows(data / "easy_vqa.test.jsonl"), limit)
@@ -187,12 +211,18 @@ def evaluate(folder: Path, data: Path, limit: int | None = None, batch_size: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path, help="what experiments.small.data wrote")
-    parser.add_argument("--limit", type=int, help="questions of each file, evenly from the whole of it")
+    parser.add_argument(
+        "--limit", type=int, help="questions of each file, evenly from the whole of it"
+    )
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores into this file too")
+    parser.add_argument(
+        "--json", type=Path, metavar="OUT", help="write the scores into this file too"
+    )
     args = parser.parse_args()
     text = json.dumps(evaluate(args.model, args.data, args.limit, args.batch_size), indent=2)
     print(text)

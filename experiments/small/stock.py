@@ -36,12 +36,16 @@ def make_language_model(folder: Path) -> None:
     """
     (file,) = fetch("smollm2").rglob("*.gguf")
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True)).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, quantization_config=GgufConfig(dequantize=True)
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(**source)
     inputs = tokenizer(QUESTION, return_tensors="pt", return_token_type_ids=False)
     said = tokenizer.decode(model.generate(**inputs, max_new_tokens=4, do_sample=False)[0])
     if ANSWER not in said:
-        raise ValueError(f"the language model is damaged: expected {ANSWER!r} after {QUESTION!r}, got {said!r}.")
+        raise ValueError(
+            f"the language model is damaged: expected {ANSWER!r} after {QUESTION!r}, got {said!r}."
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -64,7 +68,9 @@ def make_vision_encoder(folder: Path, num_layers: int = VISION_LAYERS) -> None:
         use_mask_token=False,
     )
     model = Dinov2Model(config).eval()
-    state = {name: value for name, value in graph_state(graph).items() if layer_of(name) < num_layers}
+    state = {
+        name: value for name, value in graph_state(graph).items() if layer_of(name) < num_layers
+    }
     model.load_state_dict(state)
     check_vision_encoder(model, graph)
     model.save_pretrained(folder)
@@ -76,10 +82,16 @@ def graph_state(graph) -> dict[str, Tensor]:
 
     values = {one.name: torch.from_numpy(to_array(one).copy()) for one in graph.graph.initializer}
     prefix = "backbone."
-    state = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    state = {
+        name.removeprefix(prefix): value
+        for name, value in values.items()
+        if name.startswith(prefix)
+    }
     for node in graph.graph.node:
         if node.op_type == "MatMul" and (weight := node.input[1]) in values:
-            name = node.name.strip("/").replace("/", ".").removeprefix(prefix).removesuffix(".MatMul")
+            name = (
+                node.name.strip("/").replace("/", ".").removeprefix(prefix).removesuffix(".MatMul")
+            )
             state[f"{name}.weight"] = values[weight].T.contiguous()
     state["embeddings.position_embeddings"] = torch.cat([values[name] for name in POSITIONS], dim=1)
     return {_renamed(name): value for name, value in state.items()}
@@ -108,10 +120,14 @@ def check_vision_encoder(model: Dinov2Model, graph, tolerance: float = 1e-5) -> 
     from onnx.reference import ReferenceEvaluator
 
     last = f"/backbone/encoder/layer.{len(model.encoder.layer) - 1}/Add_1_output_0"
-    graph.graph.value_info.append(onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None))
+    graph.graph.value_info.append(
+        onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None)
+    )
     layers = onnx.utils.Extractor(graph).extract_model(["input_image"], [last])
     pixels = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    (expected,) = ReferenceEvaluator(layers).run(None, {"input_image": pixels.numpy()})  # (1, 257, 384)
+    (expected,) = ReferenceEvaluator(layers).run(
+        None, {"input_image": pixels.numpy()}
+    )  # (1, 257, 384)
     found = model(pixels, output_hidden_states=True).hidden_states[-1].numpy()
     difference = float(np.abs(found - expected).max() / np.abs(expected).max())
     if not difference <= tolerance:
@@ -123,9 +139,13 @@ def check_vision_encoder(model: Dinov2Model, graph, tolerance: float = 1e-5) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--vision-layers", type=int, default=VISION_LAYERS, help="first layers of DINOv2 to keep")
+    parser.add_argument(
+        "--vision-layers", type=int, default=VISION_LAYERS, help="first layers of DINOv2 to keep"
+    )
     args = parser.parse_args()
     for folder, make in (
         (args.out / "smollm2-135m", make_language_model),

@@ -65,7 +65,12 @@ if not TYPE_CHECKING:  # to a type checker the names above are all there are
         if name == "check":
             return import_module(".checks", __name__).check
         if name in __all__:
-            return getattr(import_module(".processing" if name.endswith("Processor") else ".modeling", __name__), name)
+            return getattr(
+                import_module(
+                    ".processing" if name.endswith("Processor") else ".modeling", __name__
+                ),
+                name,
+            )
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__():

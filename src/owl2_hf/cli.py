@@ -39,7 +39,10 @@ def _say_json(value: Any) -> None:
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 AllowOutside = Annotated[
-    bool, typer.Option("--allow-outside", help="Rows may name pictures outside the folder and http(s) URLs.")
+    bool,
+    typer.Option(
+        "--allow-outside", help="Rows may name pictures outside the folder and http(s) URLs."
+    ),
 ]
 Preset = Annotated[
     str | None,
@@ -57,7 +60,9 @@ NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 def _silence_start_up() -> None:
     """Keep warnings of other libraries' imports off the screen; their errors stay."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with an image is in the error
+    warnings.filterwarnings(
+        "ignore", module=r"PIL\."
+    )  # what is wrong with an image is in the error
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -81,7 +86,11 @@ def _report_mistakes(command: Callable) -> Callable:
             from huggingface_hub.errors import StrictDataclassError
 
             is_mistake = isinstance(error, (ValueError, OSError, StrictDataclassError))
-            message = str(error) if is_mistake else f"unexpected {type(error).__name__}: {error}; --debug shows where"
+            message = (
+                str(error)
+                if is_mistake
+                else f"unexpected {type(error).__name__}: {error}; --debug shows where"
+            )
             _say(f"owl2-hf: {' '.join(message.split())}", err=True)
             raise typer.Exit(1) from None
 
@@ -91,15 +100,25 @@ def _report_mistakes(command: Callable) -> Callable:
 @app.command()
 @_report_mistakes
 def describe(
-    image: Annotated[str | None, typer.Argument(help="Path or URL of a picture; a bundled one if not given.")] = None,
-    question: Annotated[str, typer.Option("--question", "-q", help="What to ask about it.")] = "What is this?",
+    image: Annotated[
+        str | None, typer.Argument(help="Path or URL of a picture; a bundled one if not given.")
+    ] = None,
+    question: Annotated[
+        str, typer.Option("--question", "-q", help="What to ask about it.")
+    ] = "What is this?",
     model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of a model; the small bundled one if not given.")
+        str | None,
+        typer.Option(help="Folder or Hub id of a model; the small bundled one if not given."),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens; the model's own setting if not given, or 256.")
+        int | None,
+        typer.Option(
+            min=1, help="Longest answer, in tokens; the model's own setting if not given, or 256."
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")
+    ] = None,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
@@ -118,7 +137,11 @@ def describe(
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             super().on_finalized_text(printable(text, keep="\n\t"), stream_end)
 
-    streamer = None if as_json else Streamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = (
+        None
+        if as_json
+        else Streamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    )
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
     if max_new_tokens is None:  # in a generation config it is cut to what the context leaves
         config = copy.deepcopy(loaded.generation_config)
@@ -138,7 +161,8 @@ def describe(
 @_report_mistakes
 def info(
     folder: Annotated[
-        str | None, typer.Argument(help="Folder or Hub id of a model; the small bundled one if not given.")
+        str | None,
+        typer.Argument(help="Folder or Hub id of a model; the small bundled one if not given."),
     ] = None,
     as_json: JSON = False,
     debug: Debug = False,
@@ -169,16 +193,21 @@ class Dtype(str, Enum):
 def check(
     model: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of a model; the small bundled one, with its stored numbers, if not given."),
+        typer.Option(
+            help="Folder or Hub id of a model; the small bundled one, with its stored numbers, if not given."
+        ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu; a GPU if there is one.")
+        str | None,
+        typer.Option(help="Where to run, for instance cuda:0 or cpu; a GPU if there is one."),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Type of the numbers; float32, or what the checkpoint of --model says.")
+        Dtype | None,
+        typer.Option(help="Type of the numbers; float32, or what the checkpoint of --model says."),
     ] = None,
     attn_implementation: Annotated[
-        str | None, typer.Option(help="Attention to run with, for instance eager, sdpa or flex_attention.")
+        str | None,
+        typer.Option(help="Attention to run with, for instance eager, sdpa or flex_attention."),
     ] = None,
     as_json: JSON = False,
     debug: Debug = False,
@@ -224,7 +253,9 @@ class Target(str, Enum):
     adapter = "adapter"
 
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that stands in the target.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a model that stands in the target.")
+]
 
 
 class Scale(str, Enum):
@@ -246,31 +277,50 @@ def score(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a model that scores.")],
     preset: Preset = None,
     task: Annotated[
-        str, typer.Option(help="quality, for a video of each frame; with one-align also aesthetics or video.")
+        str,
+        typer.Option(
+            help="quality, for a video of each frame; with one-align also aesthetics or video."
+        ),
     ] = "quality",
-    scale: Annotated[Scale | None, typer.Option(help="Lowest and highest score; the preset's if not given.")] = None,
+    scale: Annotated[
+        Scale | None, typer.Option(help="Lowest and highest score; the preset's if not given.")
+    ] = None,
     levels: Annotated[
-        str | None, typer.Option(help="Level words of your own, best first and separated by commas; evenly spaced.")
+        str | None,
+        typer.Option(
+            help="Level words of your own, best first and separated by commas; evenly spaced."
+        ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Prompt of your own, with <|image|> at the place of the picture.")
+        str | None,
+        typer.Option(help="Prompt of your own, with <|image|> at the place of the picture."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images or crops in one forward pass.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images or crops in one forward pass.")
+    ] = 8,
     crops: Annotated[
         bool,
         typer.Option(
-            "--crops", help="Average over squares at the image's own resolution; not how the papers score, and slower."
+            "--crops",
+            help="Average over squares at the image's own resolution; not how the papers score, and slower.",
         ),
     ] = False,
     original_reading: Annotated[
         bool,
         typer.Option(
-            "--original-reading", help="Read files as the originals do: EXIF turns nothing, 16-bit grey is clipped."
+            "--original-reading",
+            help="Read files as the originals do: EXIF turns nothing, 16-bit grey is clipped.",
         ),
     ] = False,
-    device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object in a line for each picture.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, the names first.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object in a line for each picture.")
+    ] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print comma-separated values, the names first.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Score pictures or videos by the probabilities of level words.
@@ -305,7 +355,9 @@ def score(
             _say_json({"image": name, **vars(found)})
         elif as_csv:
             shown = printable(name) if sys.stdout.isatty() else name
-            table.writerow([shown, *(f"{value:.6f}" for value in (found.score, found.std, *found.probs))])
+            table.writerow(
+                [shown, *(f"{value:.6f}" for value in (found.score, found.std, *found.probs))]
+            )
         else:
             low, high = found.scale
             _say(f"{found.score:.4f} of {low:g} to {high:g}, std {found.std:.4f}  {name}")
@@ -318,41 +370,66 @@ def score(
 def evaluate_scores(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model that scores.")],
     data: Annotated[
-        str | None, typer.Argument(help="Opinions: CSV, JSON, JSON lines, Parquet, or a data set, with image and mos.")
+        str | None,
+        typer.Argument(
+            help="Opinions: CSV, JSON, JSON lines, Parquet, or a data set, with image and mos."
+        ),
     ] = None,
     benchmark: Annotated[
         str | None,
-        typer.Option(help="In place of DATA koniq, spaq, kadid, livec, agiqa, csiq, ava or lsvq, with --root."),
+        typer.Option(
+            help="In place of DATA koniq, spaq, kadid, livec, agiqa, csiq, ava or lsvq, with --root."
+        ),
     ] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of the benchmark, as it was unpacked.")] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the benchmark, as it was unpacked.")
+    ] = None,
     image_folder: Annotated[
-        Path | None, typer.Option(help="What paths of images start from; the file's own folder if not given.")
+        Path | None,
+        typer.Option(help="What paths of images start from; the file's own folder if not given."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Judge by this part of the rows alone.")] = None,
     preset: Preset = None,
-    task: Annotated[str, typer.Option(help="quality; with one-align also aesthetics or video.")] = "quality",
+    task: Annotated[
+        str, typer.Option(help="quality; with one-align also aesthetics or video.")
+    ] = "quality",
     levels: Annotated[
-        str | None, typer.Option(help="Level words of your own, best first and separated by commas; evenly spaced.")
+        str | None,
+        typer.Option(
+            help="Level words of your own, best first and separated by commas; evenly spaced."
+        ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Prompt of your own, with <|image|> at the place of the picture.")
+        str | None,
+        typer.Option(help="Prompt of your own, with <|image|> at the place of the picture."),
     ] = None,
-    splits: Annotated[int, typer.Option(min=0, help="Also the median over this many random fifths of the images.")] = 0,
+    splits: Annotated[
+        int, typer.Option(min=0, help="Also the median over this many random fifths of the images.")
+    ] = 0,
     samples: Annotated[int, typer.Option(min=1, help="Draws for the intervals.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of splits and draws.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 8,
     original_reading: Annotated[
         bool,
         typer.Option(
-            "--original-reading", help="Read files as the originals do: EXIF turns nothing, 16-bit grey is clipped."
+            "--original-reading",
+            help="Read files as the originals do: EXIF turns nothing, 16-bit grey is clipped.",
         ),
     ] = False,
     allow_outside: AllowOutside = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw opinions over scores, with the fit, to this file.")] = None,
-    card: Annotated[Path | None, typer.Option(help="Write a model card with the results, a README.md.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw opinions over scores, with the fit, to this file.")
+    ] = None,
+    card: Annotated[
+        Path | None, typer.Option(help="Write a model card with the results, a README.md.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")
+    ] = None,
     as_json: JSON = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, the names first.")] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print comma-separated values, the names first.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Judge a scorer by people's opinions: SRCC, KRCC, PLCC before and after the logistic fit, RMSE, with intervals.
@@ -385,7 +462,9 @@ def evaluate_scores(
     chosen = custom_preset(own, task, prompt, levels.split(",") if levels else None)
     loaded, processor = _load(model)
     loaded = loaded.to(device) if device else loaded
-    scorer = Scorer(loaded, processor, chosen, batch_size=batch_size, original_reading=original_reading)
+    scorer = Scorer(
+        loaded, processor, chosen, batch_size=batch_size, original_reading=original_reading
+    )
 
     def show_progress(images: int) -> None:
         if images % 1000 == 0:
@@ -393,7 +472,9 @@ def evaluate_scores(
 
     report = evaluate(scorer, opinions, task, splits, samples, seed, show_progress)
     for opinion, error in report.failed:
-        _say(f"owl2-hf: {opinions.name}: row {opinion.row}: {' '.join(str(error).split())}", err=True)
+        _say(
+            f"owl2-hf: {opinions.name}: row {opinion.row}: {' '.join(str(error).split())}", err=True
+        )
     if as_json:
         _say_json(report.to_dict())
     elif as_csv:
@@ -405,7 +486,9 @@ def evaluate_scores(
         report.plot(plot)
     if card is not None:
         name = benchmark or (Path(str(data)).name if Path(str(data)).exists() else str(data))
-        write_score_card(card, report, chosen, name if split is None else f"{name}, part {split}", task)
+        write_score_card(
+            card, report, chosen, name if split is None else f"{name}, part {split}", task
+        )
     if report.failed:
         raise typer.Exit(1)
 
@@ -415,22 +498,34 @@ def evaluate_scores(
 def analyze(
     image: Annotated[str, typer.Argument(help="Path or URL of a picture.")],
     out: Annotated[Path, typer.Option(help="Folder to write analysis.json and the figures to.")],
-    question: Annotated[str, typer.Option("--question", "-q", help="What to ask about it.")] = "What is this?",
+    question: Annotated[
+        str, typer.Option("--question", "-q", help="What to ask about it.")
+    ] = "What is this?",
     answer: Annotated[
-        str | None, typer.Option(help="Answer whose attention is read; the model's own if not given.")
+        str | None,
+        typer.Option(help="Answer whose attention is read; the model's own if not given."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of a model; the small bundled one if not given.")
+        str | None,
+        typer.Option(help="Folder or Hub id of a model; the small bundled one if not given."),
     ] = None,
     without: Annotated[
-        str | None, typer.Option(help="Model to compare with, usually without the modality-adaptive module.")
+        str | None,
+        typer.Option(help="Model to compare with, usually without the modality-adaptive module."),
     ] = None,
     unrelated: Annotated[
-        str | None, typer.Option(help="Picture that has nothing to do with the question: does it disturb the answer?")
+        str | None,
+        typer.Option(
+            help="Picture that has nothing to do with the question: does it disturb the answer?"
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an analysis that stands in --out.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an analysis that stands in --out.")
+    ] = False,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
@@ -472,18 +567,28 @@ def convert(
     source: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
     target: Annotated[Path, typer.Argument(help="Folder to make.")],
     to: Annotated[
-        Target, typer.Option(help="Layout to write: for transformers, for the original's code, or a PEFT adapter.")
+        Target,
+        typer.Option(
+            help="Layout to write: for transformers, for the original's code, or a PEFT adapter."
+        ),
     ] = Target.ours,
     base: Annotated[
-        Path | None, typer.Option(help="Base model of a LoRA fine-tune; config.json and tokenizer for Megatron.")
+        Path | None,
+        typer.Option(
+            help="Base model of a LoRA fine-tune; config.json and tokenizer for Megatron."
+        ),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder or file to read the tokenizer from, where the source has none.")
+        Path | None,
+        typer.Option(help="Folder or file to read the tokenizer from, where the source has none."),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights; as they are if not given.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Type of the weights; as they are if not given.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one weight file.")] = "5GB",
     allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Convert NaN and infinite values and report them.")
+        bool,
+        typer.Option("--allow-nonfinite", help="Convert NaN and infinite values and report them."),
     ] = False,
     overwrite: Overwrite = False,
     as_json: JSON = False,
@@ -506,7 +611,9 @@ def convert(
     if as_json:
         _say_json(vars(report))
     elif report.is_noop:
-        _say(f"{source} is in this package's format already: nothing to convert, {target} was not made")
+        _say(
+            f"{source} is in this package's format already: nothing to convert, {target} was not made"
+        )
     else:
         _say(f"{target}: {report.summary()}")
 
@@ -516,9 +623,14 @@ def convert(
 def verify(
     target: Annotated[Path, typer.Argument(help="Folder of a converted model.")],
     against: Annotated[
-        Path | None, typer.Option(help="Checkpoint that it was converted from: compare every tensor, and logits.")
+        Path | None,
+        typer.Option(
+            help="Checkpoint that it was converted from: compare every tensor, and logits."
+        ),
     ] = None,
-    base: Annotated[Path | None, typer.Option(help="As for convert, where --against needs it.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="As for convert, where --against needs it.")
+    ] = None,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
@@ -546,11 +658,20 @@ def init(
         ),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of a picture in pixels; the vision model's own if not given.")
+        int | None,
+        typer.Option(
+            min=1, help="Side of a picture in pixels; the vision model's own if not given."
+        ),
     ] = None,
-    num_queries: Annotated[int, typer.Option(min=1, help="Learnable queries of the visual abstractor.")] = 64,
-    num_abstractor_layers: Annotated[int, typer.Option(min=1, help="Layers of the visual abstractor.")] = 6,
-    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights; the language model's if not given.")] = None,
+    num_queries: Annotated[
+        int, typer.Option(min=1, help="Learnable queries of the visual abstractor.")
+    ] = 64,
+    num_abstractor_layers: Annotated[
+        int, typer.Option(min=1, help="Layers of the visual abstractor.")
+    ] = 6,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Type of the weights; the language model's if not given.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of what is made anew.")] = 0,
     overwrite: Overwrite = False,
     as_json: JSON = False,
@@ -606,7 +727,9 @@ def train(
             "score-soft-lora."
         ),
     ],
-    model: Annotated[str | None, typer.Option(help="Folder or Hub id to train; default for the bundled one.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id to train; default for the bundled one.")
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -614,15 +737,23 @@ def train(
         ),
     ] = None,
     image_folder: Annotated[
-        Path | None, typer.Option(help="Where relative paths of pictures start; the folder of the file if not given.")
+        Path | None,
+        typer.Option(
+            help="Where relative paths of pictures start; the folder of the file if not given."
+        ),
     ] = None,
     allow_outside: AllowOutside = False,
     out: Annotated[Path | None, typer.Option(help="Folder to make.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of the recipe, for instance trainer.max_steps=100.")
+        list[str] | None,
+        typer.Option("--set", help="key=value of the recipe, for instance trainer.max_steps=100."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would train; take no step.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of the folder.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would train; take no step.")
+    ] = False,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
@@ -638,7 +769,9 @@ def train(
 
     given: list[str] = [] if model is None else [f"model={json.dumps(model)}"]
     given += [f"data.train={json.dumps(data)}"] if data else []
-    given += [f"data.image_folder={json.dumps(str(image_folder))}"] if image_folder is not None else []
+    given += (
+        [f"data.image_folder={json.dumps(str(image_folder))}"] if image_folder is not None else []
+    )
     given += ["data.allow_outside=true"] if allow_outside else []
     given += [f"output_dir={json.dumps(str(out))}"] if out is not None else []
     loaded = load_recipe(recipe, [*(settings or []), *given])
@@ -658,12 +791,22 @@ def train(
 @app.command()
 @_report_mistakes
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a model, as convert or save_pretrained makes it.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a model, as convert or save_pretrained makes it.")
+    ],
     repo_id: Annotated[str, typer.Argument(help="namespace/name on the Hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a private repository, if it is made now.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to; main if not given.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and list what would go; no network.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a private repository, if it is made now.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to push to; main if not given.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, and list what would go; no network.")
+    ] = False,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
@@ -684,22 +827,40 @@ def push(
 @_report_mistakes
 def serve(
     model: Annotated[
-        str | None, typer.Argument(help="Folder or Hub id of a model; the small bundled one if not given.")
+        str | None,
+        typer.Argument(help="Folder or Hub id of a model; the small bundled one if not given."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of the machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 for all of the machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")
+    ] = 8000,
     max_image_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Most pixels of all pictures of a request together; 89,478,485.")
+        int | None,
+        typer.Option(min=1, help="Most pixels of all pictures of a request together; 89,478,485."),
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens; 1024.")] = None,
-    max_body_bytes: Annotated[int | None, typer.Option(min=1, help="Largest body of a request; 32 MiB.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens; 1024.")
+    ] = None,
+    max_body_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Largest body of a request; 32 MiB.")
+    ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="OWL2_HF_API_KEY", help="What clients must send; anyone may ask if not given.")
+        str | None,
+        typer.Option(
+            envvar="OWL2_HF_API_KEY", help="What clients must send; anyone may ask if not given."
+        ),
     ] = None,
     allow_image_urls: Annotated[
-        bool, typer.Option("--allow-image-urls", help="Also fetch pictures from http(s) URLs on public addresses.")
+        bool,
+        typer.Option(
+            "--allow-image-urls", help="Also fetch pictures from http(s) URLs on public addresses."
+        ),
     ] = False,
-    device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Serve a model to OpenAI's clients; SIGTERM or Ctrl-C ends it."""
@@ -724,18 +885,31 @@ def serve(
 @_report_mistakes
 def demo(
     model: Annotated[
-        str | None, typer.Argument(help="Folder or Hub id of a model; the small bundled one if not given.")
+        str | None,
+        typer.Argument(help="Folder or Hub id of a model; the small bundled one if not given."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of the machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 for all of the machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")
+    ] = 7860,
     share: Annotated[
-        bool, typer.Option("--share", help="Also ask Gradio's servers for a public address, open to everybody.")
+        bool,
+        typer.Option(
+            "--share", help="Also ask Gradio's servers for a public address, open to everybody."
+        ),
     ] = False,
     max_image_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Most pixels of all pictures of a chat together; 89,478,485.")
+        int | None,
+        typer.Option(min=1, help="Most pixels of all pictures of a chat together; 89,478,485."),
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens; 1024.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens; 1024.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Open a web page to chat about pictures, score them, and see what a model attends to; Ctrl-C ends it."""
@@ -771,22 +945,35 @@ def check_data(
         ),
     ],
     image_folder: Annotated[
-        Path | None, typer.Option(help="What paths of pictures start from; the file's own folder if not given.")
+        Path | None,
+        typer.Option(help="What paths of pictures start from; the file's own folder if not given."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the model to train: also counts tokens, pictures included.")
+        str | None,
+        typer.Option(
+            help="Folder or Hub id of the model to train: also counts tokens, pictures included."
+        ),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="With --model: count rows that this many positions truncate.")
+        int | None,
+        typer.Option(min=1, help="With --model: count rows that this many positions truncate."),
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a data set that has several.")] = "train",
-    streaming: Annotated[bool, typer.Option("--streaming", help="Read a data set of the Hub as it arrives.")] = False,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read a data set of the Hub as it arrives.")
+    ] = False,
     allow_outside: AllowOutside = False,
     skip_pictures: Annotated[
-        bool, typer.Option("--skip-pictures", help="Do not open pictures, only see whether the files are there.")
+        bool,
+        typer.Option(
+            "--skip-pictures", help="Do not open pictures, only see whether the files are there."
+        ),
     ] = False,
     opinions: Annotated[
-        bool, typer.Option("--opinions", help="Rows are opinions of images (image, mos); files are recognised.")
+        bool,
+        typer.Option(
+            "--opinions", help="Rows are opinions of images (image, mos); files are recognised."
+        ),
     ] = False,
     as_json: JSON = False,
     debug: Debug = False,
@@ -804,7 +991,9 @@ def check_data(
     if model is not None and skip_pictures:
         raise ValueError("--model looks into pictures: leave out --skip-pictures, or --model.")
     if model is not None and opinions:
-        raise ValueError("--model counts tokens of conversations: leave out --opinions, or --model.")
+        raise ValueError(
+            "--model counts tokens of conversations: leave out --opinions, or --model."
+        )
 
     def show_progress(rows: int) -> None:
         if rows % 10_000 == 0:
@@ -848,7 +1037,9 @@ def _load(model: str | None) -> tuple[Any, Any]:
         logging.disable_progress_bar()  # it takes no time
         return load_default()
     with naming_model(model):
-        return AutoModelForImageTextToText.from_pretrained(model), AutoProcessor.from_pretrained(model)
+        return AutoModelForImageTextToText.from_pretrained(model), AutoProcessor.from_pretrained(
+            model
+        )
 
 
 def _load_processor(model: str) -> Any:
@@ -872,13 +1063,17 @@ def _facts(folder: str) -> dict[str, Any]:
     with naming_model(folder):
         config = AutoConfig.from_pretrained(folder)
     if config.model_type not in ("mplug_owl2", "mplug_owl2_1"):
-        raise ValueError(f"{folder}: expected a model of type 'mplug_owl2', got '{config.model_type}'.")
+        raise ValueError(
+            f"{folder}: expected a model of type 'mplug_owl2', got '{config.model_type}'."
+        )
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     components = {**dict(model.model.named_children()), "lm_head": model.lm_head}
     if config.tie_word_embeddings:
         del components["lm_head"]
-    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in components.items()}
+    parameters = {
+        name: sum(p.numel() for p in module.parameters()) for name, module in components.items()
+    }
     try:
         preprocessing = AutoProcessor.from_pretrained(folder).image_processor.image_aspect_ratio
         is_cropped = preprocessing == "anchors"

@@ -21,7 +21,9 @@ class _VisionSide(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) normalised pixels -> (N, Q + 1, D) visual tokens."""
-        return self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
+        return self.model.get_image_features(
+            pixel_values=pixel_values, return_dict=True
+        ).pooler_output
 
 
 def export_vision(name: str, target: Path) -> float:
@@ -41,7 +43,9 @@ def export_vision(name: str, target: Path) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401, torch exports with it
     except ImportError:
-        raise ValueError("the export needs onnx, onnxscript and onnxruntime: pip install 'owl2_hf[export]'.") from None
+        raise ValueError(
+            "the export needs onnx, onnxscript and onnxruntime: pip install 'owl2_hf[export]'."
+        ) from None
     from transformers import AutoModel
 
     from .naming import naming_model

@@ -32,7 +32,8 @@ _BINARY = {".safetensors", ".model", ".tiktoken", ".png", ".jpg", ".jpeg"}
 _PROGRAM = re.compile(rb"\x7fELF|MZ\x90\x00|\xcf\xfa\xed\xfe")  # of Linux, Windows, macOS
 _ARCHIVE_OR_PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")
 _SECRET_NAME = re.compile(
-    r"\.env.*|.*\.(pem|key)|id_(rsa|dsa|ecdsa|ed25519).*|\.netrc|(stored_)?tokens?(\.txt)?|credentials.*", re.IGNORECASE
+    r"\.env.*|.*\.(pem|key)|id_(rsa|dsa|ecdsa|ed25519).*|\.netrc|(stored_)?tokens?(\.txt)?|credentials.*",
+    re.IGNORECASE,
 )
 _SECRETS = {
     "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
@@ -94,24 +95,32 @@ def push(
     folder = Path(folder)
     validate_repo_id(repo_id)
     if create_pr and revision is not None:
-        raise ValueError(f"expected create_pr or revision, got both ({revision!r}): a pull request is always to main.")
+        raise ValueError(
+            f"expected create_pr or revision, got both ({revision!r}): a pull request is always to main."
+        )
     names = checked_names(folder)
     report = PushReport(repo_id, [(name, (folder / name).stat().st_size) for name in names])
     if not dry_run:
         with _hub_errors(repo_id):
             api = _api(token)
             report.repo_id = _prepare(api, folder, repo_id, private, revision)
-            report.url = _upload(api, folder, names, report.repo_id, revision, create_pr, commit_message)
+            report.url = _upload(
+                api, folder, names, report.repo_id, revision, create_pr, commit_message
+            )
     return report
 
 
 def checked_names(folder: Path) -> list[str]:
     """The names of the files that go, after every check that needs no network."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: expected a model folder with a config.json, got none; save or convert one first.")
+        raise ValueError(
+            f"{folder}: expected a model folder with a config.json, got none; save or convert one first."
+        )
     config = _read_json(folder / "config.json")
     if (found := config.get("model_type")) != "mplug_owl2":
-        raise ValueError(f"{folder}: expected model_type 'mplug_owl2' in config.json, got {found!r}: convert it first.")
+        raise ValueError(
+            f"{folder}: expected model_type 'mplug_owl2' in config.json, got {found!r}: convert it first."
+        )
     names = _allowed_names(folder)
     _check_card(folder / "README.md")
     for name in names:
@@ -139,7 +148,9 @@ def _allowed_names(folder: Path) -> list[str]:
             names.append(name)
     if refused:
         reasons = "; ".join(f"{reason}: {', '.join(found)}" for reason, found in refused.items())
-        raise ValueError(f"{folder} holds what must not be published. {reasons}. Remove them from the folder.")
+        raise ValueError(
+            f"{folder} holds what must not be published. {reasons}. Remove them from the folder."
+        )
     return names
 
 
@@ -190,7 +201,9 @@ def _is_honest_link(path: Path, folder: Path) -> bool:
     target = Path(os.path.realpath(path))
     if not target.is_file():
         return False
-    in_repo = target.parent.name == "blobs" and re.match(r"(models|datasets|spaces)--", target.parents[1].name)
+    in_repo = target.parent.name == "blobs" and re.match(
+        r"(models|datasets|spaces)--", target.parents[1].name
+    )
     store = target.parents[1] if len(target.parents) > 1 else target.parent
     is_shared = store.name == "blobs" and (store / ".huggingface-shared-blobs").is_file()
     return target.is_relative_to(folder.resolve()) or bool(in_repo) or is_shared
@@ -198,18 +211,26 @@ def _is_honest_link(path: Path, folder: Path) -> bool:
 
 def _check_card(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"{path} is missing: expected a model card with metadata, got none; write one.")
+        raise ValueError(
+            f"{path} is missing: expected a model card with metadata, got none; write one."
+        )
     try:
         data = ModelCard.load(path).data
     except Exception as error:  # YAML's errors have no base in common with the card's own
-        raise ValueError(f"{path}: expected metadata in YAML between two lines of ---, got {error!r}.") from None
+        raise ValueError(
+            f"{path}: expected metadata in YAML between two lines of ---, got {error!r}."
+        ) from None
     required = ["library_name", "pipeline_tag", "license", "tags"]
     if data.get("license") == "other":
         required.append("license_name")
     if missing := [name for name in required if not data.get(name)]:
-        raise ValueError(f"{path}: its metadata lacks {', '.join(missing)}; add them between the lines of ---.")
+        raise ValueError(
+            f"{path}: its metadata lacks {', '.join(missing)}; add them between the lines of ---."
+        )
     if data.pipeline_tag != "image-text-to-text":
-        raise ValueError(f"{path}: expected pipeline_tag image-text-to-text, got {data.pipeline_tag}; correct it.")
+        raise ValueError(
+            f"{path}: expected pipeline_tag image-text-to-text, got {data.pipeline_tag}; correct it."
+        )
 
 
 def _check_text(path: Path) -> None:
@@ -218,22 +239,32 @@ def _check_text(path: Path) -> None:
     if path.suffix != ".json":
         if found := _HOME.search(text):
             line = text.count("\n", 0, found.start()) + 1
-            raise ValueError(f"{path}: line {line} names a home folder: expected none, write ~/ or a shorter path.")
+            raise ValueError(
+                f"{path}: line {line} names a home folder: expected none, write ~/ or a shorter path."
+            )
         return
     content = _read_json(path)
     if path.name == "tokenizer.json":
         return  # a vocabulary may hold any text
     for key, value in _strings(content):
         if value and any(map(_SECRET_KEY.fullmatch, key.split("."))):
-            raise ValueError(f"{path}: {key} seems to be a secret: remove it, and revoke it if it was ever shared.")
-        if _LOCAL_PATH.search(value) or (key.rpartition(".")[2] in _NAME_KEYS and not _is_repo_id(value)):
-            raise ValueError(f"{path}: {key} is a path of a local machine: expected none, remove or shorten it.")
+            raise ValueError(
+                f"{path}: {key} seems to be a secret: remove it, and revoke it if it was ever shared."
+            )
+        if _LOCAL_PATH.search(value) or (
+            key.rpartition(".")[2] in _NAME_KEYS and not _is_repo_id(value)
+        ):
+            raise ValueError(
+                f"{path}: {key} is a path of a local machine: expected none, remove or shorten it."
+            )
 
 
 def _check_secrets(path: Path, text: str) -> None:
     for kind, pattern in _SECRETS.items():
         if pattern.search(text):
-            raise ValueError(f"{path} seems to hold {kind}: remove it, and revoke it if it was ever shared.")
+            raise ValueError(
+                f"{path} seems to hold {kind}: remove it, and revoke it if it was ever shared."
+            )
 
 
 def _is_repo_id(name: str) -> bool:
@@ -251,9 +282,13 @@ def _check_metadata(path: Path) -> None:
     for key, value in metadata.items():
         _check_secrets(path, f"{key} {value}")
         if value and _SECRET_KEY.fullmatch(key):
-            raise ValueError(f"{path}: {key} in its metadata seems to be a secret: save the model again without it.")
+            raise ValueError(
+                f"{path}: {key} in its metadata seems to be a secret: save the model again without it."
+            )
         if _LOCAL_PATH.search(value):
-            raise ValueError(f"{path}: {key} in its metadata is a path of a local machine: save it again without.")
+            raise ValueError(
+                f"{path}: {key} in its metadata is a path of a local machine: save it again without."
+            )
 
 
 def _check_picture(path: Path) -> None:
@@ -265,37 +300,59 @@ def _check_picture(path: Path) -> None:
             warnings.simplefilter("ignore")  # damage is an error here
             image.load()
             exif = image.getexif()
-            values = [value for key, value in image.info.items() if key not in ("exif", "icc_profile")]
+            values = [
+                value for key, value in image.info.items() if key not in ("exif", "icc_profile")
+            ]
             values += [*exif.values(), *exif.get_ifd(ExifTags.IFD.Exif).values()]
             position = exif.get_ifd(ExifTags.IFD.GPSInfo)
     except MemoryError:
         raise
     except Exception as error:  # a damaged file makes decoders raise almost anything
-        raise ValueError(f"{path}: expected a whole {kind} image, got {type(error).__name__}; save it again.") from None
-    texts = [value.decode("latin-1") if isinstance(value, bytes) else str(value) for value in values]
+        raise ValueError(
+            f"{path}: expected a whole {kind} image, got {type(error).__name__}; save it again."
+        ) from None
+    texts = [
+        value.decode("latin-1") if isinstance(value, bytes) else str(value) for value in values
+    ]
     _check_secrets(path, "\n".join([content.decode("latin-1"), *texts]))
     if position or any("exif:GPS" in text for text in texts):
-        raise ValueError(f"{path} tells the place where it was taken: save it again without EXIF and XMP.")
+        raise ValueError(
+            f"{path} tells the place where it was taken: save it again without EXIF and XMP."
+        )
     if any(map(_LOCAL_PATH.search, texts)):
-        raise ValueError(f"{path} holds a path of a local machine: save it again without its texts.")
+        raise ValueError(
+            f"{path} holds a path of a local machine: save it again without its texts."
+        )
 
 
 def check_code(folder: Path, names: list[str]) -> None:
     """Remote code runs at strangers: it is the package's own, and whole."""
     package = Path(__file__).parent
-    ours = {file.name: file for part in ("modeling", "processing") for file in (package / part).glob("*.py")}
+    ours = {
+        file.name: file
+        for part in ("modeling", "processing")
+        for file in (package / part).glob("*.py")
+    }
     needed: set[str] = set()
     for name in names:
         if name.endswith(".py"):
             content = (folder / name).read_bytes()
             if name not in ours or content != ours[name].read_bytes():
-                raise ValueError(f"{folder / name} differs from the package's file: save the model again with it.")
+                raise ValueError(
+                    f"{folder / name} differs from the package's file: save the model again with it."
+                )
             needed.update(_RELATIVE_IMPORT.findall(content.decode()))
         elif name.endswith("config.json"):
-            maps = (value for key, value in _strings(_read_json(folder / name)) if "auto_map" in key.split("."))
+            maps = (
+                value
+                for key, value in _strings(_read_json(folder / name))
+                if "auto_map" in key.split(".")
+            )
             needed.update(value.rsplit(".", 1)[0] for value in maps)
     if missing := sorted({f"{module}.py" for module in needed} - set(names)):
-        raise ValueError(f"{folder} lacks code that it refers to: {', '.join(missing)}; save the model again.")
+        raise ValueError(
+            f"{folder} lacks code that it refers to: {', '.join(missing)}; save the model again."
+        )
 
 
 def _check_weights(folder: Path, names: list[str]) -> None:
@@ -304,30 +361,42 @@ def _check_weights(folder: Path, names: list[str]) -> None:
     if _INDEX in names:
         weight_map = _read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{folder / _INDEX}: expected a weight_map, got {weight_map!r}; save the model again.")
+            raise ValueError(
+                f"{folder / _INDEX}: expected a weight_map, got {weight_map!r}; save the model again."
+            )
         expected = {str(name) for name in weight_map.values()}
     elif _ADAPTER in names and not weights:
         return
     if missing := sorted(expected - weights):
-        raise ValueError(f"{folder}: its weights are not whole, {', '.join(missing)} is missing; save the model again.")
+        raise ValueError(
+            f"{folder}: its weights are not whole, {', '.join(missing)} is missing; save the model again."
+        )
     if stale := sorted(weights - expected):
-        raise ValueError(f"{folder}: {', '.join(stale)} is not among its weights ({_INDEX} says so); remove it.")
+        raise ValueError(
+            f"{folder}: {', '.join(stale)} is not among its weights ({_INDEX} says so); remove it."
+        )
 
 
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: expected text in UTF-8, got other bytes; write it again.") from None
+        raise ValueError(
+            f"{path}: expected text in UTF-8, got other bytes; write it again."
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, got an error: {error}; save the model again.") from None
+        raise ValueError(
+            f"{path}: expected JSON, got an error: {error}; save the model again."
+        ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; save the model again.")
+        raise ValueError(
+            f"{path}: expected a JSON object, got {type(content).__name__}; save the model again."
+        )
     return content
 
 
@@ -342,11 +411,15 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _api(token: str | None) -> HfApi:
     if token is None and get_token() is None:
-        raise ValueError("expected a token of the Hub, got none: run `hf auth login`, set HF_TOKEN, or pass one.")
+        raise ValueError(
+            "expected a token of the Hub, got none: run `hf auth login`, set HF_TOKEN, or pass one."
+        )
     return HfApi(token=token)
 
 
-def _prepare(api: HfApi, folder: Path, repo_id: str, private: bool | None, revision: str | None) -> str:
+def _prepare(
+    api: HfApi, folder: Path, repo_id: str, private: bool | None, revision: str | None
+) -> str:
     """The card passes the Hub's own check, the repository and the branch are there; returns the whole repo id."""
     try:
         ModelCard.load(folder / "README.md").validate()
@@ -354,7 +427,9 @@ def _prepare(api: HfApi, folder: Path, repo_id: str, private: bool | None, revis
         raise ValueError(f"{folder / 'README.md'}: the Hub refuses its metadata: {error}") from None
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
-        raise ValueError(f"{repo_id}: expected a private repository, got a public one: change its settings first.")
+        raise ValueError(
+            f"{repo_id}: expected a private repository, got a public one: change its settings first."
+        )
     if revision not in (None, "main") and not str(revision).startswith("refs/"):
         api.create_branch(repo_id, branch=str(revision), exist_ok=True)
     return repo_id
@@ -374,7 +449,9 @@ def _upload(
         repo_id=repo_id,
         folder_path=folder,
         allow_patterns=names,  # none of these names holds a wildcard
-        delete_patterns=["model.safetensors", "model-?????-of-?????.safetensors", _INDEX] if has_weights else None,
+        delete_patterns=["model.safetensors", "model-?????-of-?????.safetensors", _INDEX]
+        if has_weights
+        else None,
         revision=revision,
         create_pr=create_pr,
         commit_message=commit_message or "Upload mPLUG-Owl2 model",

@@ -10,7 +10,9 @@ from PIL import Image
 from .processing.image_processing_mplug_owl2 import open_image
 
 
-def open_pictures(files: Sequence[bytes], max_pixels: int, names: Sequence[str] | None = None) -> list[Image.Image]:
+def open_pictures(
+    files: Sequence[bytes], max_pixels: int, names: Sequence[str] | None = None
+) -> list[Image.Image]:
     """The files decoded.
 
     Args:
@@ -23,7 +25,11 @@ def open_pictures(files: Sequence[bytes], max_pixels: int, names: Sequence[str] 
     pictures: list[Image.Image] = []
     for index, file in enumerate(files):
         try:
-            pictures.append(open_image(file, max_pixels - sum(picture.width * picture.height for picture in pictures)))
+            pictures.append(
+                open_image(
+                    file, max_pixels - sum(picture.width * picture.height for picture in pictures)
+                )
+            )
         except ValueError as error:
             name = names[index] if names else f"picture {index + 1} of {len(files)}"
             raise ValueError(f"{name}: {str(error).removeprefix('bytes: ')}") from None
@@ -55,7 +61,9 @@ class Context:
             ValueError: It is longer than the context.
         """
         if num_pictures * self.num_image_tokens + num_characters / self.longest_token > self.size:
-            raise ValueError(f"the messages are longer than the context of {self.size} tokens; shorten them.")
+            raise ValueError(
+                f"the messages are longer than the context of {self.size} tokens; shorten them."
+            )
 
     def room(self, num_prompt_tokens: int) -> int:
         """Tokens that an answer may have.
@@ -77,14 +85,18 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         OSError: The address cannot be had.
     """
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    family, _, _, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind(address)
     except OSError as error:
         sock.close()
-        raise OSError(f"cannot serve at {host} port {port}: {error.strerror}; choose another --port.") from None
+        raise OSError(
+            f"cannot serve at {host} port {port}: {error.strerror}; choose another --port."
+        ) from None
     return sock
 
 

@@ -28,5 +28,7 @@ def naming_model(model: str) -> Iterator[None]:
         expected = "expected a folder of this machine or the id of a model on the Hub (owner/name)"
         raise ValueError(f"model {model!r}: there is no such folder; {expected}.") from None
     except (ValueError, OSError) as error:
-        taken = "" if is_here else " (no folder of that name is here, so it was looked for on the Hub)"
+        taken = (
+            "" if is_here else " (no folder of that name is here, so it was looked for on the Hub)"
+        )
         raise ValueError(f"model {model!r}{taken}: {error}") from error

@@ -26,7 +26,10 @@ MODEL_TYPES = ("mplug_owl2", "mplug_owl2_1", "mplug_docowl")
 # Module -> its table that is looked up by a name, and its Auto class.
 TABLES = {
     "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING", "AutoConfig"),
-    "transformers.models.auto.image_processing_auto": ("IMAGE_PROCESSOR_MAPPING", "AutoImageProcessor"),
+    "transformers.models.auto.image_processing_auto": (
+        "IMAGE_PROCESSOR_MAPPING",
+        "AutoImageProcessor",
+    ),
     "transformers.models.auto.processing_auto": ("PROCESSOR_MAPPING", "AutoProcessor"),
 }
 
@@ -58,7 +61,9 @@ def register() -> None:
     from .processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 
     # The last two are the originals' names; what they read is an MplugOwl2Config, which finds the classes below.
-    for model_type, config in zip(MODEL_TYPES, (MplugOwl2Config, MplugOwl21Config, MplugDocOwlConfig), strict=True):
+    for model_type, config in zip(
+        MODEL_TYPES, (MplugOwl2Config, MplugOwl21Config, MplugDocOwlConfig), strict=True
+    ):
         AutoConfig.register(model_type, config, exist_ok=True)
     AutoModel.register(MplugOwl2Config, MplugOwl2Model, exist_ok=True)
     auto_classes = (
@@ -69,7 +74,9 @@ def register() -> None:
     )
     for auto_class in auto_classes:
         auto_class.register(MplugOwl2Config, MplugOwl2ForConditionalGeneration, exist_ok=True)
-    AutoModelForSequenceClassification.register(MplugOwl2Config, MplugOwl2ForSequenceClassification, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        MplugOwl2Config, MplugOwl2ForSequenceClassification, exist_ok=True
+    )
     AutoImageProcessor.register(
         MplugOwl2Config, image_processor_classes={"pil": MplugOwl2ImageProcessor}, exist_ok=True
     )
@@ -80,7 +87,9 @@ def register_in_vllm() -> None:
     """Name our class to vLLM, which calls this in each of its processes; the class is imported when it is needed."""
     from vllm import ModelRegistry
 
-    ModelRegistry.register_model("MplugOwl2ForConditionalGeneration", "owl2_hf.integrations.vllm:MplugOwl2ForVllm")
+    ModelRegistry.register_model(
+        "MplugOwl2ForConditionalGeneration", "owl2_hf.integrations.vllm:MplugOwl2ForVllm"
+    )
 
 
 def register_when_looked_up() -> None:
@@ -88,7 +97,9 @@ def register_when_looked_up() -> None:
     if not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _TableFinder())
     for name in TABLES.keys() & sys.modules.keys():
-        if not _make_lazy(import_module(name)):  # which waits, should another thread be in the middle of importing it
+        if not _make_lazy(
+            import_module(name)
+        ):  # which waits, should another thread be in the middle of importing it
             register()
 
 
@@ -160,7 +171,9 @@ class _TableFinder(MetaPathFinder):
         if fullname not in TABLES:
             return None
         others = (finder for finder in sys.meta_path if not isinstance(finder, _TableFinder))
-        spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
+        spec = next(
+            (spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None
+        )
         if spec is not None and spec.loader is not None:
             spec.loader = _TableLoader(spec.loader)
         return spec
@@ -176,7 +189,9 @@ class _TableLoader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module):
-        module.__loader__ = module.__spec__.loader = self.loader  # nobody has to know that we were here
+        module.__loader__ = module.__spec__.loader = (
+            self.loader
+        )  # nobody has to know that we were here
         self.loader.exec_module(module)
         if not _make_lazy(module):
             _load_first(module)

@@ -61,7 +61,9 @@ def rewrite(path, change):
 
 
 def halve(number):
-    return lambda name, content: content[: len(content) // 2] if name.endswith(f"/data/{number}") else content
+    return lambda name, content: (
+        content[: len(content) // 2] if name.endswith(f"/data/{number}") else content
+    )
 
 
 def load_state(folder, **kwargs):

@@ -22,7 +22,18 @@ from owl2_hf.modeling.conversion_mplug_owl2 import (
     to_ours,
 )
 
-from .conftest import NORM, assert_same_bits, command, drop, edit, edit_config, load_state, put, read_shards, refused
+from .conftest import (
+    NORM,
+    assert_same_bits,
+    command,
+    drop,
+    edit,
+    edit_config,
+    load_state,
+    put,
+    read_shards,
+    refused,
+)
 
 
 def test_the_table_is_one_to_one():
@@ -39,8 +50,13 @@ def test_the_table_covers_the_published_model(golden_dir):
         pytest.skip("the key list of the published model is not here")
     config = MplugOwl2Config()
     with torch.device("meta"):
-        expected = {key: value.shape for key, value in MplugOwl2ForConditionalGeneration(config).state_dict().items()}
-        published = {key: torch.Size(shape) for key, (shape, _) in json.loads(keys.read_text()).items()}
+        expected = {
+            key: value.shape
+            for key, value in MplugOwl2ForConditionalGeneration(config).state_dict().items()
+        }
+        published = {
+            key: torch.Size(shape) for key, (shape, _) in json.loads(keys.read_text()).items()
+        }
         converted = {}
         for key, shape in published.items():
             converted.update(to_ours(key, torch.empty(shape), config))
@@ -55,7 +71,11 @@ def test_the_table_covers_the_published_model(golden_dir):
 def test_fused_projections_are_interleaved_head_by_head():
     heads, head_dim, width = 3, 2, 6
     labels = torch.tensor(
-        [[head * 100 + part * 10 + d for d in range(head_dim)] for head in range(heads) for part in range(3)]
+        [
+            [head * 100 + part * 10 + d for d in range(head_dim)]
+            for head in range(heads)
+            for part in range(3)
+        ]
     )
     fused = labels.reshape(-1, 1).expand(-1, width)
     query, key, value = split_query_key_value(fused, heads)
@@ -76,7 +96,9 @@ def shard(tensors, folder, count, name, save):
         save({key: tensors[key].contiguous() for key in part}, folder / file)
         weight_map.update(dict.fromkeys(part, file))
     kind = "model.safetensors" if name.endswith("safetensors") else "pytorch_model.bin"
-    (folder / f"{kind}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    (folder / f"{kind}.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +127,9 @@ def test_honest_oddities_of_pickles_are_read(source, tmp_path, legacy_format):
     def odd(tensors):
         table = torch.cat([tensors["lm_head.weight"], tensors["lm_head.weight"]])
         tensors["lm_head.weight"] = table[: len(table) // 2]  # part of a larger storage
-        tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].t().contiguous().t()
+        tensors["model.layers.0.mlp.up_proj.weight"] = (
+            tensors["model.layers.0.mlp.up_proj.weight"].t().contiguous().t()
+        )
         tensors[NORM] = torch.nn.Parameter(tensors[NORM])
 
     path = source / "pytorch_model.bin"
@@ -113,7 +137,10 @@ def test_honest_oddities_of_pickles_are_read(source, tmp_path, legacy_format):
     odd(tensors)
     torch.save(tensors, path, _use_new_zipfile_serialization=not legacy_format)
     command("convert", source, tmp_path / "odd")
-    assert_same_bits(load_file(tmp_path / "plain" / "model.safetensors"), load_file(tmp_path / "odd/model.safetensors"))
+    assert_same_bits(
+        load_file(tmp_path / "plain" / "model.safetensors"),
+        load_file(tmp_path / "odd/model.safetensors"),
+    )
 
 
 def test_links_of_a_hub_cache_are_followed(source, tmp_path):
@@ -128,7 +155,10 @@ def test_links_of_a_hub_cache_are_followed(source, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_dtype_of_the_weights_is_kept(source, tmp_path, dtype):
-    edit(source, lambda tensors: tensors.update({key: value.to(dtype) for key, value in tensors.items()}))
+    edit(
+        source,
+        lambda tensors: tensors.update({key: value.to(dtype) for key, value in tensors.items()}),
+    )
     report = convert(source, tmp_path / "target")
     assert MplugOwl2ForConditionalGeneration.from_pretrained(tmp_path / "target").dtype == dtype
     assert report.dtype == str(dtype).removeprefix("torch.") and not report.casts
@@ -186,18 +216,44 @@ def test_tables_rounded_by_training_are_kept(source, tmp_path):
             drop("model.layers.1.self_attn.k_proj.multiway.1.weight"),
             r"lacks 1 parameters.*layers\.1.*k_proj\.multiway\.1",
         ),
-        (put("model.layers.0.mlp.extra.weight", torch.ones(2)), r"'model\.layers\.0\.mlp\.extra\.weight'.*no such"),
+        (
+            put("model.layers.0.mlp.extra.weight", torch.ones(2)),
+            r"'model\.layers\.0\.mlp\.extra\.weight'.*no such",
+        ),
         (put("model.layers.9.mlp.up_proj.weight", torch.ones(2)), "configuration has no place"),
         (put(NORM, torch.ones(63)), r"'model\.norm\.weight': expected shape \(64,\).*got \(63,\)"),
-        (put("model.layers.0.mlp.up_proj.weight", torch.ones(64, 96)), r"expected shape \(\d+, 64\).*got \(64, 96\)"),
-        (put("model.embed_tokens.weight", torch.ones(999, 64)), r"expected 1000 rows \(vocab_size\), got 999"),
-        (put("model.embed_tokens.weight", torch.tensor(1.0)), "expected 1000 rows .* got a single number"),
-        (put("model.vision_model.encoder.layers.0.self_attn.query_key_value.bias", torch.ones(9)), "expected 144 rows"),
+        (
+            put("model.layers.0.mlp.up_proj.weight", torch.ones(64, 96)),
+            r"expected shape \(\d+, 64\).*got \(64, 96\)",
+        ),
+        (
+            put("model.embed_tokens.weight", torch.ones(999, 64)),
+            r"expected 1000 rows \(vocab_size\), got 999",
+        ),
+        (
+            put("model.embed_tokens.weight", torch.tensor(1.0)),
+            "expected 1000 rows .* got a single number",
+        ),
+        (
+            put(
+                "model.vision_model.encoder.layers.0.self_attn.query_key_value.bias", torch.ones(9)
+            ),
+            "expected 144 rows",
+        ),
         (put(NORM, torch.full((64,), float("nan"))), "64 values are NaN or infinite"),
         (put(NORM, torch.tensor([float("inf")] + [1.0] * 63)), "1 values are NaN or infinite"),
-        (put(NORM, torch.ones(64, dtype=torch.long)), r"floating-point weights of .*, got torch\.int64"),
-        (put(NORM, torch.ones(64, dtype=torch.complex64)), r"floating-point weights of .*, got torch\.complex64"),
-        (put(NORM, torch.ones(64).to_sparse()), "expected a dense tensor with values, got a sparse_coo one"),
+        (
+            put(NORM, torch.ones(64, dtype=torch.long)),
+            r"floating-point weights of .*, got torch\.int64",
+        ),
+        (
+            put(NORM, torch.ones(64, dtype=torch.complex64)),
+            r"floating-point weights of .*, got torch\.complex64",
+        ),
+        (
+            put(NORM, torch.ones(64).to_sparse()),
+            "expected a dense tensor with values, got a sparse_coo one",
+        ),
         (put(NORM, [1.0]), "expected a tensor, got list"),
         (put(7, torch.ones(64)), "expected names of tensors, got 7"),
         (put("x" * 600, torch.ones(64)), "expected names of tensors, got 'xxx"),
@@ -226,7 +282,9 @@ def test_a_tensor_in_two_files_is_refused(source, tmp_path):
     second = torch.load(source / "pytorch_model-2-of-2.bin", weights_only=True)
     key = next(iter(torch.load(source / "pytorch_model-1-of-2.bin", weights_only=True)))
     torch.save({**second, key: tensors[key]}, source / "pytorch_model-2-of-2.bin")
-    with pytest.raises(ConversionError, match=r"-2-of-2\.bin, tensor .*: it came before, as .*-1-of-2\.bin"):
+    with pytest.raises(
+        ConversionError, match=r"-2-of-2\.bin, tensor .*: it came before, as .*-1-of-2\.bin"
+    ):
         convert(source, tmp_path / "target")
 
 
@@ -235,8 +293,9 @@ def test_the_source_must_be_a_checkpoint_of_the_original(source, tmp_path):
     edit_config(source, hidden_size=65)
     assert "hidden size (65)" in refused("convert", source, tmp_path / "target")
     edit_config(source, model_type="llama")
-    assert "expected model_type 'mplug_owl2' or 'mplug_owl2_1' or 'mplug_docowl', got 'llama'" in refused(
-        "convert", source, tmp_path / "target"
+    assert (
+        "expected model_type 'mplug_owl2' or 'mplug_owl2_1' or 'mplug_docowl', got 'llama'"
+        in refused("convert", source, tmp_path / "target")
     )
     (source / "config.json").write_text("{")
     assert "not valid JSON" in refused("convert", source, tmp_path / "target")
@@ -282,7 +341,11 @@ def test_settings_that_no_model_has_end_in_one_line(source, tmp_path, values):
 
 
 def test_what_only_fits_another_machine_is_not_carried_over(source, tmp_path):
-    edit_config(source, attn_implementation="flash_attention_2", quantization_config={"quant_method": "bitsandbytes"})
+    edit_config(
+        source,
+        attn_implementation="flash_attention_2",
+        quantization_config={"quant_method": "bitsandbytes"},
+    )
     command("convert", source, tmp_path / "target")
     kept = json.loads((tmp_path / "target" / "config.json").read_text())
     assert not {"attn_implementation", "quantization_config", "_attn_implementation"} & kept.keys()
@@ -301,7 +364,10 @@ def test_a_head_that_is_said_to_be_tied_is_compared(source, tmp_path, is_same):
     edit(source, tie)
     edit_config(source, tie_word_embeddings=True)
     command("convert", source, tmp_path / "target")
-    assert json.loads((tmp_path / "target" / "config.json").read_text())["tie_word_embeddings"] is is_same
+    assert (
+        json.loads((tmp_path / "target" / "config.json").read_text())["tie_word_embeddings"]
+        is is_same
+    )
     assert ("lm_head.weight" in load_file(tmp_path / "target" / "model.safetensors")) is not is_same
     direct, converted = load_state(source), load_state(tmp_path / "target")
     assert torch.equal(direct["lm_head.weight"], converted["lm_head.weight"])
@@ -328,7 +394,9 @@ def test_a_tokenizer_can_be_given_later(golden_dir, source, tmp_path):
 
 @pytest.mark.parametrize("size", ["abc", "0", "-1GB", "5GiB"])
 def test_a_shard_size_is_a_size(source, tmp_path, size):
-    assert "expected a max_shard_size" in refused("convert", source, tmp_path / "target", f"--max-shard-size={size}")
+    assert "expected a max_shard_size" in refused(
+        "convert", source, tmp_path / "target", f"--max-shard-size={size}"
+    )
 
 
 def test_a_tokenizer_json_goes_there_and_back(golden_dir, tmp_path):
@@ -341,7 +409,8 @@ def test_a_tokenizer_json_goes_there_and_back(golden_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("image_mean", [1]), ("image_std", [0, 0, 0]), ("image_std", "x"), ("resample", "bicubic")]
+    ("key", "value"),
+    [("image_mean", [1]), ("image_std", [0, 0, 0]), ("image_std", "x"), ("resample", "bicubic")],
 )
 def test_preprocessing_that_cannot_work_is_refused(golden_dir, tmp_path, key, value):
     source = tmp_path / "source"
@@ -366,7 +435,10 @@ def test_generation_settings_are_taken_as_far_as_they_are_sound(golden_dir, tmp_
         path.write_text(content)
         command("convert", source, tmp_path / "target", "--overwrite")
         saved = json.loads((tmp_path / "target" / "generation_config.json").read_text())
-        assert saved["eos_token_id"] == 2 and not {"min_p", "custom_generate", "temperature"} & saved.keys()
+        assert (
+            saved["eos_token_id"] == 2
+            and not {"min_p", "custom_generate", "temperature"} & saved.keys()
+        )
 
 
 def test_a_source_without_weights_is_refused(source, tmp_path):
@@ -377,10 +449,16 @@ def test_a_source_without_weights_is_refused(source, tmp_path):
 
 def test_options_that_make_no_sense_are_refused(source, tmp_path):
     assert "needs no --base" in refused("convert", source, tmp_path / "target", "--base", source)
-    assert "only a LoRA fine-tune becomes" in refused("convert", source, tmp_path / "target", "--to", "adapter")
-    with pytest.raises(ValueError, match="expected one of ours, original, adapter to convert to, got 'theirs'"):
+    assert "only a LoRA fine-tune becomes" in refused(
+        "convert", source, tmp_path / "target", "--to", "adapter"
+    )
+    with pytest.raises(
+        ValueError, match="expected one of ours, original, adapter to convert to, got 'theirs'"
+    ):
         convert(source, tmp_path / "target", to="theirs")
-    with pytest.raises(ValueError, match="expected a dtype of float32, float16, bfloat16, got 'int8'"):
+    with pytest.raises(
+        ValueError, match="expected a dtype of float32, float16, bfloat16, got 'int8'"
+    ):
         convert(source, tmp_path / "target", dtype="int8")
 
 
@@ -396,16 +474,26 @@ def test_the_family_keeps_its_settings(golden_dir, tmp_path):
     ):
         for name in names:
             del config["visual_config"][part][name]
-    extra = {"level_prefix": [1, 2], "weight_softkl": 1.0, "softkl_loss": True, "image_aspect_ratio": "pad"}
+    extra = {
+        "level_prefix": [1, 2],
+        "weight_softkl": 1.0,
+        "softkl_loss": True,
+        "image_aspect_ratio": "pad",
+    }
     auto_map = {"AutoModelForCausalLM": "modeling_mplug_owl2.MPLUGOwl2LlamaForCausalLM"}
-    (source / "config.json").write_text(json.dumps({**config, **extra, "attention_dropout": 0.0, "auto_map": auto_map}))
+    (source / "config.json").write_text(
+        json.dumps({**config, **extra, "attention_dropout": 0.0, "auto_map": auto_map})
+    )
     (source / "modeling_mplug_owl2.py").write_text("raise RuntimeError('ran')\n")
     command("convert", source, tmp_path / "target")
     kept = json.loads((tmp_path / "target" / "config.json").read_text())
     assert {key: kept[key] for key in extra} == extra
     assert "MPLUGOwl2LlamaForCausalLM" not in json.dumps(kept)
     assert "RuntimeError('ran')" not in (tmp_path / "target" / "modeling_mplug_owl2.py").read_text()
-    assert AutoProcessor.from_pretrained(tmp_path / "target").image_processor.image_aspect_ratio == "pad"
+    assert (
+        AutoProcessor.from_pretrained(tmp_path / "target").image_processor.image_aspect_ratio
+        == "pad"
+    )
     convert(golden_dir("A") / "hf", tmp_path / "plain")
     assert_same_bits(load_state(tmp_path / "plain"), load_state(tmp_path / "target"))
 
@@ -424,7 +512,15 @@ def test_our_own_format_is_left_alone(golden_dir, tmp_path):
 def test_there_and_back_is_bit_exact(golden_dir, tmp_path, name):
     source = golden_dir(name) / "hf"
     command("convert", source, tmp_path / "ours")
-    command("convert", tmp_path / "ours", tmp_path / "original", "--to", "original", "--max-shard-size", "300KB")
+    command(
+        "convert",
+        tmp_path / "ours",
+        tmp_path / "original",
+        "--to",
+        "original",
+        "--max-shard-size",
+        "300KB",
+    )
     assert len(list((tmp_path / "original").glob("model-*.safetensors"))) > 1
     back = {}
     for file in (tmp_path / "original").glob("*.safetensors"):
@@ -434,7 +530,9 @@ def test_there_and_back_is_bit_exact(golden_dir, tmp_path, name):
     assert all(key.endswith("_pos_embed") for key in back.keys() - expected.keys())
     command("convert", tmp_path / "original", tmp_path / "again")
     assert_same_bits(load_state(tmp_path / "ours"), load_state(tmp_path / "again"))
-    before, after = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("ours", "again"))
+    before, after = (
+        json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("ours", "again")
+    )
     assert before == after
 
 
@@ -460,29 +558,51 @@ def test_the_way_back_writes_what_the_originals_code_reads(golden_dir, tmp_path)
             "layer_norm_eps",
             "model_type",
         } <= mine.keys()
-    flat = {key: value for key, value in read["config.json"].items() if key not in ("visual_config", "_name_or_path")}
+    flat = {
+        key: value
+        for key, value in read["config.json"].items()
+        if key not in ("visual_config", "_name_or_path")
+    }
     assert {key: written["config.json"].get(key) for key in flat} == flat
     preprocessing = read["preprocessor_config.json"]
-    assert {key: written["preprocessor_config.json"].get(key) for key in preprocessing} == preprocessing
-    assert (tmp_path / "original" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
-    assert written["tokenizer_config.json"]["legacy"] == read["tokenizer_config.json"].get("legacy", True)
+    assert {
+        key: written["preprocessor_config.json"].get(key) for key in preprocessing
+    } == preprocessing
+    assert (tmp_path / "original" / "tokenizer.model").read_bytes() == (
+        source / "tokenizer.model"
+    ).read_bytes()
+    assert written["tokenizer_config.json"]["legacy"] == read["tokenizer_config.json"].get(
+        "legacy", True
+    )
 
 
 @pytest.mark.parametrize(
     ("part", "values", "message"),
     [
         (None, {"image_token_id": 5}, "no image_token_id 5: it would read 1000"),
-        ("abstractor_config", {"block_norm_eps": 1e-3}, "no block_norm_eps 0.001: it would read 1e-05"),
-        ("text_config", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "rope"),
+        (
+            "abstractor_config",
+            {"block_norm_eps": 1e-3},
+            "no block_norm_eps 0.001: it would read 1e-05",
+        ),
+        (
+            "text_config",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+            "rope",
+        ),
     ],
 )
-def test_what_the_original_has_no_word_for_does_not_go_back(golden_dir, tmp_path, part, values, message):
+def test_what_the_original_has_no_word_for_does_not_go_back(
+    golden_dir, tmp_path, part, values, message
+):
     command("convert", golden_dir("A") / "hf", tmp_path / "ours")
     if part is not None:
         config = json.loads((tmp_path / "ours" / "config.json").read_text())
         values = {part: {**config[part], **values}}
     edit_config(tmp_path / "ours", **values)
-    assert message in refused("convert", tmp_path / "ours", tmp_path / "original", "--to", "original")
+    assert message in refused(
+        "convert", tmp_path / "ours", tmp_path / "original", "--to", "original"
+    )
     assert not (tmp_path / "original").exists()
 
 
@@ -546,7 +666,9 @@ def test_equal_conversions_give_equal_files(golden_dir, tmp_path):
     assert files[0] == files[1]
     for file in files[0]:
         if (tmp_path / "first" / file).is_file():
-            assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
+            assert (tmp_path / "first" / file).read_bytes() == (
+                tmp_path / "second" / file
+            ).read_bytes(), file
 
 
 def test_token_ids_stay_exact_over_three_rounds_of_saving(golden_dir, tmp_path):
@@ -554,8 +676,13 @@ def test_token_ids_stay_exact_over_three_rounds_of_saving(golden_dir, tmp_path):
     command("convert", source, tmp_path / "0")
     for before, after in itertools.pairwise(["0", "1", "2", "3"]):
         AutoProcessor.from_pretrained(tmp_path / before).save_pretrained(tmp_path / after)
-    direct, last = AutoProcessor.from_pretrained(source), AutoProcessor.from_pretrained(tmp_path / "3")
-    prompts = json.loads((Path(__file__).parents[1] / "golden" / "T" / "ids.json").read_text())["prompts"]
+    direct, last = (
+        AutoProcessor.from_pretrained(source),
+        AutoProcessor.from_pretrained(tmp_path / "3"),
+    )
+    prompts = json.loads((Path(__file__).parents[1] / "golden" / "T" / "ids.json").read_text())[
+        "prompts"
+    ]
     for text in prompts.values():
         if "<|image|>" not in text:
             assert last(text=text)["input_ids"] == direct(text=text)["input_ids"]
@@ -566,7 +693,9 @@ def test_settings_of_sampling_that_do_nothing_are_left_out(golden_dir, tmp_path)
     source = tmp_path / "source"
     shutil.copytree(golden_dir("A") / "hf", source)
     (source / "generation_config.json").chmod(0o644)
-    (source / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6, "max_length": 4096}))
+    (source / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.9, "top_p": 0.6, "max_length": 4096})
+    )
     command("convert", source, tmp_path / "target")
     saved = json.loads((tmp_path / "target" / "generation_config.json").read_text())
     assert "temperature" not in saved and saved["max_length"] == 4096

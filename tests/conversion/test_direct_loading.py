@@ -13,21 +13,39 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    pipeline,
+)
 
 from owl2_hf.conversion import convert
 from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2Model
 from owl2_hf.processing.tokenization_mplug_owl2 import has_tokenizer
 
 from ..test_modeling_mplug_owl2 import tiny_config
-from .conftest import assert_same_bits, command, drop, edit, edit_config, load_state, read_shards, refused
+from .conftest import (
+    assert_same_bits,
+    command,
+    drop,
+    edit,
+    edit_config,
+    load_state,
+    read_shards,
+    refused,
+)
 
 
 @pytest.mark.parametrize("name", ["A", "B", "C", "C2", "S"])
 def test_parameters_are_those_of_the_converted_folder(golden_dir, tmp_path, name):
     source = golden_dir(name) / "hf"
     command("convert", source, tmp_path / "converted")
-    direct, info = MplugOwl2ForConditionalGeneration.from_pretrained(source, output_loading_info=True)
+    direct, info = MplugOwl2ForConditionalGeneration.from_pretrained(
+        source, output_loading_info=True
+    )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_same_bits(load_state(tmp_path / "converted"), direct.state_dict())
 
@@ -78,7 +96,11 @@ def published_layout(golden_dir, name, tmp_path):
 
 def without_names(config):
     """Settings without those that only saving gives: the folder's name, and what the model's class is called."""
-    return {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "architectures")}
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in ("_name_or_path", "architectures")
+    }
 
 
 @pytest.mark.parametrize("name", ["A", "B", "C", "C2", "G", "H1", "Q1", "S", *MADE])
@@ -86,7 +108,9 @@ def test_everything_is_as_in_the_converted_folder(golden_dir, tmp_path, name):
     source = published_layout(golden_dir, name, tmp_path)
     target = tmp_path / "converted"
     convert(source, target)
-    direct, converted = (AutoModelForImageTextToText.from_pretrained(folder) for folder in (source, target))
+    direct, converted = (
+        AutoModelForImageTextToText.from_pretrained(folder) for folder in (source, target)
+    )
     assert_same_bits(direct.state_dict(), converted.state_dict())
     assert without_names(direct.config) == without_names(converted.config)
     assert direct.generation_config.to_dict() == converted.generation_config.to_dict()
@@ -96,7 +120,10 @@ def test_everything_is_as_in_the_converted_folder(golden_dir, tmp_path, name):
     ids = torch.tensor([[5, 6, *[config.image_token_id] * config.num_image_tokens, 7, 8]])
     side = config.vision_config.image_size
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    answers = [model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=8) for model in (direct, converted)]
+    answers = [
+        model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=8)
+        for model in (direct, converted)
+    ]
     assert answers[0].tolist() == answers[1].tolist()
     if not has_tokenizer(source):
         return
@@ -119,7 +146,9 @@ def test_owl21_ends_its_answers_also_where_no_file_says_how(tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(source)
     assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == 151643
     edit_config(source, vocab_size=90)
-    assert AutoModelForImageTextToText.from_pretrained(source).generation_config.eos_token_id is None
+    assert (
+        AutoModelForImageTextToText.from_pretrained(source).generation_config.eos_token_id is None
+    )
     pieces = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(70)]
     (source / "qwen.tiktoken").write_text("\n".join(pieces) + "\n\n")
     model = AutoModelForImageTextToText.from_pretrained(source)
@@ -127,14 +156,24 @@ def test_owl21_ends_its_answers_also_where_no_file_says_how(tmp_path):
     with torch.no_grad():
         hidden = model.model(input_ids=torch.tensor([[5, 6]])).last_hidden_state[0, -1]
     model.lm_head.weight.data[70] = 100 * hidden  # so that it is the next token
-    assert model.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=9).tolist() == [[5, 6, 70]]
+    assert model.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=9).tolist() == [
+        [5, 6, 70]
+    ]
 
 
-def test_generation_settings_that_are_given_or_broken_do_not_spoil_direct_loading(golden_dir, source):
+def test_generation_settings_that_are_given_or_broken_do_not_spoil_direct_loading(
+    golden_dir, source
+):
     (source / "generation_config.json").write_text("{")
     model = AutoModelForImageTextToText.from_pretrained(source)
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 0)
-    given = {"do_sample": False, "temperature": 0.2, "max_new_tokens": 7, "eos_token_id": [2, 9], "pad_token_id": "x"}
+    given = {
+        "do_sample": False,
+        "temperature": 0.2,
+        "max_new_tokens": 7,
+        "eos_token_id": [2, 9],
+        "pad_token_id": "x",
+    }
     (source / "generation_config.json").write_text(json.dumps(given))
     settings = AutoModelForImageTextToText.from_pretrained(source).generation_config
     assert (settings.max_new_tokens, settings.eos_token_id, settings.pad_token_id) == (7, [2, 9], 0)
@@ -156,7 +195,9 @@ def test_the_same_in_half_precision_without_tables(source, tmp_path, dtype):
 
     edit(source, halve)
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "torch_dtype": str(dtype).removeprefix("torch.")}))
+    (source / "config.json").write_text(
+        json.dumps({**config, "torch_dtype": str(dtype).removeprefix("torch.")})
+    )
     command("convert", source, tmp_path / "converted")
     assert_same_bits(load_state(tmp_path / "converted"), load_state(source))
 
@@ -168,19 +209,33 @@ def test_every_auto_class_and_the_pipeline_take_the_originals_folder(golden_dir)
     cases = json.loads((golden_dir("A") / "e2e" / "e2e.json").read_text())
     picture = golden_dir("A") / "e2e" / "e0.png"
     parts = [{"type": "image", "image": str(picture)}, {"type": "text", "text": "What is this?"}]
-    answer = pipe(text=[{"role": "user", "content": parts}], max_new_tokens=4, return_full_text=False)
+    answer = pipe(
+        text=[{"role": "user", "content": parts}], max_new_tokens=4, return_full_text=False
+    )
     assert isinstance(answer[0]["generated_text"], str) and cases
 
 
 def test_the_processor_of_the_originals_folder_is_the_converted_ones(golden_dir, tmp_path):
     source = golden_dir("A") / "hf"
     command("convert", source, tmp_path / "converted")
-    direct, converted = AutoProcessor.from_pretrained(source), AutoProcessor.from_pretrained(tmp_path / "converted")
+    direct, converted = (
+        AutoProcessor.from_pretrained(source),
+        AutoProcessor.from_pretrained(tmp_path / "converted"),
+    )
     before, after = direct.image_processor.to_dict(), converted.image_processor.to_dict()
     assert before == {key: value for key, value in after.items() if key != "auto_map"}
-    assert (direct.legacy, direct.num_image_tokens) == (converted.legacy, converted.num_image_tokens)
-    text, picture = "USER: <|image|>What?</s> is ASSISTANT:", str(golden_dir("A") / "e2e" / "e0.png")
-    before, after = (processor(text=text, images=picture, return_tensors="pt") for processor in (direct, converted))
+    assert (direct.legacy, direct.num_image_tokens) == (
+        converted.legacy,
+        converted.num_image_tokens,
+    )
+    text, picture = (
+        "USER: <|image|>What?</s> is ASSISTANT:",
+        str(golden_dir("A") / "e2e" / "e0.png"),
+    )
+    before, after = (
+        processor(text=text, images=picture, return_tensors="pt")
+        for processor in (direct, converted)
+    )
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
@@ -188,7 +243,10 @@ def test_the_tokenizer_of_a_converted_folder_needs_no_sentencepiece_file(golden_
     command("convert", golden_dir("A") / "hf", tmp_path / "converted")
     with_file = AutoTokenizer.from_pretrained(tmp_path / "converted")("Hello</s> there").input_ids
     (tmp_path / "converted" / "tokenizer.model").unlink()
-    assert AutoTokenizer.from_pretrained(tmp_path / "converted")("Hello</s> there").input_ids == with_file
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "converted")("Hello</s> there").input_ids
+        == with_file
+    )
 
 
 def test_models_go_back_to_the_originals_layout_through_save_pretrained(golden_dir, tmp_path):
@@ -198,16 +256,22 @@ def test_models_go_back_to_the_originals_layout_through_save_pretrained(golden_d
         model = AutoModelForImageTextToText.from_pretrained(folder)
         model.save_pretrained(tmp_path / "original", save_original_format=True)
         saved = load_file(tmp_path / "original" / "model.safetensors")
-        expected = {key: tensor for key, tensor in read_shards(source).items() if "inv_freq" not in key}
+        expected = {
+            key: tensor for key, tensor in read_shards(source).items() if "inv_freq" not in key
+        }
         assert_same_bits(expected, saved)
         assert_same_bits(model.state_dict(), load_state(tmp_path / "original"))
         model.save_pretrained(tmp_path / "native")
-        assert load_file(tmp_path / "native" / "model.safetensors").keys() == model.state_dict().keys()
+        assert (
+            load_file(tmp_path / "native" / "model.safetensors").keys() == model.state_dict().keys()
+        )
 
 
 def test_a_checkpoint_with_holes_is_an_error(source, tmp_path):
     edit(source, drop("model.layers.1.self_attn.k_proj.multiway.1.weight"))
-    with pytest.raises(ValueError, match=r"lacks 1 parameters.*layers\.1\.self_attn\.visual_k_proj\.weight"):
+    with pytest.raises(
+        ValueError, match=r"lacks 1 parameters.*layers\.1\.self_attn\.visual_k_proj\.weight"
+    ):
         AutoModelForImageTextToText.from_pretrained(source)
     edit(source, drop("model.vision_model.encoder.layers.0.self_attn.query_key_value.weight"))
     with pytest.raises(ValueError, match="lacks 4 parameters"):
@@ -247,10 +311,14 @@ def test_weights_may_be_offloaded_to_the_disk(golden_dir, tmp_path):
         "model.language_model": "cpu",
         "lm_head": "disk",
     }
-    model = AutoModelForImageTextToText.from_pretrained(source, device_map=places, offload_folder=tmp_path).eval()
+    model = AutoModelForImageTextToText.from_pretrained(
+        source, device_map=places, offload_folder=tmp_path
+    ).eval()
     plain = AutoModelForImageTextToText.from_pretrained(source).eval()
     processor = AutoProcessor.from_pretrained(source)
-    inputs = processor(text="<|image|>What?", images=str(golden_dir("A") / "e2e" / "e0.png"), return_tensors="pt")
+    inputs = processor(
+        text="<|image|>What?", images=str(golden_dir("A") / "e2e" / "e0.png"), return_tensors="pt"
+    )
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
 
@@ -259,12 +327,16 @@ def test_weights_may_be_offloaded_to_the_disk(golden_dir, tmp_path):
 def test_adapters_of_peft_do_not_notice_the_mapping(golden_dir, tmp_path, targets):
     source = golden_dir("A") / "hf"
     model = AutoModelForImageTextToText.from_pretrained(source)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    ).eval()
     adapted.save_pretrained(tmp_path)
     ids = torch.arange(3, 12).unsqueeze(0)
     with torch.no_grad():
         expected = adapted(input_ids=ids).logits
-        again = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(source), tmp_path).eval()
+        again = PeftModel.from_pretrained(
+            AutoModelForImageTextToText.from_pretrained(source), tmp_path
+        ).eval()
         assert torch.equal(again(input_ids=ids).logits, expected)
         plain = AutoModelForImageTextToText.from_pretrained(source).eval()
         info = plain.load_adapter(str(tmp_path))
@@ -287,7 +359,9 @@ def test_adapters_of_peft_do_not_notice_the_mapping(golden_dir, tmp_path, target
 def test_a_tensor_without_a_place_is_an_error(source, key, shape, words):
     edit(source, lambda tensors: tensors.update({key: torch.ones(shape)}))
     for load in (AutoModelForImageTextToText.from_pretrained, AutoModel.from_pretrained):
-        with pytest.raises(ValueError, match=f"has 1 tensors that .* has no place for, the first is .*{words}"):
+        with pytest.raises(
+            ValueError, match=f"has 1 tensors that .* has no place for, the first is .*{words}"
+        ):
             load(source)
         _, info = load(source, output_loading_info=True)
         assert len(info["unexpected_keys"]) == 1
@@ -302,26 +376,37 @@ def test_what_transformers_leaves_out_is_no_error(source, tmp_path):
     state = load_file(tmp_path / "ours" / "model.safetensors")
     config = AutoConfig.from_pretrained(source)
     for given in (state, {**state, "score_head.weight": torch.ones(1)}):
-        model = MplugOwl2ForConditionalGeneration.from_pretrained(None, config=config, state_dict=dict(given))
+        model = MplugOwl2ForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=dict(given)
+        )
         assert_same_bits(state, model.state_dict())
 
 
 def test_weights_of_the_other_original_are_called_so(source, tmp_path):
     edit_config(source, model_type="mplug_owl2_1")
     with pytest.raises(
-        ValueError, match=r"holds the weights of mPLUG-Owl2 \('model\..*config\.json is mPLUG-Owl2\.1's"
+        ValueError,
+        match=r"holds the weights of mPLUG-Owl2 \('model\..*config\.json is mPLUG-Owl2\.1's",
     ):
         AutoModelForImageTextToText.from_pretrained(source)
-    assert "parameter of mPLUG-Owl2, but config.json is mPLUG-Owl2.1's" in refused("convert", source, tmp_path / "out")
+    assert "parameter of mPLUG-Owl2, but config.json is mPLUG-Owl2.1's" in refused(
+        "convert", source, tmp_path / "out"
+    )
     other = owl21(tmp_path)
     edit_config(other, model_type="mplug_owl2")
     with pytest.raises(ValueError, match=r"holds the weights of mPLUG-Owl2\.1 \('transformer\."):
         AutoModelForImageTextToText.from_pretrained(other)
-    assert "parameter of mPLUG-Owl2.1, but config.json is mPLUG-Owl2's" in refused("convert", other, tmp_path / "out")
+    assert "parameter of mPLUG-Owl2.1, but config.json is mPLUG-Owl2's" in refused(
+        "convert", other, tmp_path / "out"
+    )
 
 
-@pytest.mark.parametrize("name", ["num_attention_heads", "num_key_value_heads", "hidden_size", "num_hidden_layers"])
-@pytest.mark.parametrize(("value", "words"), [(0, "at least 1, got 0"), (-1, "at least 1"), (10**9, "at most 1")])
+@pytest.mark.parametrize(
+    "name", ["num_attention_heads", "num_key_value_heads", "hidden_size", "num_hidden_layers"]
+)
+@pytest.mark.parametrize(
+    ("value", "words"), [(0, "at least 1, got 0"), (-1, "at least 1"), (10**9, "at most 1")]
+)
 def test_sizes_that_no_model_has_are_refused_before_it_is_built(source, name, value, words):
     edit_config(source, **{name: value})
     with pytest.raises(ValueError, match=f"text_config: {name} must be {words}"):
@@ -332,17 +417,25 @@ def test_an_index_that_names_a_tensor_twice_says_which(source, tmp_path):
     (source / "pytorch_model.bin").rename(source / "pytorch_model-1-of-1.bin")
     entry = '"model.norm.weight": "pytorch_model-1-of-1.bin"'
     (source / "pytorch_model.bin.index.json").write_text(f'{{"weight_map": {{{entry}, {entry}}}}}')
-    with pytest.raises(ValueError, match=r"index\.json is not a weight index: it names 'model\.norm\.weight' twice"):
+    with pytest.raises(
+        ValueError, match=r"index\.json is not a weight index: it names 'model\.norm\.weight' twice"
+    ):
         AutoModelForImageTextToText.from_pretrained(source)
     assert "it names 'model.norm.weight' twice" in refused("convert", source, tmp_path / "target")
 
 
 BROKEN = {
     "empty": (lambda content: b"", "it is empty"),
-    "lfs": (lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+    "lfs": (
+        lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "a Git LFS pointer",
+    ),
     "page": (lambda content: b"<!DOCTYPE html><html></html>", "a web page"),
     "half": (lambda content: content[: len(content) // 2], "it is damaged"),
-    "malicious": (lambda content: pickle.dumps({"a": Bomb()}), "damaged, or holds more than tensors"),
+    "malicious": (
+        lambda content: pickle.dumps({"a": Bomb()}),
+        "damaged, or holds more than tensors",
+    ),
     "archive": (lambda content: saved({"a": Bomb()}), "damaged, or holds more than tensors"),
 }
 
@@ -371,7 +464,9 @@ def test_a_broken_weight_file_is_named(source, tmp_path, monkeypatch, name, kind
     file = source / name
     if is_sharded:
         file = source / name.replace(".", "-00001-of-00001.")
-        (source / f"{name}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, file.name)}))
+        (source / f"{name}.index.json").write_text(
+            json.dumps({"weight_map": dict.fromkeys(tensors, file.name)})
+        )
     if name.endswith(".bin"):
         torch.save(tensors, file)
     else:
@@ -379,7 +474,9 @@ def test_a_broken_weight_file_is_named(source, tmp_path, monkeypatch, name, kind
     change, words = BROKEN[kind]
     file.write_bytes(change(file.read_bytes()))
     for dtype in ("auto", torch.float32):
-        with pytest.raises(ValueError, match=f"{re.escape(str(file))} cannot be read as weights: .*{words}") as caught:
+        with pytest.raises(
+            ValueError, match=f"{re.escape(str(file))} cannot be read as weights: .*{words}"
+        ) as caught:
             AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         shown = "".join(traceback.format_exception(caught.value))
         assert "weights_only" not in shown

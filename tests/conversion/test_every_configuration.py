@@ -15,7 +15,9 @@ from .conftest import assert_same_bits, load_state
 
 @st.composite
 def configurations(draw):
-    heads, key_value_heads, head_dim = draw(st.sampled_from([(4, 4, None), (4, 2, 6), (3, 1, 8), (2, 2, 5 * 2)]))
+    heads, key_value_heads, head_dim = draw(
+        st.sampled_from([(4, 4, None), (4, 2, 6), (3, 1, 8), (2, 2, 5 * 2)])
+    )
     vocab_size = draw(st.sampled_from([11, 64, 70]))
     image_token_id = draw(st.integers(0, vocab_size - 1))
     vision_width, vision_heads = draw(st.sampled_from([(8, 2), (12, 3)]))
@@ -49,13 +51,22 @@ def configurations(draw):
         "mlp_bias": draw(st.booleans()),
         "rope_dynamic_ntk_length": draw(st.sampled_from([None, 32])),
         "log_n_length": draw(st.sampled_from([None, 32])),
-        **{name: draw(st.sampled_from([None, 1, 2])) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **{
+            name: draw(st.sampled_from([None, 1, 2]))
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        },
     }
     connector = {"connector_type": "h_reducer", "h_reducer_config": {"kernel_width": 2}}
     if draw(st.booleans()):
         abstractor = {"intermediate_size": 5, "num_hidden_layers": 1, "num_attention_heads": 2}
         queries = draw(st.integers(1, 4))
-        connector = {"abstractor_config": {**abstractor, "hidden_size": vision_width, "num_learnable_queries": queries}}
+        connector = {
+            "abstractor_config": {
+                **abstractor,
+                "hidden_size": vision_width,
+                "num_learnable_queries": queries,
+            }
+        }
     return MplugOwl2Config(
         vision_config=vision,
         text_config=text,
@@ -92,7 +103,9 @@ def test_it_saves_loads_and_converts(config):
         pixels = torch.randn(1, 3, side, side)
         if config.image_token_id:
             with torch.no_grad():
-                before, after = (one(input_ids=ids, pixel_values=pixels).logits for one in (model, loaded))
+                before, after = (
+                    one(input_ids=ids, pixel_values=pixels).logits for one in (model, loaded)
+                )
             assert torch.equal(before, after)
 
         convert(folder / "saved", folder / "converted", max_shard_size="1KB")
@@ -109,17 +122,30 @@ def test_it_saves_loads_and_converts(config):
         rows = config.output_vocab_size
         for key, tensor in model.state_dict().items():
             is_table = key in ("lm_head.weight", "model.language_model.embed_tokens.weight")
-            assert torch.equal(*(one[:rows] if is_table else one for one in (tensor, back[key]))), key
+            assert torch.equal(*(one[:rows] if is_table else one for one in (tensor, back[key]))), (
+                key
+            )
 
 
 def test_no_bound_on_the_ids_that_may_be_predicted_is_no_obstacle_for_owl21(tmp_path):
     text = {"vocab_size": 70, "hidden_size": 24, "intermediate_size": 9, "num_hidden_layers": 1}
     config = MplugOwl2Config(
-        vision_config={"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "image_size": 28},
+        vision_config={
+            "hidden_size": 8,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "image_size": 28,
+        },
         abstractor_config={"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1},
-        text_config={**text, "num_attention_heads": 4, "modality_specific_projections": ["q", "k", "v"]},
+        text_config={
+            **text,
+            "num_attention_heads": 4,
+            "modality_specific_projections": ["q", "k", "v"],
+        },
         image_token_id=69,
         output_vocab_size=None,
     )
     MplugOwl2ForConditionalGeneration(config).save_pretrained(tmp_path)
-    assert MplugOwl2ForConditionalGeneration.from_pretrained(tmp_path).config.output_vocab_size is None
+    assert (
+        MplugOwl2ForConditionalGeneration.from_pretrained(tmp_path).config.output_vocab_size is None
+    )

@@ -41,7 +41,13 @@ TEXTS = (
     "caf\u00e9 na\u00efve \u7f8a\u99dd \U0001f999 isn't it?",
     " leading and trailing ",
 )
-VIT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
+VIT = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
@@ -55,8 +61,12 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*TEXTS, "USER: What is this? ASSISTANT: A cat and a mat."] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer.train_from_iterator(
+        [*TEXTS, "USER: What is this? ASSISTANT: A cat and a mat."] * 3, trainer
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>"
+    )
 
 
 @torch.no_grad()
@@ -70,11 +80,23 @@ def shaken(model: torch.nn.Module) -> torch.nn.Module:
 
 def save_language(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, **kwargs) -> Path:
     """A small LLaMA with odd sizes; LLaMA's tokenizer unless another is given."""
-    sizes = {"hidden_size": 40, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 4}
-    options = {"num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 512, "rms_norm_eps": 3e-5}
+    sizes = {
+        "hidden_size": 40,
+        "intermediate_size": 52,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    options = {
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 3e-5,
+    }
     rope = {"rope_type": "default", "rope_theta": 5e4}
     vocab_size = 1000 if tokenizer is None else len(tokenizer)
-    config = LlamaConfig(**{**sizes, **options, "vocab_size": vocab_size, "rope_parameters": rope, **kwargs})
+    config = LlamaConfig(
+        **{**sizes, **options, "vocab_size": vocab_size, "rope_parameters": rope, **kwargs}
+    )
     torch.manual_seed(0)
     shaken(LlamaForCausalLM(config)).save_pretrained(folder)
     if tokenizer is None:
@@ -106,7 +128,10 @@ def encoded(model: MplugOwl2ForConditionalGeneration, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assert_same_logits(
-    language: LlamaForCausalLM, model: MplugOwl2ForConditionalGeneration, input_ids: Tensor, atol: float
+    language: LlamaForCausalLM,
+    model: MplugOwl2ForConditionalGeneration,
+    input_ids: Tensor,
+    atol: float,
 ):
     """Without indicators, with the text's, with the pictures', and both in turns; returns the largest difference."""
     num_ids = language.config.vocab_size
@@ -131,29 +156,52 @@ def clip(tmp_path_factory) -> Path:
     return save_clip(tmp_path_factory.mktemp("clip"))
 
 
-@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
-def test_the_logits_of_a_new_model_are_the_language_models_whatever_the_indicators(tmp_path, clip, options):
+@pytest.mark.parametrize(
+    "options", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}]
+)
+def test_the_logits_of_a_new_model_are_the_language_models_whatever_the_indicators(
+    tmp_path, clip, options
+):
     source = save_language(tmp_path / "llama", **options)
     initialize(source, tmp_path / "new", clip)
     language, model = LlamaForCausalLM.from_pretrained(source).eval(), load(tmp_path / "new")
     input_ids = torch.randint(0, 500, (2, 23), generator=torch.Generator().manual_seed(0))
     assert_same_logits(language, model, input_ids, atol=1e-5)
-    assert (model.lm_head.weight is model.get_input_embeddings().weight) == bool(options.get("tie_word_embeddings"))
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == bool(
+        options.get("tie_word_embeddings")
+    )
 
 
 def test_every_field_of_the_language_models_configuration_carries_over(tmp_path, llama, clip):
-    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    source = save_language(tmp_path / "llama", rope_parameters={**rope, "original_max_position_embeddings": 64})
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    source = save_language(
+        tmp_path / "llama", rope_parameters={**rope, "original_max_position_embeddings": 64}
+    )
     initialize(source, tmp_path / "new", clip)
     language, text = LlamaConfig.from_pretrained(source), load(tmp_path / "new").config.text_config
-    own = {"vocab_size", "model_type", "architectures", "dtype", "tie_word_embeddings", "transformers_version"}
+    own = {
+        "vocab_size",
+        "model_type",
+        "architectures",
+        "dtype",
+        "tie_word_embeddings",
+        "transformers_version",
+    }
     for name in set(language.to_dict()) - own:
         assert getattr(text, name) == getattr(language, name), name
 
 
 def test_the_table_has_the_placeholder_behind_the_ids_and_zeros_up_to_a_multiple_of_64(tmp_path):
     tokenizer = byte_level_tokenizer()
-    report = initialize(save_language(tmp_path / "llama", tokenizer), tmp_path / "new", save_clip(tmp_path / "clip"))
+    report = initialize(
+        save_language(tmp_path / "llama", tokenizer), tmp_path / "new", save_clip(tmp_path / "clip")
+    )
     model, num_ids = load(tmp_path / "new"), len(tokenizer)
     assert (model.config.image_token_id, model.config.output_vocab_size) == (num_ids, num_ids)
     for table in (model.get_input_embeddings().weight, model.lm_head.weight):
@@ -175,7 +223,12 @@ def test_a_tokenizer_of_another_length_than_the_table_puts_the_placeholder_where
     assert (model.config.image_token_id, model.config.output_vocab_size) == (320, num_ids)
     assert len(model.get_input_embeddings().weight) == num_rows
     assert "another length" in report.notes[-1]
-    assert_same_logits(LlamaForCausalLM.from_pretrained(source).eval(), model, torch.arange(24).view(1, -1), atol=1e-5)
+    assert_same_logits(
+        LlamaForCausalLM.from_pretrained(source).eval(),
+        model,
+        torch.arange(24).view(1, -1),
+        atol=1e-5,
+    )
 
 
 def test_the_vision_encoder_is_clips_with_its_last_norm_on_every_position(tmp_path, llama, clip):
@@ -188,9 +241,19 @@ def test_the_vision_encoder_is_clips_with_its_last_norm_on_every_position(tmp_pa
 
 def test_the_vision_encoder_of_a_whole_clip_is_taken(tmp_path, llama):
     text = CLIPTextConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=50,
     )
-    whole = shaken(CLIPModel(CLIPConfig(text_config=text, vision_config=CLIPVisionConfig(**VIT, intermediate_size=96))))
+    whole = shaken(
+        CLIPModel(
+            CLIPConfig(
+                text_config=text, vision_config=CLIPVisionConfig(**VIT, intermediate_size=96)
+            )
+        )
+    )
     whole.save_pretrained(tmp_path / "clip")
     initialize(llama, tmp_path / "new", tmp_path / "clip")
     pixels = torch.randn(1, 3, 28, 28)
@@ -199,7 +262,9 @@ def test_the_vision_encoder_of_a_whole_clip_is_taken(tmp_path, llama):
     torch.testing.assert_close(encoded(load(tmp_path / "new"), pixels), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"qkv_bias": False, "layerscale_value": 0.1, "use_mask_token": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"qkv_bias": False, "layerscale_value": 0.1, "use_mask_token": False}]
+)
 def test_the_vision_encoder_is_dinov2s_with_its_scales_folded(tmp_path, llama, options):
     source = save_dinov2(tmp_path / "dinov2", **options)
     initialize(llama, tmp_path / "new", source)
@@ -220,18 +285,24 @@ def test_dinov2s_pictures_are_normalised_as_it_knows_them_and_as_its_folder_says
     settings = {"image_mean": [0.1, 0.2, 0.3], "do_center_crop": True}
     (source / "preprocessor_config.json").write_text(json.dumps(settings))
     initialize(llama, tmp_path / "other", source)
-    assert list(MplugOwl2Processor.from_pretrained(tmp_path / "other").image_processor.image_mean) == [0.1, 0.2, 0.3]
+    assert list(
+        MplugOwl2Processor.from_pretrained(tmp_path / "other").image_processor.image_mean
+    ) == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.parametrize("save", [save_clip, save_dinov2])
-def test_another_picture_size_interpolates_the_positions_as_the_vision_model_does(tmp_path, llama, save):
+def test_another_picture_size_interpolates_the_positions_as_the_vision_model_does(
+    tmp_path, llama, save
+):
     source = save(tmp_path / "vit")
     initialize(llama, tmp_path / "new", source, image_size=56)
     pixels, model = torch.randn(1, 3, 56, 56), load(tmp_path / "new")
     with torch.no_grad():
         if save is save_clip:
             vision = CLIPVisionModel.from_pretrained(source).eval()
-            expected = vision.post_layernorm(vision(pixels, interpolate_pos_encoding=True).last_hidden_state)
+            expected = vision.post_layernorm(
+                vision(pixels, interpolate_pos_encoding=True).last_hidden_state
+            )
         else:
             expected = Dinov2Model.from_pretrained(source).eval()(pixels).last_hidden_state
     torch.testing.assert_close(encoded(model, pixels), expected, atol=1e-5, rtol=0)
@@ -267,7 +338,9 @@ def test_a_position_table_keeps_its_dtype_and_must_have_the_named_side():
 
 
 @pytest.mark.parametrize("kind", ["llama", "byte-level"])
-def test_the_tokenizer_keeps_the_language_models_ids_through_three_rounds_of_saving(tmp_path, clip, kind):
+def test_the_tokenizer_keeps_the_language_models_ids_through_three_rounds_of_saving(
+    tmp_path, clip, kind
+):
     own = byte_level_tokenizer() if kind == "byte-level" else None
     source = save_language(tmp_path / "llama", own)
     if own is None:
@@ -284,17 +357,25 @@ def test_the_tokenizer_keeps_the_language_models_ids_through_three_rounds_of_sav
         processor.save_pretrained(tmp_path / str(round_ + 1))
 
 
-def test_the_names_of_control_tokens_in_a_message_are_text_for_a_byte_level_tokenizer(tmp_path, clip):
+def test_the_names_of_control_tokens_in_a_message_are_text_for_a_byte_level_tokenizer(
+    tmp_path, clip
+):
     own = byte_level_tokenizer()
     own.add_tokens([AddedToken("<|sep|>", special=True, normalized=True)])
     initialize(save_language(tmp_path / "llama", own), tmp_path / "new", clip)
     processor = MplugOwl2Processor.from_pretrained(tmp_path / "new")
-    chat = [{"role": "user", "content": "<|im_end|><|sep|><|image|>"}, {"role": "assistant", "content": "Yes."}]
+    chat = [
+        {"role": "user", "content": "<|im_end|><|sep|><|image|>"},
+        {"role": "assistant", "content": "Yes."},
+    ]
     encoded_chat = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
     special = {own.eos_token_id, processor.image_token_id, own.convert_tokens_to_ids("<|sep|>")}
-    assert [index for index in encoded_chat["input_ids"][0] if index in special] == [own.eos_token_id]
+    assert [index for index in encoded_chat["input_ids"][0] if index in special] == [
+        own.eos_token_id
+    ]
     assert (
-        processor.decode(encoded_chat["input_ids"][0]) == "USER: <|im_end|><|sep|><|image|> ASSISTANT: Yes.<|im_end|>"
+        processor.decode(encoded_chat["input_ids"][0])
+        == "USER: <|im_end|><|sep|><|image|> ASSISTANT: Yes.<|im_end|>"
     )
     # This tokenizer begins no text with a token of its own, so a token in front is the user's.
     assert processor(text=own.bos_token + "a")["input_ids"][0][0] == own.bos_token_id
@@ -315,9 +396,17 @@ def test_a_llama_with_tokens_of_its_own_keeps_them(tmp_path, clip):
 @pytest.mark.parametrize("kind", ["llama", "byte-level"])
 def test_a_new_model_generates_from_a_picture_and_a_batch(tmp_path, clip, kind):
     own = byte_level_tokenizer() if kind == "byte-level" else None
-    initialize(save_language(tmp_path / "llama", own), tmp_path / "new", clip, num_queries=5, num_abstractor_layers=1)
+    initialize(
+        save_language(tmp_path / "llama", own),
+        tmp_path / "new",
+        clip,
+        num_queries=5,
+        num_abstractor_layers=1,
+    )
     model, processor = load(tmp_path / "new"), MplugOwl2Processor.from_pretrained(tmp_path / "new")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    )
     prompts = ["USER: <|image|>What is this? ASSISTANT:", "USER: Say something. ASSISTANT:"]
     inputs = processor(images=[picture], text=prompts, padding=True, return_tensors="pt")
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 6
@@ -356,7 +445,11 @@ def test_the_sizes_of_the_abstractor_follow_the_vision_encoder(tmp_path, llama):
     source = save_clip(tmp_path / "clip", hidden_size=192, num_attention_heads=3)
     initialize(llama, tmp_path / "new", source, num_queries=7, num_abstractor_layers=2)
     config = load(tmp_path / "new").config.abstractor_config
-    assert (config.hidden_size, config.intermediate_size, config.num_attention_heads) == (192, 528, 3)
+    assert (config.hidden_size, config.intermediate_size, config.num_attention_heads) == (
+        192,
+        528,
+        3,
+    )
     assert (config.num_learnable_queries, config.num_hidden_layers, config.grid_size) == (7, 2, 4)
 
 
@@ -378,13 +471,25 @@ def test_the_dtype_is_the_language_models_unless_another_is_asked_for(tmp_path, 
         assert {part.get("dtype", expected) for part in parts} == {expected}
 
 
-def test_generation_stops_where_the_language_model_did_and_where_the_template_ends_an_answer(tmp_path, clip):
+def test_generation_stops_where_the_language_model_did_and_where_the_template_ends_an_answer(
+    tmp_path, clip
+):
     source = save_language(tmp_path / "llama", byte_level_tokenizer())
-    settings = {"eos_token_id": [0], "temperature": 0.6, "top_p": 0.9, "do_sample": False, "max_new_tokens": 9}
+    settings = {
+        "eos_token_id": [0],
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "do_sample": False,
+        "max_new_tokens": 9,
+    }
     (source / "generation_config.json").write_text(json.dumps(settings))
     report = initialize(source, tmp_path / "new", clip)
     generation = load(tmp_path / "new").generation_config
-    assert (generation.eos_token_id, generation.pad_token_id, generation.max_new_tokens) == ([0, 1], 1, 9)
+    assert (generation.eos_token_id, generation.pad_token_id, generation.max_new_tokens) == (
+        [0, 1],
+        1,
+        9,
+    )
     assert "pads" in report.notes[0]
 
 
@@ -407,7 +512,9 @@ def test_a_quantized_llama_is_refused(tmp_path, llama, clip):
 def test_a_language_model_without_tokenizer_is_refused_by_what_is_missing(tmp_path, clip):
     source = save_language(tmp_path / "llama")
     (source / "tokenizer.model").unlink()
-    with pytest.raises(ValueError, match=r"has no tokenizer: expected a tokenizer\.json or a tokenizer\.model"):
+    with pytest.raises(
+        ValueError, match=r"has no tokenizer: expected a tokenizer\.json or a tokenizer\.model"
+    ):
         initialize(source, tmp_path / "new", clip)
 
 
@@ -447,7 +554,8 @@ def test_weights_that_are_missing_are_refused(tmp_path, llama, clip):
     del state["model.layers.1.mlp.up_proj.weight"]
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"lacks 1 parameters of its model, the first is model\.layers\.1\.mlp\.up_proj"
+        ValueError,
+        match=r"lacks 1 parameters of its model, the first is model\.layers\.1\.mlp\.up_proj",
     ):
         initialize(source, tmp_path / "new", clip)
     assert not (tmp_path / "new").exists()
@@ -456,7 +564,9 @@ def test_weights_that_are_missing_are_refused(tmp_path, llama, clip):
 def test_siglip_is_refused(tmp_path, llama):
     sizes = {**VIT, "intermediate_size": 96}
     SiglipVisionModel(SiglipVisionConfig(**sizes)).save_pretrained(tmp_path / "siglip")
-    with pytest.raises(ValueError, match=r"'siglip_vision_model': expected a ViT with a class token.*not SigLIP"):
+    with pytest.raises(
+        ValueError, match=r"'siglip_vision_model': expected a ViT with a class token.*not SigLIP"
+    ):
         initialize(llama, tmp_path / "new", tmp_path / "siglip")
 
 
@@ -467,7 +577,9 @@ def test_a_dinov2_with_swiglu_is_refused(tmp_path, llama):
 
 
 def test_sizes_that_do_not_fit_are_refused(tmp_path, llama, clip):
-    with pytest.raises(ValueError, match=r"image_size \(30\) must be a multiple of patch_size \(7\)"):
+    with pytest.raises(
+        ValueError, match=r"image_size \(30\) must be a multiple of patch_size \(7\)"
+    ):
         initialize(llama, tmp_path / "new", clip, image_size=30)
     with pytest.raises(ValueError, match="at least one patch, got 0"):
         initialize(llama, tmp_path / "new", clip, image_size=0)
@@ -481,7 +593,9 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path, llama, clip):
 def test_a_target_in_use_and_an_unknown_dtype_are_refused(tmp_path, llama, clip):
     with pytest.raises(ValueError, match="are the same or one inside the other"):
         initialize(llama, llama, clip, overwrite=True)
-    with pytest.raises(ValueError, match="expected a dtype of float32, float16, bfloat16, got 'int8'"):
+    with pytest.raises(
+        ValueError, match="expected a dtype of float32, float16, bfloat16, got 'int8'"
+    ):
         initialize(llama, tmp_path / "new", clip, dtype="int8")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
@@ -498,7 +612,9 @@ def test_a_real_smollm2_keeps_its_logits_and_its_ids(tmp_path, clip):
     own = AutoTokenizer.from_pretrained(REAL)
     for text in TEXTS:
         assert processor(text=text)["input_ids"][0] == own(text).input_ids
-    inputs = own("The capital of France is Paris, and the capital of Italy is Rome.", return_tensors="pt")
+    inputs = own(
+        "The capital of France is Paris, and the capital of Italy is Rome.", return_tensors="pt"
+    )
     # Logits are up to 30; float32 sums of 576 products in another order differ in the fifth digit behind the point.
     largest = assert_same_logits(language, model, inputs["input_ids"], atol=1e-3)
     prompt = own("The capital of France is", return_tensors="pt")["input_ids"]

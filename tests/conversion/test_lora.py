@@ -58,7 +58,10 @@ def test_a_merged_fine_tune_gives_the_originals_numbers(golden, tune, tmp_path, 
     ]
     merged = model.model.language_model.layers[0].self_attn.visual_k_proj.weight
     assert (merged - expected).abs().max() < 1e-6
-    assert AutoProcessor.from_pretrained(tmp_path / "target").image_processor.image_aspect_ratio == "pad"
+    assert (
+        AutoProcessor.from_pretrained(tmp_path / "target").image_processor.image_aspect_ratio
+        == "pad"
+    )
 
 
 def test_an_adapter_for_peft_gives_the_originals_numbers(golden, tune, tmp_path):
@@ -76,7 +79,10 @@ def test_an_adapter_for_peft_gives_the_originals_numbers(golden, tune, tmp_path)
     loaded = {key: value for key, value in adapted.state_dict().items() if "lora_" in key}
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(loaded) == len(saved) == 36
-    assert all(torch.equal(loaded[key.replace(".weight", ".default.weight")], value) for key, value in saved.items())
+    assert all(
+        torch.equal(loaded[key.replace(".weight", ".default.weight")], value)
+        for key, value in saved.items()
+    )
     check_numbers(adapted, golden)
     check_numbers(adapted.merge_and_unload(), golden)
 
@@ -86,7 +92,10 @@ def test_the_merged_fine_tune_goes_to_the_originals_layout_too(golden, tune, tmp
     command("convert", tune, tmp_path / "merged", "--base", base)
     command("convert", tune, tmp_path / "original", "--base", base, "--to", "original")
     assert_same_bits(load_state(tmp_path / "merged"), load_state(tmp_path / "original"))
-    assert json.loads((tmp_path / "original" / "config.json").read_text())["image_aspect_ratio"] == "pad"
+    assert (
+        json.loads((tmp_path / "original" / "config.json").read_text())["image_aspect_ratio"]
+        == "pad"
+    )
 
 
 def test_the_names_of_q_aligns_training_are_read(golden, tune, tmp_path):
@@ -95,7 +104,13 @@ def test_the_names_of_q_aligns_training_are_read(golden, tune, tmp_path):
     stripped = {key.removeprefix("base_model.model."): value for key, value in others.items()}
     torch.save(stripped, tune / "non_lora_trainables.bin")
     command("convert", tune, tmp_path / "stripped", "--base", golden / "mplug_owl2_base")
-    command("convert", golden / "mplug_owl2_lora", tmp_path / "target", "--base", golden / "mplug_owl2_base")
+    command(
+        "convert",
+        golden / "mplug_owl2_lora",
+        tmp_path / "target",
+        "--base",
+        golden / "mplug_owl2_base",
+    )
     assert_same_bits(load_state(tmp_path / "target"), load_state(tmp_path / "stripped"))
     key = "base_model.model.model.vision_model.encoder.layers.0.self_attn.query_key_value.weight"
     base = MplugOwl2ForConditionalGeneration.from_pretrained(golden / "mplug_owl2_base")
@@ -111,10 +126,21 @@ def test_an_update_of_a_fused_projection_is_split_like_it(golden, tune, tmp_path
     torch.manual_seed(0)
     module = "model.vision_model.encoder.layers.0.self_attn.query_key_value"
     down, up = torch.randn(4, 32), torch.randn(96, 4)
-    adapter = {f"base_model.model.{module}.lora_A.weight": down, f"base_model.model.{module}.lora_B.weight": up}
+    adapter = {
+        f"base_model.model.{module}.lora_A.weight": down,
+        f"base_model.model.{module}.lora_B.weight": up,
+    }
     torch.save(adapter, tune / "adapter_model.bin")
     (tune / "non_lora_trainables.bin").unlink()
-    command("convert", tune, tmp_path / "target", "--base", golden / "mplug_owl2_base", "--to", "original")
+    command(
+        "convert",
+        tune,
+        tmp_path / "target",
+        "--base",
+        golden / "mplug_owl2_base",
+        "--to",
+        "original",
+    )
     merged = load_file(tmp_path / "target" / "model.safetensors")[f"{module}.weight"]
     command("convert", golden / "mplug_owl2_base", tmp_path / "base")
     command("convert", tmp_path / "base", tmp_path / "plain", "--to", "original")
@@ -154,17 +180,23 @@ def settings(tune, **values):
 )
 def test_settings_that_would_change_the_sum_are_refused(golden, tune, tmp_path, values, message):
     settings(tune, **values)
-    assert message in refused("convert", tune, tmp_path / "target", "--base", golden / "mplug_owl2_base")
+    assert message in refused(
+        "convert", tune, tmp_path / "target", "--base", golden / "mplug_owl2_base"
+    )
 
 
-@pytest.mark.parametrize(("values", "factor"), [({"use_rslora": True}, 4.0), ({"alpha_pattern": {"up_proj": 2}}, 0.5)])
+@pytest.mark.parametrize(
+    ("values", "factor"), [({"use_rslora": True}, 4.0), ({"alpha_pattern": {"up_proj": 2}}, 0.5)]
+)
 def test_the_scale_follows_the_settings(golden, tune, tmp_path, values, factor):
     (tune / "non_lora_trainables.bin").unlink()
     settings(tune, **values)
     command("convert", tune, tmp_path / "target", "--base", golden / "mplug_owl2_base")
     adapter = torch.load(tune / "adapter_model.bin", weights_only=True)
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_{}.weight"
-    base = load_state(golden / "mplug_owl2_base")["model.language_model.layers.1.mlp.up_proj.weight"]
+    base = load_state(golden / "mplug_owl2_base")[
+        "model.language_model.layers.1.mlp.up_proj.weight"
+    ]
     expected = base + factor * adapter[name.format("B")] @ adapter[name.format("A")]
     merged = load_state(tmp_path / "target")["model.language_model.layers.1.mlp.up_proj.weight"]
     torch.testing.assert_close(merged, expected)
@@ -173,7 +205,9 @@ def test_the_scale_follows_the_settings(golden, tune, tmp_path, values, factor):
     model = PeftModel.from_pretrained(
         AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
     )
-    torch.testing.assert_close(model.merge_and_unload().model.language_model.layers[1].mlp.up_proj.weight.data, merged)
+    torch.testing.assert_close(
+        model.merge_and_unload().model.language_model.layers[1].mlp.up_proj.weight.data, merged
+    )
 
 
 def test_relative_and_absolute_folders_go_together(golden, tune, tmp_path, monkeypatch):
@@ -193,8 +227,12 @@ def test_a_sum_too_large_for_the_base_names_the_fine_tune(golden, tune, tmp_path
     others = torch.load(tune / "non_lora_trainables.bin", weights_only=True)
     others["base_model.model.model.norm.weight"] = torch.full((48,), 1e6)
     torch.save(others, tune / "non_lora_trainables.bin")
-    line = refused("convert", tune, tmp_path / "target", "--base", tmp_path / "base", "--allow-nonfinite")
-    assert "a-name: what the fine-tune makes of model.language_model.norm.weight is too large" in line
+    line = refused(
+        "convert", tune, tmp_path / "target", "--base", tmp_path / "base", "--allow-nonfinite"
+    )
+    assert (
+        "a-name: what the fine-tune makes of model.language_model.norm.weight is too large" in line
+    )
 
 
 def test_tables_of_a_fine_tune_need_none_in_the_base(golden, tune, tmp_path):
@@ -204,32 +242,56 @@ def test_tables_of_a_fine_tune_need_none_in_the_base(golden, tune, tmp_path):
     for file in base.glob("*.bin"):
         file.chmod(0o644)
         tensors = torch.load(file, weights_only=True)
-        torch.save({name: value for name, value in tensors.items() if not name.endswith("_pos_embed")}, file)
+        torch.save(
+            {name: value for name, value in tensors.items() if not name.endswith("_pos_embed")},
+            file,
+        )
     index = base / "pytorch_model.bin.index.json"
     index.chmod(0o644)
     weight_map = json.loads(index.read_text())["weight_map"]
     kept = {name: file for name, file in weight_map.items() if not name.endswith("_pos_embed")}
     index.write_text(json.dumps({"weight_map": kept}))
     others = torch.load(tune / "non_lora_trainables.bin", weights_only=True)
-    torch.save({**others, f"base_model.model.{key}": torch.full((4, 32), 0.25)}, tune / "non_lora_trainables.bin")
+    torch.save(
+        {**others, f"base_model.model.{key}": torch.full((4, 32), 0.25)},
+        tune / "non_lora_trainables.bin",
+    )
     command("convert", tune, tmp_path / "target", "--base", base)
-    table = load_state(tmp_path / "target")["model.visual_abstractor.layers.0.cross_attn.q_pos_embed"]
+    table = load_state(tmp_path / "target")[
+        "model.visual_abstractor.layers.0.cross_attn.q_pos_embed"
+    ]
     assert (table == 0.25).all()
 
 
 def test_a_fine_tune_needs_its_base_and_its_adapter(golden, tune, tmp_path):
-    assert "give the model that it was trained on with --base" in refused("convert", tune, tmp_path / "target")
+    assert "give the model that it was trained on with --base" in refused(
+        "convert", tune, tmp_path / "target"
+    )
     (tune / "adapter_model.bin").unlink()
-    assert "holds no adapter" in refused("convert", tune, tmp_path / "target", "--base", golden / "mplug_owl2_base")
+    assert "holds no adapter" in refused(
+        "convert", tune, tmp_path / "target", "--base", golden / "mplug_owl2_base"
+    )
 
 
 @pytest.mark.parametrize(
     ("key", "tensor", "message"),
     [
-        ("model.layers.0.self_attn.q_proj.lora_A.weight", torch.ones(4, 47), "do not fit a weight of (48, 48)"),
-        ("model.layers.0.self_attn.q_proj.lora_A.weight", torch.full((4, 48), float("nan")), "NaN or infinite"),
+        (
+            "model.layers.0.self_attn.q_proj.lora_A.weight",
+            torch.ones(4, 47),
+            "do not fit a weight of (48, 48)",
+        ),
+        (
+            "model.layers.0.self_attn.q_proj.lora_A.weight",
+            torch.full((4, 48), float("nan")),
+            "NaN or infinite",
+        ),
         ("model.layers.0.self_attn.q_proj.magnitude", torch.ones(48), "expected lora_A and lora_B"),
-        ("model.layers.0.mlp.extra.lora_A.weight", torch.ones(4, 48), "lora_A and lora_B do not come in a pair"),
+        (
+            "model.layers.0.mlp.extra.lora_A.weight",
+            torch.ones(4, 48),
+            "lora_A and lora_B do not come in a pair",
+        ),
         ("model.layers.5.mlp.up_proj.lora_A.weight", torch.ones(4, 48), "do not come in a pair"),
     ],
 )

@@ -29,7 +29,13 @@ def golden(golden_dir):
 @pytest.fixture(scope="session")
 def loaded(golden):
     with torch.serialization.safe_globals(
-        [argparse.Namespace, np.ndarray, np.dtype, np.dtypes.UInt32DType, np._core.multiarray._reconstruct]
+        [
+            argparse.Namespace,
+            np.ndarray,
+            np.dtype,
+            np.dtypes.UInt32DType,
+            np._core.multiarray._reconstruct,
+        ]
     ):
         return torch.load(golden / "megatron_iter" / RANK, weights_only=False)
 
@@ -43,10 +49,19 @@ def whole(golden, tmp_path_factory):
 
 
 def test_the_table_reaches_every_parameter_of_the_original_but_the_tables():
-    computed = {key for key, target in ORIGINAL.items() if target is None or key.endswith("_pos_embed")}
-    biases = {key for key in ORIGINAL if key.startswith("model.layers.") and key.endswith(".bias")}  # LLaMA has none
-    docowl = {key for key in ORIGINAL if key.startswith("model.vision2text.")}  # it has no ranks of Megatron's
-    assert {target for target, _ in RENAMED.values()} == {*ORIGINAL, *FUSED} - computed - biases - docowl
+    computed = {
+        key for key, target in ORIGINAL.items() if target is None or key.endswith("_pos_embed")
+    }
+    biases = {
+        key for key in ORIGINAL if key.startswith("model.layers.") and key.endswith(".bias")
+    }  # LLaMA has none
+    docowl = {
+        key for key in ORIGINAL if key.startswith("model.vision2text.")
+    }  # it has no ranks of Megatron's
+    assert {target for target, _ in RENAMED.values()} == {
+        *ORIGINAL,
+        *FUSED,
+    } - computed - biases - docowl
 
 
 def test_the_table_splits_what_megatron_splits():
@@ -70,10 +85,16 @@ def test_logits_and_answers_are_those_after_the_originals_converter(golden, whol
 
 def test_tensors_are_those_of_the_originals_converter(golden, whole, tmp_path):
     if not (golden / "hf_default").is_dir():
-        pytest.skip("the original converter's output is not here; OWL2_HF_GOLDEN names the folder that holds it")
+        pytest.skip(
+            "the original converter's output is not here; OWL2_HF_GOLDEN names the folder that holds it"
+        )
     command("convert", whole, tmp_path / "original", "--to", "original")
     back = load_file(tmp_path / "original" / "model.safetensors")
-    expected = {key: tensor for key, tensor in read_shards(golden / "hf_default").items() if "inv_freq" not in key}
+    expected = {
+        key: tensor
+        for key, tensor in read_shards(golden / "hf_default").items()
+        if "inv_freq" not in key
+    }
     assert_same_bits(expected, {key: back[key] for key in expected})
 
 
@@ -111,13 +132,17 @@ def test_the_tracker_chooses_the_iteration(golden, loaded, whole, tmp_path):
     assert_same_bits(load_state(whole), load_state(tmp_path / "beside"))
 
 
-@pytest.mark.parametrize("content", ["../../elsewhere", "__import__('os').system('touch ran')", "", "9" * 40, "-1"])
+@pytest.mark.parametrize(
+    "content", ["../../elsewhere", "__import__('os').system('touch ran')", "", "9" * 40, "-1"]
+)
 def test_a_tracker_is_a_number_and_nothing_else(golden, loaded, tmp_path, content, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "megatron"
     write(loaded, source / "iter_0000100" / "mp_rank_00")
     (source / "latest_checkpointed_iteration.txt").write_text(content)
-    assert "the number of an iteration, got" in refused("convert", source, "target", "--base", golden / "tiny_config")
+    assert "the number of an iteration, got" in refused(
+        "convert", source, "target", "--base", golden / "tiny_config"
+    )
     assert not (tmp_path / "ran").exists()
 
 
@@ -141,7 +166,9 @@ def flat(model, prefix=""):
 # What Megatron's parallel layers split, said here once more: by rows, and by columns.
 ROWS = """word_embeddings lm_head q_proj k_proj v_proj gate_proj up_proj query_key_value dense_h_to_4h w1 w3 ffn_ln
     visual_fc"""
-COLUMNS = "o_proj.weight down_proj.weight self_attention.dense.weight dense_4h_to_h.weight w2.weight"
+COLUMNS = (
+    "o_proj.weight down_proj.weight self_attention.dense.weight dense_4h_to_h.weight w2.weight"
+)
 
 
 def split_of(name):
@@ -177,7 +204,10 @@ def cut(loaded, rank, num_ranks, where=lambda name: True, vocabulary_padding=0):
 )
 def test_ranks_are_merged(golden, loaded, whole, tmp_path, num_ranks, where, padding):
     for rank in range(num_ranks):
-        write(cut(loaded, rank, num_ranks, where, padding), tmp_path / "megatron" / f"release/mp_rank_{rank:02d}")
+        write(
+            cut(loaded, rank, num_ranks, where, padding),
+            tmp_path / "megatron" / f"release/mp_rank_{rank:02d}",
+        )
     command("convert", tmp_path / "megatron", tmp_path / "target", "--base", golden / "tiny_config")
     assert_same_bits(load_state(whole), load_state(tmp_path / "target"))
 
@@ -193,7 +223,9 @@ def test_ranks_are_not_taken_for_the_whole(golden, loaded, tmp_path):
     line = refused("convert", source, tmp_path / "target", "--base", golden / "tiny_config")
     assert "expected shape" in line and "from 1 ranks" in line
     write(cut(loaded, 1, 2), source / "mp_rank_02")
-    assert "mp_rank_01 is missing" in refused("convert", source, tmp_path / "target", "--base", golden / "tiny_config")
+    assert "mp_rank_01 is missing" in refused(
+        "convert", source, tmp_path / "target", "--base", golden / "tiny_config"
+    )
     (source / "mp_rank_02").rename(source / "mp_rank_00_001")
     assert "pipeline stages are not supported" in refused(
         "convert", source, tmp_path / "target", "--base", golden / "tiny_config"
@@ -205,12 +237,16 @@ def test_ranks_that_disagree_are_refused(golden, loaded, tmp_path):
         part = cut(loaded, rank, 2)
         part["model"]["language_model"]["encoder"]["norm.weight"] += rank
         write(part, tmp_path / "megatron" / f"mp_rank_{rank:02d}")
-    line = refused("convert", tmp_path / "megatron", tmp_path / "target", "--base", golden / "tiny_config")
+    line = refused(
+        "convert", tmp_path / "megatron", tmp_path / "target", "--base", golden / "tiny_config"
+    )
     assert "norm.weight': the ranks hold different values" in line
     part = cut(loaded, 1, 2)
     del part["model"]["vision_model"]["cls_token"]
     write(part, tmp_path / "megatron" / "mp_rank_01")
-    line = refused("convert", tmp_path / "megatron", tmp_path / "target", "--base", golden / "tiny_config")
+    line = refused(
+        "convert", tmp_path / "megatron", tmp_path / "target", "--base", golden / "tiny_config"
+    )
     assert "'vision_model.cls_token': it is not in every rank" in line
 
 
@@ -230,11 +266,15 @@ def test_a_missing_layer_and_an_unknown_tensor_are_named(golden, loaded, tmp_pat
     encoder = part["model"]["language_model"]["encoder"]
     del encoder["layers.3.mlp.up_proj.weight"]
     write(part, tmp_path / "megatron" / "mp_rank_00")
-    line = refused("convert", tmp_path / "megatron", tmp_path / "target", "--base", golden / "tiny_config")
+    line = refused(
+        "convert", tmp_path / "megatron", tmp_path / "target", "--base", golden / "tiny_config"
+    )
     assert "lacks 1 parameters" in line and "layers.3.mlp.up_proj" in line
     encoder["layers.3.mlp.up_proj.scale"] = torch.ones(3)
     write(part, tmp_path / "megatron" / "mp_rank_00")
-    line = refused("convert", tmp_path / "megatron", tmp_path / "target", "--base", golden / "tiny_config")
+    line = refused(
+        "convert", tmp_path / "megatron", tmp_path / "target", "--base", golden / "tiny_config"
+    )
     assert "layers.3.mlp.up_proj.scale': mPLUG-Owl2 has no such parameter" in line
 
 
@@ -242,7 +282,9 @@ def test_without_a_configuration_the_published_sizes_are_expected(golden, tmp_pa
     line = refused("convert", golden / "megatron_iter", tmp_path / "target")
     assert "give them with --base" in line
     (tmp_path / "empty").mkdir()
-    line = refused("convert", golden / "megatron_iter", tmp_path / "target", "--base", tmp_path / "empty")
+    line = refused(
+        "convert", golden / "megatron_iter", tmp_path / "target", "--base", tmp_path / "empty"
+    )
     assert "has no config.json" in line
 
 
@@ -286,5 +328,7 @@ def test_a_rank_whose_record_is_too_short_is_refused(golden, tmp_path):
     rank = tmp_path / "source" / RANK
     rank.chmod(0o644)
     rewrite(rank, halve(5))
-    line = refused("convert", tmp_path / "source", tmp_path / "target", "--base", golden / "tiny_config")
+    line = refused(
+        "convert", tmp_path / "source", tmp_path / "target", "--base", golden / "tiny_config"
+    )
     assert "model_optim_rng.pt is damaged: its tensors need" in line

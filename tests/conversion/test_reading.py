@@ -83,14 +83,19 @@ def test_the_switch_that_turns_safety_off_is_not_obeyed(source, tmp_path):
 
 def test_a_script_of_torch_is_refused(source, tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), source / "pytorch_model.bin")
-    assert "pytorch_model.bin is compressed: it was not" in refused("convert", source, tmp_path / "target")
+    assert "pytorch_model.bin is compressed: it was not" in refused(
+        "convert", source, tmp_path / "target"
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "it is empty"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "a Git LFS pointer",
+        ),
         (b"<!DOCTYPE html><html></html>", "a web page"),
         (os.urandom(500), "damaged, or holds more than tensors"),
         (b"\x80\x02" + b"(" * 5000, "damaged, or holds more than tensors"),
@@ -116,9 +121,13 @@ def test_a_truncated_file_is_named(source, tmp_path, keep):
 @pytest.mark.parametrize("keep", [4, 1000, 0.5])
 def test_truncated_safetensors_are_named(source, tmp_path, keep):
     tensors = torch.load(source / "pytorch_model.bin", weights_only=True)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, source / "model.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()}, source / "model.safetensors"
+    )
     content = (source / "model.safetensors").read_bytes()
-    (source / "model.safetensors").write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
+    (source / "model.safetensors").write_bytes(
+        content[: keep if isinstance(keep, int) else int(len(content) * keep)]
+    )
     assert "model.safetensors cannot be read" in refused("convert", source, tmp_path / "target")
 
 
@@ -127,7 +136,9 @@ def test_a_flipped_bit_is_found_by_the_checksum(source, tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert "is damaged: the checksum of its record" in refused("convert", source, tmp_path / "target")
+    assert "is damaged: the checksum of its record" in refused(
+        "convert", source, tmp_path / "target"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
@@ -145,7 +156,10 @@ def test_files_without_checksums_are_read(source, tmp_path):
 
 def test_a_compressed_archive_is_refused(source, tmp_path):
     path = source / "pytorch_model.bin"
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "new", "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(path) as archive,
+        zipfile.ZipFile(tmp_path / "new", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for name in archive.namelist():
             packed.writestr(name, archive.read(name))
     (tmp_path / "new").replace(path)
@@ -162,7 +176,11 @@ def test_a_record_that_is_there_twice_is_refused(source, tmp_path):
 
 def test_a_safetensors_header_that_lies_is_refused(source, tmp_path):
     (source / "pytorch_model.bin").unlink()
-    for header in (b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,999]}}', b"{" * 100, b'{"a": 1}'):
+    for header in (
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,999]}}',
+        b"{" * 100,
+        b'{"a": 1}',
+    ):
         (source / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
         assert "model.safetensors cannot be read" in refused("convert", source, tmp_path / "target")
     (source / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
@@ -171,7 +189,9 @@ def test_a_safetensors_header_that_lies_is_refused(source, tmp_path):
 
 def test_a_file_must_hold_a_dictionary(source, tmp_path):
     torch.save([torch.ones(2)], source / "pytorch_model.bin")
-    assert "expected a dictionary of tensors, got list" in refused("convert", source, tmp_path / "target")
+    assert "expected a dictionary of tensors, got list" in refused(
+        "convert", source, tmp_path / "target"
+    )
 
 
 def test_folders_pipes_and_loops_are_no_files(source, tmp_path):
@@ -189,7 +209,9 @@ def test_folders_pipes_and_loops_are_no_files(source, tmp_path):
 
 def write_index(source, text):
     (source / "pytorch_model.bin").unlink(missing_ok=True)
-    (source / "pytorch_model.bin.index.json").write_text(text if isinstance(text, str) else json.dumps(text))
+    (source / "pytorch_model.bin.index.json").write_text(
+        text if isinstance(text, str) else json.dumps(text)
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,7 +239,10 @@ def test_an_index_names_only_weight_files_of_its_folder(source, tmp_path, name):
     ("text", "message"),
     [
         ('{"weight_map": {"a": "pytorch_model-1-of-2.bin"}}', "which is missing"),
-        ('{"weight_map": {"a": "model.safetensors", "a": "model.safetensors"}}', "it names 'a' twice"),
+        (
+            '{"weight_map": {"a": "model.safetensors", "a": "model.safetensors"}}',
+            "it names 'a' twice",
+        ),
         ('{"weight_map": []}', "weight_map is not an object"),
         ('{"weight_map": {}}', "weight_map is not an object with entries"),
         ("{}", "weight_map"),
@@ -240,8 +265,13 @@ def test_a_huge_index_is_not_read(source, tmp_path):
 
 def test_an_entry_without_its_tensor_is_refused(source, tmp_path):
     (source / "pytorch_model.bin").rename(source / "pytorch_model-1-of-1.bin")
-    write_index(source, {"weight_map": {NORM: "pytorch_model-1-of-1.bin", "ghost": "pytorch_model-1-of-1.bin"}})
-    assert "tensor 'ghost': the index places it here, but it is not" in refused("convert", source, tmp_path / "target")
+    write_index(
+        source,
+        {"weight_map": {NORM: "pytorch_model-1-of-1.bin", "ghost": "pytorch_model-1-of-1.bin"}},
+    )
+    assert "tensor 'ghost': the index places it here, but it is not" in refused(
+        "convert", source, tmp_path / "target"
+    )
 
 
 def test_pickles_that_the_index_does_not_name_stay_closed(golden_dir, source, tmp_path):
@@ -259,7 +289,9 @@ def test_tensors_are_mapped_not_loaded(tmp_path):
     """Memory follows what is used, not what is in the file."""
     import psutil
 
-    torch.save({"large": torch.zeros(64 << 20), "small": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {"large": torch.zeros(64 << 20), "small": torch.ones(2)}, tmp_path / "pytorch_model.bin"
+    )
     process = psutil.Process()
     before = process.memory_info().rss
     tensors = read_tensors(tmp_path / "pytorch_model.bin")
@@ -301,13 +333,17 @@ def test_a_record_that_is_missing_or_too_long_or_cut_out_of_the_file_is_refused(
     path = source / "pytorch_model.bin"
     whole = path.read_bytes()
     rewrite(path, lambda name, content: content + content if name.endswith("/data/3") else content)
-    with pytest.raises(ConversionError, match=r"need (\d+) bytes of the record '[^']+/data/3', which has (?!\1)"):
+    with pytest.raises(
+        ConversionError, match=r"need (\d+) bytes of the record '[^']+/data/3', which has (?!\1)"
+    ):
         read_tensors(path)
     with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(io.BytesIO(whole)) as before:
         for name in before.namelist():
             if not name.endswith("/data/3"):
                 archive.writestr(name, before.read(name))
-    with pytest.raises(ConversionError, match=r"has no record '[^']+/data/3', which its tensors need"):
+    with pytest.raises(
+        ConversionError, match=r"has no record '[^']+/data/3', which its tensors need"
+    ):
         read_tensors(path)
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         record = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/3"))
@@ -322,7 +358,12 @@ def test_a_legacy_file_with_a_short_storage_is_refused(source):
     legacy({"a": torch.arange(7.0), "b": torch.ones(300)}, path)
     content = path.read_bytes()
     start = content.index(struct.pack("<qff", 7, 0, 1))
-    path.write_bytes(content[:start] + struct.pack("<q", 3) + content[start + 8 : start + 20] + content[start + 36 :])
+    path.write_bytes(
+        content[:start]
+        + struct.pack("<q", 3)
+        + content[start + 8 : start + 20]
+        + content[start + 36 :]
+    )
     with pytest.raises(ConversionError, match="cannot be read as weights"):
         read_tensors(path)
 
@@ -343,8 +384,16 @@ def test_storages_of_every_type_are_read(tmp_path):
         "cfloat",
         "cdouble",
     ]
-    made = {name: torch.ones(3, dtype=getattr(torch, name)) for name in [*names, "cdouble", "float8_e4m3fn", "uint16"]}
-    others = {"part": torch.ones(9)[2:5], "turned": torch.ones(4, 3).t(), "none": torch.ones(0), "one": torch.ones(())}
+    made = {
+        name: torch.ones(3, dtype=getattr(torch, name))
+        for name in [*names, "cdouble", "float8_e4m3fn", "uint16"]
+    }
+    others = {
+        "part": torch.ones(9)[2:5],
+        "turned": torch.ones(4, 3).t(),
+        "none": torch.ones(0),
+        "one": torch.ones(()),
+    }
     torch.save({**made, **others, "trained": torch.nn.Parameter(torch.ones(2))}, path)
     for name, tensor in read_tensors(path).items():
         assert tensor.float().eq(1).all(), name

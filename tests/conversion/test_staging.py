@@ -52,7 +52,9 @@ def test_a_filled_target_is_refused_unless_overwriting(source, tmp_path):
     command("convert", source, occupied, "--overwrite", "--max-shard-size", "200KB")
     for name in ("mine.txt", "my_weights.pt", "README.previous.md"):
         assert (occupied / name).read_text() == "mine"
-    assert not (occupied / "model.safetensors").exists()  # transformers would prefer it to the shards
+    assert not (
+        occupied / "model.safetensors"
+    ).exists()  # transformers would prefer it to the shards
     assert "weight_map" in (occupied / "model.safetensors.index.json").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["occupied", "source"]
 
@@ -70,8 +72,16 @@ def test_source_and_target_stay_apart(source, tmp_path):
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     (tmp_path / "link").symlink_to(source)
     (tmp_path / "file").write_text("a file")
-    for target in (source, source / "inside", tmp_path / "link", tmp_path / "link" / "inside", tmp_path):
-        assert "the same or one inside the other" in refused("convert", source, target, "--overwrite")
+    for target in (
+        source,
+        source / "inside",
+        tmp_path / "link",
+        tmp_path / "link" / "inside",
+        tmp_path,
+    ):
+        assert "the same or one inside the other" in refused(
+            "convert", source, target, "--overwrite"
+        )
     assert "is a file" in refused("convert", source, tmp_path / "file", "--overwrite")
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
@@ -87,11 +97,14 @@ def test_a_link_to_an_empty_folder_is_followed(source, tmp_path):
 def test_two_at_once_end_in_one_result(source, tmp_path):
     with staged_folder(tmp_path / "target") as folder:
         fill(folder)
-        assert "is being built by another process" in refused("convert", source, tmp_path / "target")
+        assert "is being built by another process" in refused(
+            "convert", source, tmp_path / "target"
+        )
     assert (tmp_path / "target" / "config.json").read_text() == "new"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "owl2_hf", "convert", source, tmp_path / "both"], stderr=subprocess.PIPE
+            [sys.executable, "-m", "owl2_hf", "convert", source, tmp_path / "both"],
+            stderr=subprocess.PIPE,
         )
         for _ in range(2)
     ]
@@ -100,7 +113,9 @@ def test_two_at_once_end_in_one_result(source, tmp_path):
     assert all(process.returncode in (0, 1) for process in processes)
     assert not any(b"Traceback" in message for message in messages)
     convert(source, tmp_path / "alone")
-    assert (tmp_path / "both/model.safetensors").read_bytes() == (tmp_path / "alone/model.safetensors").read_bytes()
+    assert (tmp_path / "both/model.safetensors").read_bytes() == (
+        tmp_path / "alone/model.safetensors"
+    ).read_bytes()
     assert not list(tmp_path.glob(".*"))
 
 
@@ -120,9 +135,17 @@ app()
 
 @pytest.mark.parametrize(
     ("signal_number", "seen"),
-    [(signal.SIGKILL, 1), (signal.SIGKILL, 60), (signal.SIGKILL, 133), (signal.SIGINT, 60), (signal.SIGTERM, 60)],
+    [
+        (signal.SIGKILL, 1),
+        (signal.SIGKILL, 60),
+        (signal.SIGKILL, 133),
+        (signal.SIGINT, 60),
+        (signal.SIGTERM, 60),
+    ],
 )
-def test_a_killed_run_leaves_no_whole_looking_folder_and_a_rerun_works(source, tmp_path, signal_number, seen):
+def test_a_killed_run_leaves_no_whole_looking_folder_and_a_rerun_works(
+    source, tmp_path, signal_number, seen
+):
     arguments = [sys.executable, "-c", SLOW, "convert", source, tmp_path / "target"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for _ in range(seen):
@@ -156,7 +179,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(source, tmp_path):
         "sys.argv[0] = 'owl2-hf'; from owl2_hf.cli import app; app()"
     )
     result = subprocess.run(
-        [sys.executable, "-c", limited, "convert", source, tmp_path / "target"], capture_output=True, text=True
+        [sys.executable, "-c", limited, "convert", source, tmp_path / "target"],
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
@@ -173,7 +198,9 @@ def test_an_error_of_the_disk_while_writing_is_not_lost(source, tmp_path, monkey
 
     monkeypatch.setattr(writing, "_FLUSHED_AT", 1000)
     monkeypatch.setattr(writing, "os", type("", (), {"fsync": staticmethod(broken)}))
-    assert "cannot be written: Input/output error" in refused("convert", source, tmp_path / "target")
+    assert "cannot be written: Input/output error" in refused(
+        "convert", source, tmp_path / "target"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 

@@ -27,12 +27,28 @@ def test_a_good_folder_is_ok(converted, golden_dir):
 def test_other_layouts_are_compared_too(golden_dir, tmp_path):
     golden = golden_dir("F")
     command("convert", golden / "megatron_iter", tmp_path / "F", "--base", golden / "tiny_config")
-    result = command("verify", tmp_path / "F", "--against", golden / "megatron_iter", "--base", golden / "tiny_config")
+    result = command(
+        "verify",
+        tmp_path / "F",
+        "--against",
+        golden / "megatron_iter",
+        "--base",
+        golden / "tiny_config",
+    )
     assert "946 tensors equal the source's, bit for bit; 12 tables are computed" in result.stdout
     assert "logits were not compared" in result.stdout
     golden = golden_dir("G")
-    command("convert", golden / "mplug_owl2_lora", tmp_path / "G", "--base", golden / "mplug_owl2_base")
-    command("verify", tmp_path / "G", "--against", golden / "mplug_owl2_lora", "--base", golden / "mplug_owl2_base")
+    command(
+        "convert", golden / "mplug_owl2_lora", tmp_path / "G", "--base", golden / "mplug_owl2_base"
+    )
+    command(
+        "verify",
+        tmp_path / "G",
+        "--against",
+        golden / "mplug_owl2_lora",
+        "--base",
+        golden / "mplug_owl2_base",
+    )
     line = refused("verify", tmp_path / "G", "--against", golden / "mplug_owl2_base")
     assert "its values are not those of" in line
 
@@ -51,7 +67,10 @@ NORM = "model.language_model.norm.weight"
     ("function", "message"),
     [
         (lambda tensors: tensors.pop(NORM), f"lacks 1 parameters, the first is {NORM}"),
-        (lambda tensors: tensors.update({"extra": torch.ones(1)}), "'extra': the configuration has no place"),
+        (
+            lambda tensors: tensors.update({"extra": torch.ones(1)}),
+            "'extra': the configuration has no place",
+        ),
         (lambda tensors: tensors.update({NORM: torch.ones(5)}), r"expected shape (64,), got (5,)"),
         (lambda tensors: tensors[NORM].fill_(float("nan")), "NaN or infinite"),
     ],
@@ -68,14 +87,18 @@ def test_one_changed_value_shows_against_the_source(converted, golden_dir):
     change(converted, nudge)
     command("verify", converted)
     line = refused("verify", converted, "--against", golden_dir("A") / "hf")
-    assert "'model.norm.weight': its values are not those of model.language_model.norm.weight" in line
+    assert (
+        "'model.norm.weight': its values are not those of model.language_model.norm.weight" in line
+    )
 
 
 def test_a_processor_that_does_not_fit_is_named(converted):
     path = converted / "processor_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "num_image_tokens": 65}))
-    assert "the processor's positions of a picture is 65, the model's 9" in refused("verify", converted)
+    assert "the processor's positions of a picture is 65, the model's 9" in refused(
+        "verify", converted
+    )
     path.write_text("{")
     assert "a processor that does not load" in refused("verify", converted)
 
@@ -115,8 +138,14 @@ def test_code_that_a_folder_names_does_not_run(converted, tmp_path):
     (converted / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     for name in ("tokenizer_config.json", "processor_config.json"):
         values = json.loads((converted / name).read_text())
-        auto_map = {"AutoTokenizer": ["evil.T", "evil.T"], "AutoProcessor": "evil.P", "AutoImageProcessor": "evil.I"}
-        (converted / name).write_text(json.dumps({**values, "auto_map": auto_map, "tokenizer_class": "T"}))
+        auto_map = {
+            "AutoTokenizer": ["evil.T", "evil.T"],
+            "AutoProcessor": "evil.P",
+            "AutoImageProcessor": "evil.I",
+        }
+        (converted / name).write_text(
+            json.dumps({**values, "auto_map": auto_map, "tokenizer_class": "T"})
+        )
     refused("verify", converted)
     assert not (tmp_path / "ran").exists()
 

@@ -12,7 +12,11 @@ from experiments.small import data
 
 NAMES = ("cat", "dog", "bison", "red apple", "pear")
 PAIRS = [
-    [("what shape is in the image?", "circle"), ("what is the color of the circle?", "red"), ("is it red?", "yes")],
+    [
+        ("what shape is in the image?", "circle"),
+        ("what is the color of the circle?", "red"),
+        ("is it red?", "yes"),
+    ],
     [("what color is the shape?", "blue"), ("is it red?", "no")],
     [("is it red?", "no"), ("what shape is present?", "triangle")],
 ]
@@ -52,8 +56,12 @@ def sources(monkeypatch, tmp_path):
     there = torch.tensor([True, True, True, True, False])
     monkeypatch.setattr(data, "fetch", lambda package: tmp_path / package)
     monkeypatch.setattr(data, "load_emoji", lambda: emoji)
-    monkeypatch.setattr(data, "load_style", lambda style: (random_pixels(len(emoji), 4, 64, 64), there))
-    monkeypatch.setattr(data, "load_easy_vqa", lambda part: (random_pixels(len(PAIRS), 3, 64, 64), PAIRS))
+    monkeypatch.setattr(
+        data, "load_style", lambda style: (random_pixels(len(emoji), 4, 64, 64), there)
+    )
+    monkeypatch.setattr(
+        data, "load_easy_vqa", lambda part: (random_pixels(len(PAIRS), 3, 64, 64), PAIRS)
+    )
     monkeypatch.setattr("experiments.default_model.data.text_only_test", lambda emoji: [])
     monkeypatch.setattr(data, "NUM_TEST", 1)
 
@@ -61,7 +69,9 @@ def sources(monkeypatch, tmp_path):
 @pytest.fixture
 def files(sources, tmp_path):
     data.write_all(tmp_path / "out", 0)
-    return {path.stem: data.read_rows(path) for path in (tmp_path / "out").glob("*.jsonl")}, tmp_path / "out"
+    return {
+        path.stem: data.read_rows(path) for path in (tmp_path / "out").glob("*.jsonl")
+    }, tmp_path / "out"
 
 
 def turns(row):
@@ -73,9 +83,14 @@ def test_every_row_is_a_conversation_whose_pictures_are_there(files):
     for one in (one for own in rows.values() for one in own):
         parts = [part["type"] for message in one["messages"] for part in message["content"]]
         assert parts.count("image") == len(one.get("images", []))
-        assert [message["role"] for message in one["messages"]] == ["user", "assistant"] * (len(one["messages"]) // 2)
+        assert [message["role"] for message in one["messages"]] == ["user", "assistant"] * (
+            len(one["messages"]) // 2
+        )
         for path in one.get("images", []):
-            assert Image.open(folder / path).size == (64, 64) and Image.open(folder / path).mode == "RGB"
+            assert (
+                Image.open(folder / path).size == (64, 64)
+                and Image.open(folder / path).mode == "RGB"
+            )
 
 
 def test_training_has_no_held_out_name_style_or_view(files):
@@ -83,18 +98,30 @@ def test_training_has_no_held_out_name_style_or_view(files):
     training = rows["captions.train"] + rows["instruct.train"]
     assert not any("bison" in text for one in training for _, text in turns(one))
     used = {path for one in training for path in one.get("images", [])}
-    tested = {path for name, own in rows.items() if "test" in name for one in own for path in one.get("images", [])}
+    tested = {
+        path
+        for name, own in rows.items()
+        if "test" in name
+        for one in own
+        for path in one.get("images", [])
+    }
     assert used and tested and not used & tested
     assert not any("twitter" in path for path in used)
 
 
 def test_each_caption_file_holds_what_it_is_named_after(files):
     rows, _ = files
-    answers = {name: [turns(one)[1][1] for one in own] for name, own in rows.items() if name.startswith("captions")}
+    answers = {
+        name: [turns(one)[1][1] for one in own]
+        for name, own in rows.items()
+        if name.startswith("captions")
+    }
     assert sorted(answers["captions.seen.test"]) == sorted(["cat", "dog", "red apple"] * 3)
     assert answers["captions.unseen-style.test"] == ["cat", "dog", "red apple"]
     assert answers["captions.unseen-names.test"] == ["bison"] * 4
-    assert sorted(answers["captions.train"]) == sorted(["cat", "dog", "red apple"] * 9 + ["red circle"])
+    assert sorted(answers["captions.train"]) == sorted(
+        ["cat", "dog", "red apple"] * 9 + ["red circle"]
+    )
 
 
 def test_the_prior_is_the_commonest_training_answer(files):
@@ -104,12 +131,17 @@ def test_the_prior_is_the_commonest_training_answer(files):
 def test_meanings_are_the_first_ones_of_common_single_words(sources):
     found = {word: (meaning, examples) for word, meaning, examples in data.load_meanings()}
     assert set(found) == {"dwarf", "bison", "whole"}
-    assert found["whole"] == ("an assemblage of parts", ["how big is that part", "the team is a unit"])
+    assert found["whole"] == (
+        "an assemblage of parts",
+        ["how big is that part", "the team is a unit"],
+    )
 
 
 def test_words_of_the_test_are_not_in_training(files):
     rows, folder = files
-    trained = {text for one in rows["instruct.train"] if "images" not in one for _, text in turns(one)}
+    trained = {
+        text for one in rows["instruct.train"] if "images" not in one for _, text in turns(one)
+    }
     ((_, question), (_, meaning)) = turns(rows["text.test"][0])
     assert len(trained) == 2 and meaning not in trained
     assert question.removeprefix("What does ").removesuffix(" mean?") not in " ".join(trained)

@@ -13,7 +13,11 @@ from experiments.default_model import train
 from experiments.default_model.data import Emoji
 
 PAIRS = [
-    [("what shape is in the image?", "circle"), ("what is the color of the circle?", "red"), ("is it red?", "yes")],
+    [
+        ("what shape is in the image?", "circle"),
+        ("what is the color of the circle?", "red"),
+        ("is it red?", "yes"),
+    ],
     [("what color is the shape?", "blue"), ("is it red?", "no")],
 ]
 LETTERS = "abcdefghijklmnop"
@@ -22,7 +26,10 @@ LETTERS = "abcdefghijklmnop"
 @pytest.fixture
 def data(monkeypatch):
     names = [f"{first}{second} thing" for first in LETTERS for second in LETTERS]
-    emoji = [Emoji(name, "animals and nature", "animal-mammal", "", True, i % 20 == 7) for i, name in enumerate(names)]
+    emoji = [
+        Emoji(name, "animals and nature", "animal-mammal", "", True, i % 20 == 7)
+        for i, name in enumerate(names)
+    ]
     generator = torch.Generator().manual_seed(0)
 
     def random_pixels(*shape: int) -> torch.Tensor:
@@ -31,12 +38,21 @@ def data(monkeypatch):
     styles = {style: random_pixels(len(emoji), 4, 64, 64) for style in {*train.STYLES, "twitter"}}
     shapes = random_pixels(len(PAIRS), 3, 64, 64)
     monkeypatch.setattr(train, "load_emoji", lambda: emoji)
-    monkeypatch.setattr(train, "load_style", lambda style: (styles[style], torch.ones(len(emoji), dtype=torch.bool)))
+    monkeypatch.setattr(
+        train, "load_style", lambda style: (styles[style], torch.ones(len(emoji), dtype=torch.bool))
+    )
     monkeypatch.setattr(train, "load_easy_vqa", lambda part: (shapes, PAIRS))
 
 
 def arguments(folder, steps: int) -> argparse.Namespace:
-    values = {"vision_steps": 2, "decay_steps": 650, "lr": 1e-3, "vocab_size": 420, "save_every": 1, "log_every": 1}
+    values = {
+        "vision_steps": 2,
+        "decay_steps": 650,
+        "lr": 1e-3,
+        "vocab_size": 420,
+        "save_every": 1,
+        "log_every": 1,
+    }
     return argparse.Namespace(out=folder, steps=steps, seed=3, threads=1, **values)
 
 
@@ -57,7 +73,9 @@ def test_an_interrupted_run_ends_as_a_whole_one_does(data, tmp_path):
     begun.train()
     assert begun.state.global_step == 3
     train.run(arguments(tmp_path / "parts", 4))
-    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
+    first, second = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts")
+    )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -79,6 +97,10 @@ def test_first_the_vision_encoder_learns_alone(data, tmp_path):
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.add_callback(Interrupt(2))
     trainer.train()
-    changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name
+        for name, value in trainer.model.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
     assert changed
     assert all(name.startswith(("model.vision_tower.", "classifier.encoded.")) for name in changed)

@@ -25,7 +25,9 @@ def test_accuracy_ignores_case_and_a_full_stop_alone():
 
 def test_token_f1_counts_words():
     # 1, 2 * 1 / (1 + 2), 0, 2 * 1 / (2 + 1)
-    assert evaluate.token_f1(["yes", "circle", "yes", "no no"], ROWS) == pytest.approx((1 + 2 / 3 + 0 + 2 / 3) / 4)
+    assert evaluate.token_f1(["yes", "circle", "yes", "no no"], ROWS) == pytest.approx(
+        (1 + 2 / 3 + 0 + 2 / 3) / 4
+    )
 
 
 def test_the_prior_answers_from_the_question():
@@ -62,11 +64,17 @@ def test_the_perplexity_of_answers_leaves_out_questions_and_ends(model):
     pairs = [("What kind of thing is a banana?", "food and drink"), ("Is red a shape?", "no")]
     losses = []
     for question, answer in pairs:
-        prompt = model.processor.tokenizer(f"USER: {question} ASSISTANT:", return_tensors="pt").input_ids
-        ids = model.processor.tokenizer(f"USER: {question} ASSISTANT: {answer}", return_tensors="pt").input_ids
+        prompt = model.processor.tokenizer(
+            f"USER: {question} ASSISTANT:", return_tensors="pt"
+        ).input_ids
+        ids = model.processor.tokenizer(
+            f"USER: {question} ASSISTANT: {answer}", return_tensors="pt"
+        ).input_ids
         losses += log_likelihoods(model, ids)[prompt.shape[1] - 1 :]
     expected = math.exp(-sum(losses) / len(losses))
-    assert model.answer_perplexity([row([pair]) for pair in pairs], "meanings") == pytest.approx(expected, rel=1e-4)
+    assert model.answer_perplexity([row([pair]) for pair in pairs], "meanings") == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_the_perplexity_of_text_does_not_depend_on_padding(model):
@@ -74,7 +82,9 @@ def test_the_perplexity_of_text_does_not_depend_on_padding(model):
     losses = [
         loss
         for one in sentences
-        for loss in log_likelihoods(model, model.processor.tokenizer(one, return_tensors="pt").input_ids)
+        for loss in log_likelihoods(
+            model, model.processor.tokenizer(one, return_tensors="pt").input_ids
+        )
     ]
     expected = math.exp(-sum(losses) / len(losses))
     assert model.text_perplexity(sentences, "sentences") == pytest.approx(expected, rel=1e-4)
@@ -89,7 +99,9 @@ def test_evaluate_writes_every_score(model, capsys):
     (folder / "text.test.jsonl").write_text(json.dumps(row([("Is red a shape?", "no")])) + "\n")
     (folder / "sentences.test.txt").write_text("what is this?\n")
     results = evaluate.evaluate(default_dir(), folder, limit=2)
-    assert results["easy-VQA"]["questions"] == 2 and results["easy-VQA"]["question-only prior"] == 0.5
+    assert (
+        results["easy-VQA"]["questions"] == 2 and results["easy-VQA"]["question-only prior"] == 0.5
+    )
     assert {"accuracy", "picture swapped", "token F1"} <= set(results["captions, unseen-style"])
     assert all(value > 1 for value in results["text"].values())
     printed = capsys.readouterr()

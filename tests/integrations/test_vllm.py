@@ -17,9 +17,12 @@ from owl2_hf.default import default_dir
 from owl2_hf.modeling.modeling_mplug_owl2 import RESERVED_LOGIT
 
 needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; docs/scale-out.md says how it was run"
+    importlib.util.find_spec("vllm") is None,
+    reason="vLLM is not installed; docs/scale-out.md says how it was run",
 )
-PICTURES = [Image.open(path).convert("RGB") for path in list(owl2_hf.default_pictures().values())[:4]]
+PICTURES = [
+    Image.open(path).convert("RGB") for path in list(owl2_hf.default_pictures().values())[:4]
+]
 QUESTIONS = [
     *(("USER: <|image|>What is this? ASSISTANT:", [picture]) for picture in PICTURES),
     ("USER: <|image|>and <|image|>What is the difference? ASSISTANT:", PICTURES[:2]),
@@ -37,7 +40,9 @@ def test_the_entry_point_names_the_model_class(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     module, _, function = entry.partition(":")
     getattr(import_module(module), function)()
-    assert named == {"MplugOwl2ForConditionalGeneration": "owl2_hf.integrations.vllm:MplugOwl2ForVllm"}
+    assert named == {
+        "MplugOwl2ForConditionalGeneration": "owl2_hf.integrations.vllm:MplugOwl2ForVllm"
+    }
     assert owl2_hf.MplugOwl2Config.from_pretrained(default_dir()).architectures == [*named]
 
 
@@ -53,11 +58,19 @@ def expected() -> list[tuple[list[int], list[int], list[float]]]:
     answers = []
     for text, pictures in QUESTIONS:
         inputs = processor(text=text, images=pictures or None, return_tensors="pt")
-        settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        settings = {
+            "max_new_tokens": 8,
+            "do_sample": False,
+            "return_dict_in_generate": True,
+            "output_logits": True,
+        }
         output = model.generate(**inputs, **settings)
         prompt = inputs["input_ids"][0].tolist()
         ids = output.sequences[0, len(prompt) :].tolist()
-        scores = [logits.log_softmax(-1)[0, chosen].item() for logits, chosen in zip(output.logits, ids, strict=True)]
+        scores = [
+            logits.log_softmax(-1)[0, chosen].item()
+            for logits, chosen in zip(output.logits, ids, strict=True)
+        ]
         answers.append((prompt, ids, scores))
     return answers
 
@@ -75,7 +88,13 @@ def engine(expected):
         "max_num_batched_tokens": 16,
         "limit_mm_per_prompt": {"image": 2},
     }
-    return LLM(str(default_dir()), dtype="float32", enforce_eager=True, enable_prefix_caching=False, **limits)
+    return LLM(
+        str(default_dir()),
+        dtype="float32",
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        **limits,
+    )
 
 
 def greedy():
@@ -92,7 +111,9 @@ def model_of(engine):
 def test_vllm_answers_as_transformers(engine, expected):
     prompts = [{"prompt": text, "multi_modal_data": {"image": own}} for text, own in QUESTIONS[:-1]]
     prompts.append({"prompt": QUESTIONS[-1][0]})
-    for output, (prompt, ids, scores) in zip(engine.generate(prompts, greedy()), expected, strict=True):
+    for output, (prompt, ids, scores) in zip(
+        engine.generate(prompts, greedy()), expected, strict=True
+    ):
         answer = output.outputs[0]
         assert (list(output.prompt_token_ids), list(answer.token_ids)) == (prompt, ids)
         got = [step[chosen].logprob for step, chosen in zip(answer.logprobs, ids, strict=True)]
@@ -111,8 +132,13 @@ def test_reserved_ids_are_never_predicted(engine):
     model = model_of(engine)
     logits = model.compute_logits(torch.randn(3, model.config.text_config.hidden_size))
     ids = torch.arange(logits.shape[-1])
-    reserved = ids.eq(model.config.image_token_id) | ids.ge(model.config.output_vocab_size or len(ids))
-    assert logits[:, reserved].eq(RESERVED_LOGIT).all() and logits[:, ~reserved].gt(RESERVED_LOGIT).all()
+    reserved = ids.eq(model.config.image_token_id) | ids.ge(
+        model.config.output_vocab_size or len(ids)
+    )
+    assert (
+        logits[:, reserved].eq(RESERVED_LOGIT).all()
+        and logits[:, ~reserved].gt(RESERVED_LOGIT).all()
+    )
 
 
 @needs_vllm
@@ -122,12 +148,16 @@ def test_embeddings_without_token_ids_are_refused(engine):
         model_of(engine).forward(None, torch.arange(3), inputs_embeds=torch.zeros(3, 160))
 
 
-def settings(stages: int = 1, length: int = 4096, ntk: int | None = None, **config) -> SimpleNamespace:
+def settings(
+    stages: int = 1, length: int = 4096, ntk: int | None = None, **config
+) -> SimpleNamespace:
     return SimpleNamespace(
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
         model_config=SimpleNamespace(
             max_model_len=length,
-            hf_config=owl2_hf.MplugOwl2Config(text_config={"rope_dynamic_ntk_length": ntk}, **config),
+            hf_config=owl2_hf.MplugOwl2Config(
+                text_config={"rope_dynamic_ntk_length": ntk}, **config
+            ),
         ),
     )
 

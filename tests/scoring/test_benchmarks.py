@@ -43,7 +43,10 @@ def workbook(path, rows, first_row=1, first_column="A"):
         archive.writestr("xl/sharedStrings.xml", f"<sst {SHEET}>{items}</sst>")
         archive.writestr("xl/worksheets/sheet1.xml", f"<worksheet {SHEET}><sheetData/></worksheet>")
         content = "".join(lines)
-        archive.writestr("xl/worksheets/sheet2.xml", f"<worksheet {SHEET}><sheetData>{content}</sheetData></worksheet>")
+        archive.writestr(
+            "xl/worksheets/sheet2.xml",
+            f"<worksheet {SHEET}><sheetData>{content}</sheetData></worksheet>",
+        )
 
 
 def koniq(root):
@@ -76,8 +79,13 @@ def livec(root):
     names[:, 0] = ["t1.bmp", "3.bmp", "4.JPG"]
     (root / "Data").mkdir()
     savemat(root / "Data" / "AllImages_release.mat", {"AllImages_release": names})
-    savemat(root / "Data" / "AllMOS_release.mat", {"AllMOS_release": np.array([[50.0, 63.9, 12.5]])})
-    savemat(root / "Data" / "AllStdDev_release.mat", {"AllStdDev_release": np.array([[1.0, 18.5, 20.0]])})
+    savemat(
+        root / "Data" / "AllMOS_release.mat", {"AllMOS_release": np.array([[50.0, 63.9, 12.5]])}
+    )
+    savemat(
+        root / "Data" / "AllStdDev_release.mat",
+        {"AllStdDev_release": np.array([[1.0, 18.5, 20.0]])},
+    )
     return [("Images/3.bmp", 63.9, 18.5, None), ("Images/4.JPG", 12.5, 20.0, None)]
 
 
@@ -117,7 +125,9 @@ def lsvq(root):
         ("test", "yfcc-batch2/b", 30),
         ("test_1080p", "yfcc-batch2/c", 55),
     ):
-        (root / f"LSVQ_whole_{part}.csv").write_text(f"name,p1,height,width,mos_p1,mos\n{name},0,720,1280,1,{mos}\n")
+        (root / f"LSVQ_whole_{part}.csv").write_text(
+            f"name,p1,height,width,mos_p1,mos\n{name},0,720,1280,1,{mos}\n"
+        )
     return [
         ("ia-batch1/a.mp4", 70.5, None, "train"),
         ("yfcc-batch2/b.mp4", 30.0, None, "test"),
@@ -136,7 +146,9 @@ def test_every_reader_has_a_layout_here():
 def test_a_published_layout_is_read(name, tmp_path):
     expected = LAYOUTS[name](tmp_path)
     opinions = read_benchmark(name, tmp_path)
-    assert [str(Path(row.image).relative_to(tmp_path)) for row in opinions] == [row[0] for row in expected]
+    assert [str(Path(row.image).relative_to(tmp_path)) for row in opinions] == [
+        row[0] for row in expected
+    ]
     assert [row.mos for row in opinions] == pytest.approx([row[1] for row in expected])
     for row, (_, _, std, split) in zip(opinions, expected, strict=True):
         assert row.split == split and row.dataset == name
@@ -164,9 +176,21 @@ def test_what_a_folder_lacks_is_named(name, tmp_path):
     [
         ("kadid", "dmos.csv", "4.57", "high", "row 2: expected a number as 'dmos', got 'high'"),
         ("kadid", "dmos.csv", "dmos", "score", "row 2: expected a value of 'dmos'"),
-        ("kadid", "dmos.csv", "I01_01_01.png", "../../secret.png", "row 2: .* leads out of the image folder"),
+        (
+            "kadid",
+            "dmos.csv",
+            "I01_01_01.png",
+            "../../secret.png",
+            "row 2: .* leads out of the image folder",
+        ),
         ("koniq", "koniq10k_distributions_sets.csv", "50,50", "0,0", "row 2: expected votes"),
-        ("ava", "AVA.txt", "953958 1", "953958 x", "row 2: expected an index, an image and ten counts"),
+        (
+            "ava",
+            "AVA.txt",
+            "953958 1",
+            "953958 x",
+            "row 2: expected an index, an image and ten counts",
+        ),
         ("csiq", "csiq.DMOS.xlsx", None, None, "is no workbook that can be read"),
         ("livec", "Data/AllMOS_release.mat", None, None, "is no MATLAB file with AllMOS_release"),
     ],
@@ -186,7 +210,9 @@ def test_a_workbook_without_the_columns_or_too_large_is_refused(tmp_path, monkey
     spaq(tmp_path)
     file = tmp_path / "Annotations" / "MOS and Image attribute scores.xlsx"
     workbook(file, [["Image", "Score"], ["a", 1]])
-    with pytest.raises(ValueError, match="expected the columns Image name and MOS in a sheet, found none"):
+    with pytest.raises(
+        ValueError, match="expected the columns Image name and MOS in a sheet, found none"
+    ):
         read_benchmark("spaq", tmp_path)
     monkeypatch.setattr("owl2_hf.scoring.benchmarks._MAX_BYTES", 10)
     with pytest.raises(ValueError, match="is no workbook that can be read"):
@@ -197,9 +223,15 @@ def test_lsvqs_own_table_names_the_parts(tmp_path):
     lsvq(tmp_path)
     for path in tmp_path.glob("LSVQ_*.csv"):
         path.unlink()
-    (tmp_path / "labels_train_test.csv").write_text("name,mos,is_test\nia-batch1/a,70,False\nyfcc-batch2/b,30,True\n")
+    (tmp_path / "labels_train_test.csv").write_text(
+        "name,mos,is_test\nia-batch1/a,70,False\nyfcc-batch2/b,30,True\n"
+    )
     (tmp_path / "labels_test_1080p.csv").write_text("name,mos\nyfcc-batch2/c,55\n")
-    assert [row.split for row in read_benchmark("lsvq", tmp_path)] == ["train", "test", "test-1080p"]
+    assert [row.split for row in read_benchmark("lsvq", tmp_path)] == [
+        "train",
+        "test",
+        "test-1080p",
+    ]
 
 
 def test_the_command_judges_by_a_benchmark(tmp_path):
@@ -210,13 +242,29 @@ def test_the_command_judges_by_a_benchmark(tmp_path):
     head = "image_name,c1,c2,c3,c4,c5"
     (tmp_path / "koniq10k_scores_and_distributions.csv").write_text("\n".join([head, *lines]))
     assert math.isclose(read_benchmark("koniq", tmp_path).rows[1].mos, 4.6)
-    model = ["--levels", "yes,no", "--prompt", "USER: <|image|>Is it red? ASSISTANT:", "--samples", "5", "--csv"]
+    model = [
+        "--levels",
+        "yes,no",
+        "--prompt",
+        "USER: <|image|>Is it red? ASSISTANT:",
+        "--samples",
+        "5",
+        "--csv",
+    ]
     command = ["evaluate-scores", str(owl2_hf.default.default_dir()), *model]
     result = CliRunner().invoke(app, [*command, "--benchmark", "koniq", "--root", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[1].startswith("koniq,5,")
-    unknown = CliRunner().invoke(app, [*command, "--benchmark", "koniq-20k", "--root", str(tmp_path)])
+    unknown = CliRunner().invoke(
+        app, [*command, "--benchmark", "koniq-20k", "--root", str(tmp_path)]
+    )
     assert unknown.exit_code == 1 and "expected a benchmark of koniq, spaq" in unknown.stderr
-    for wrong in ([], ["--benchmark", "koniq"], ["rows.csv", "--benchmark", "koniq", "--root", str(tmp_path)]):
+    for wrong in (
+        [],
+        ["--benchmark", "koniq"],
+        ["rows.csv", "--benchmark", "koniq", "--root", str(tmp_path)],
+    ):
         result = CliRunner().invoke(app, [*command, *wrong])
-        assert result.exit_code == 2 and "give opinions, or --benchmark with --root" in result.stderr
+        assert (
+            result.exit_code == 2 and "give opinions, or --benchmark with --root" in result.stderr
+        )

@@ -37,7 +37,9 @@ def folder(tmp_path_factory):
         colour = tuple(generator.integers(0, 256, 3).tolist())
         Image.new("RGB", (16, 16), colour).save(folder / f"{index}.png")
         split = "train" if index % 3 else "test"
-        rows.append([f"{index}.png", f"{colour[0] / 51:.3f}", 0.4, split, "one" if index % 2 else "two"])
+        rows.append(
+            [f"{index}.png", f"{colour[0] / 51:.3f}", 0.4, split, "one" if index % 2 else "two"]
+        )
     with (folder / "opinions.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     return folder
@@ -58,14 +60,18 @@ def test_each_statistic_is_that_of_the_scores_and_the_opinions(scorer, folder, r
         found = report[dataset].statistics
         assert report[dataset].images == NUM_IMAGES / 2
         for name in ("srcc", "krcc", "plcc", "plcc_fitted", "rmse_fitted"):
-            assert found[name].value == pytest.approx(getattr(statistics, name)(scores, mos), nan_ok=True), name
+            assert found[name].value == pytest.approx(
+                getattr(statistics, name)(scores, mos), nan_ok=True
+            ), name
         low, high = opinions.ranges[dataset]
         people = [[1 + (m - low) / (high - low) for m in mos], [0.4 / (high - low)] * len(own)]
         model = [[1 + expected[i].score for i in own], [expected[i].std for i in own]]
         assert found["wasserstein"].value == pytest.approx(
             statistics.gaussian_wasserstein(*people, *model).mean(), abs=1e-5
         )
-        assert found["kl"].value == pytest.approx(statistics.gaussian_kl(*people, *model).mean(), rel=1e-3)
+        assert found["kl"].value == pytest.approx(
+            statistics.gaussian_kl(*people, *model).mean(), rel=1e-3
+        )
         assert found["srcc"].low <= found["srcc"].value <= found["srcc"].high
     assert report.means["srcc"] == pytest.approx(
         np.mean([report[name].statistics["srcc"].value for name in ("one", "two")])
@@ -91,11 +97,19 @@ def test_scores_that_are_the_opinions_agree_with_them():
             from owl2_hf.scoring import Score
 
             values = [image.getpixel((0, 0))[0] / 51 for image in images]
-            return [Score(value, 0.5, (0.5, 0.5), ("a", "b"), (0.0, 0.0), (0.0, 5.0)) for value in values]
+            return [
+                Score(value, 0.5, (0.5, 0.5), ("a", "b"), (0.0, 0.0), (0.0, 5.0))
+                for value in values
+            ]
 
-    rows = [Opinion(Image.new("RGB", (2, 2), (value, 0, 0)), value / 5.1, row=value) for value in range(0, 255, 17)]
+    rows = [
+        Opinion(Image.new("RGB", (2, 2), (value, 0, 0)), value / 5.1, row=value)
+        for value in range(0, 255, 17)
+    ]
     found = evaluate(Oracle(), opinions_of("rows", rows), samples=20)[""].statistics
-    assert set(found) == {"srcc", "krcc", "plcc", "plcc_fitted", "rmse_fitted"}, "no deviations, no distances"
+    assert set(found) == {"srcc", "krcc", "plcc", "plcc_fitted", "rmse_fitted"}, (
+        "no deviations, no distances"
+    )
     for name in ("srcc", "krcc", "plcc"):
         assert (found[name].value, found[name].low) == pytest.approx((1, 1))
     assert found["plcc_fitted"].value > 0.999 and found["rmse_fitted"].value < 1
@@ -106,10 +120,16 @@ def test_an_image_that_cannot_be_read_costs_no_other_its_part(scorer, folder, tm
     (tmp_path / "broken.png").write_bytes(b"no image")
     broken = Opinion(str(tmp_path / "broken.png"), 3.0, dataset="one", row=99)
     report = evaluate(scorer, opinions_of("rows", [*rows, broken]), samples=10)
-    assert [opinion.row for opinion, _ in report.failed] == [99] and report["one"].images == NUM_IMAGES / 2
-    with pytest.raises(ValueError, match="'one': expected two or more images that can be scored, got 0; row 99"):
+    assert [opinion.row for opinion, _ in report.failed] == [99] and report[
+        "one"
+    ].images == NUM_IMAGES / 2
+    with pytest.raises(
+        ValueError, match="'one': expected two or more images that can be scored, got 0; row 99"
+    ):
         evaluate(scorer, opinions_of("rows", [broken]), samples=10)
-    with pytest.raises(ValueError, match="splits of at least 0 and samples of at least 1, got -1 and 10"):
+    with pytest.raises(
+        ValueError, match="splits of at least 0 and samples of at least 1, got -1 and 10"
+    ):
         evaluate(scorer, opinions_of("rows", rows), splits=-1, samples=10)
 
 
@@ -118,9 +138,9 @@ def test_nan_is_null_in_json():
 
     report = Evaluation([Judgement("", 2, {"plcc": Estimate(math.nan, math.nan, 1.0)})])
     own = {"value": None, "low": None, "high": 1.0, "median": None}
-    assert report.to_dict()["datasets"] == {"": {"images": 2, "plcc": own}} and report.to_dict()["means"] == {
-        "plcc": None
-    }
+    assert report.to_dict()["datasets"] == {"": {"images": 2, "plcc": own}} and report.to_dict()[
+        "means"
+    ] == {"plcc": None}
 
 
 @pytest.fixture(scope="module")
@@ -133,22 +153,42 @@ def model(scorer, tmp_path_factory):
 
 def run(model, data, *arguments):
     own = ["--levels", "yes,no", "--prompt", PROMPT, "--samples", "20"]
-    return CliRunner().invoke(app, ["evaluate-scores", str(model), str(data), *own, *map(str, arguments)])
+    return CliRunner().invoke(
+        app, ["evaluate-scores", str(model), str(data), *own, *map(str, arguments)]
+    )
 
 
 def test_the_command_prints_a_table_json_or_csv_and_draws(model, folder, tmp_path):
-    result = run(model, folder / "opinions.csv", "--split", "train", "--plot", tmp_path / "plot.png", "--splits", 2)
+    result = run(
+        model,
+        folder / "opinions.csv",
+        "--split",
+        "train",
+        "--plot",
+        tmp_path / "plot.png",
+        "--splits",
+        2,
+    )
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0] == "one: 8 images" and lines[1].split()[0] == "srcc" and "median of 2 splits" in lines[1]
+    assert (
+        lines[0] == "one: 8 images"
+        and lines[1].split()[0] == "srcc"
+        and "median of 2 splits" in lines[1]
+    )
     assert "mean of 2 data sets" in lines
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.size[0] > 2 * 400
     found = json.loads(run(model, folder / "opinions.csv", "--json").stdout)
-    assert found["datasets"]["one"]["images"] == 12 and found["datasets"]["one"]["srcc"]["median"] is None
+    assert (
+        found["datasets"]["one"]["images"] == 12
+        and found["datasets"]["one"]["srcc"]["median"] is None
+    )
     table = list(csv.DictReader(run(model, folder / "opinions.csv", "--csv").stdout.splitlines()))
     assert [row["dataset"] for row in table] == ["two", "one"]
-    assert float(table[1]["krcc"]) == pytest.approx(found["datasets"]["one"]["krcc"]["value"], abs=1e-5)
+    assert float(table[1]["krcc"]) == pytest.approx(
+        found["datasets"]["one"]["krcc"]["value"], abs=1e-5
+    )
     assert float(table[1]["krcc_low"]) <= float(table[1]["krcc"]) <= float(table[1]["krcc_high"])
 
 
@@ -158,10 +198,18 @@ def test_the_command_says_what_is_wrong_in_one_line(model, folder, tmp_path):
         assert result.exit_code == 1
         return [line for line in result.stderr.splitlines() if line.startswith("owl2-hf: ")]
 
-    assert errors(tmp_path / "lost.csv") == [f"owl2-hf: there is no file or folder '{tmp_path / 'lost.csv'}'."]
+    assert errors(tmp_path / "lost.csv") == [
+        f"owl2-hf: there is no file or folder '{tmp_path / 'lost.csv'}'."
+    ]
     assert "no row has split 'val'" in errors(folder / "opinions.csv", "--split", "val")[0]
-    assert "expected a plot named as one of" in errors(folder / "opinions.csv", "--plot", tmp_path / "a.docx")[0]
-    assert "there is no folder" in errors(folder / "opinions.csv", "--plot", tmp_path / "no" / "a.png")[0]
+    assert (
+        "expected a plot named as one of"
+        in errors(folder / "opinions.csv", "--plot", tmp_path / "a.docx")[0]
+    )
+    assert (
+        "there is no folder"
+        in errors(folder / "opinions.csv", "--plot", tmp_path / "no" / "a.png")[0]
+    )
     rows = [{"image": str(folder / f"{index}.png"), "mos": index} for index in range(5)]
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "rows.json").write_text(json.dumps([*rows, {"image": "broken.png", "mos": 2}]))
@@ -174,7 +222,9 @@ def test_the_command_says_what_is_wrong_in_one_line(model, folder, tmp_path):
 def test_a_card_does_not_replace_another_one(model, folder, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     result = run(model, folder / "opinions.csv", "--card", tmp_path / "README.md")
-    assert result.exit_code == 1 and "README.md is there already: name another file" in result.stderr
+    assert (
+        result.exit_code == 1 and "README.md is there already: name another file" in result.stderr
+    )
     assert (tmp_path / "README.md").read_text() == "mine"
     result = run(model, folder / "opinions.csv", "--card", tmp_path / "no" / "README.md")
     assert result.exit_code == 1 and "there is no folder" in result.stderr
@@ -183,8 +233,16 @@ def test_a_card_does_not_replace_another_one(model, folder, tmp_path):
 def test_a_card_shows_each_data_set(model, folder, tmp_path):
     from huggingface_hub import ModelCard
 
-    assert run(model, folder / "opinions.csv", "--split", "train", "--card", tmp_path / "README.md").exit_code == 0
+    assert (
+        run(
+            model, folder / "opinions.csv", "--split", "train", "--card", tmp_path / "README.md"
+        ).exit_code
+        == 0
+    )
     card = ModelCard.load(tmp_path / "README.md")
-    assert "| | one (8 images) | two (8 images) |" in card.text and "opinions.csv, part train" in card.text
+    assert (
+        "| | one (8 images) | two (8 images) |" in card.text
+        and "opinions.csv, part train" in card.text
+    )
     assert {result.dataset_name for result in card.data.eval_results} == {"one", "two"}
     assert PROMPT in card.text and "yes, no" in card.text

@@ -20,7 +20,9 @@ def mean(label):
 
 def test_levels_are_those_of_the_original_also_at_their_bounds(cases):
     for case in [*cases["soft_labels"], *cases["levels_at_bounds"]]:
-        assert WORDS[hard_level(case["mos"], case["min_mos"], case["max_mos"])] == case["level"], case
+        assert WORDS[hard_level(case["mos"], case["min_mos"], case["max_mos"])] == case["level"], (
+            case
+        )
 
 
 def test_soft_labels_are_those_of_the_original(cases):
@@ -29,17 +31,23 @@ def test_soft_labels_are_those_of_the_original(cases):
     for case in cases["soft_labels"]:
         own = (case["mos"], case["std"], case["min_mos"], case["max_mos"])
         assert normalize_opinion(*own) == pytest.approx((case["mos_norm"], case["std_norm"]))
-        assert soft_label(*own, case["density"]) == pytest.approx(case["level_probs"], abs=1e-9), case
+        assert soft_label(*own, case["density"]) == pytest.approx(case["level_probs"], abs=1e-9), (
+            case
+        )
 
 
 @pytest.mark.parametrize("num_levels", [2, 3, 5, 7])
 @pytest.mark.parametrize("density", ["pdf", "cdf"])
 @pytest.mark.parametrize("std", [0.0, 4.0, 19.0])
-def test_a_soft_label_of_any_number_of_levels_sums_to_one_and_keeps_the_mean(num_levels, density, std):
+def test_a_soft_label_of_any_number_of_levels_sums_to_one_and_keeps_the_mean(
+    num_levels, density, std
+):
     for mos in (0.0, 13.0, 50.0, 71.5, 100.0):
         label = soft_label(mos, std, 0.0, 100.0, density, num_levels)
         assert len(label) == num_levels and min(label) >= 0
-        assert sum(label) == pytest.approx(1, abs=0.05)  # where a negative share is cut off, the sum moves
+        assert sum(label) == pytest.approx(
+            1, abs=0.05
+        )  # where a negative share is cut off, the sum moves
         assert mean(label) == pytest.approx(1 + (num_levels - 1) * mos / 100, abs=0.1)
 
 
@@ -50,9 +58,9 @@ def test_levels_cut_the_range_into_equal_parts():
 
 def test_two_levels_share_what_lies_between_them():
     assert two_levels(3.25) == pytest.approx((0, 0.25, 0.75, 0, 0), abs=1e-7)
-    assert two_levels(1, 3) == pytest.approx((0, 0, 1), abs=1e-7) and two_levels(3, 3) == pytest.approx(
-        (1, 0, 0), abs=1e-7
-    )
+    assert two_levels(1, 3) == pytest.approx((0, 0, 1), abs=1e-7) and two_levels(
+        3, 3
+    ) == pytest.approx((1, 0, 0), abs=1e-7)
 
 
 @pytest.mark.parametrize(

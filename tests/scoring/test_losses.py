@@ -34,7 +34,13 @@ def of_case(golden, name):
     case, tensors = golden[0][name], golden[1]
     logits, labels = tensors[f"{name}/logits"], tensors[f"{name}/labels"]
     positions = level_positions(labels, case["level_prefix"])
-    return case, logits, labels, positions, {key: tensors[f"{name}/{key}"] for key in tensors_of(tensors, name)}
+    return (
+        case,
+        logits,
+        labels,
+        positions,
+        {key: tensors[f"{name}/{key}"] for key in tensors_of(tensors, name)},
+    )
 
 
 def tensors_of(tensors, name):
@@ -49,7 +55,9 @@ def test_losses_of_single_images_are_those_of_the_original(golden, name):
     rest = rest_loss(logits, labels, positions)
     assert float(kl) == pytest.approx(case["kl"], abs=1e-5)
     assert float(rest + kl) == pytest.approx(case["cross_entropy_without_level_plus_kl"], abs=1e-5)
-    assert float(in_level_loss(found, case["level_ids"])) == pytest.approx(case["in_level"], abs=1e-6)
+    assert float(in_level_loss(found, case["level_ids"])) == pytest.approx(
+        case["in_level"], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -77,7 +85,10 @@ def test_the_loss_of_the_rest_leaves_the_level_alone(golden):
     rest_loss(logits, labels, positions).backward()
     rows = torch.arange(len(labels))
     assert not logits.grad[rows, positions - 1].any()
-    assert logits.grad[rows, positions - 2].any(-1).all() and logits.grad[rows, positions].any(-1).all()
+    assert (
+        logits.grad[rows, positions - 2].any(-1).all()
+        and logits.grad[rows, positions].any(-1).all()
+    )
     only_level = torch.full_like(labels, -100).scatter(1, positions[:, None], 3)
     assert float(rest_loss(logits.detach(), only_level, positions)) == 0
 
@@ -102,12 +113,16 @@ def test_the_fidelity_loss_and_its_gradient_are_those_of_the_original(golden, is
 def test_pairs_without_deviations_are_those_of_the_original(golden, kind):
     cases, tensors = golden
     scores, mos = ([tensors[f"pair/{name}_{one}"] for one in "ab"] for name in ("pred", "gt"))
-    assert float(pair_loss(scores, mos, kind=kind)) == pytest.approx(cases["pair"][f"binary_{kind}"], abs=1e-6)
+    assert float(pair_loss(scores, mos, kind=kind)) == pytest.approx(
+        cases["pair"][f"binary_{kind}"], abs=1e-6
+    )
 
 
 def test_deviations_of_the_scores_are_detached_unless_told_otherwise(golden):
     tensors = golden[1]
-    scores, mos, stds = ([tensors[f"pair/{name}_{one}"] for one in "ab"] for name in ("pred", "gt", "gt_std"))
+    scores, mos, stds = (
+        [tensors[f"pair/{name}_{one}"] for one in "ab"] for name in ("pred", "gt", "gt_std")
+    )
     own = [tensors[f"pair/pred_std_{one}"].clone().requires_grad_() for one in "ab"]
     scores[0] = scores[0].clone().requires_grad_()
     pair_loss(scores, mos, stds, own).backward()
@@ -120,16 +135,25 @@ def test_a_preference_is_the_normal_distributions():
     first, second = torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.0])
     expected = [0.5 * math.erfc(-1 / math.sqrt(2) / math.sqrt(2)), 0.5]
     assert preference(first, second, 2.0).tolist() == pytest.approx(expected)
-    assert float(fidelity_loss(torch.tensor([0.3]), torch.tensor([0.3]))) == pytest.approx(0, abs=1e-6)
+    assert float(fidelity_loss(torch.tensor([0.3]), torch.tensor([0.3]))) == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_the_parts_sum_with_their_weights():
     parts = {"pair": torch.tensor(0.5), "next_token": [torch.tensor(2.0), torch.tensor(4.0)]}
-    parts |= {"kl": [torch.tensor(1.0), torch.tensor(3.0)], "in_level": [torch.tensor(0.2), torch.tensor(0.3)]}
+    parts |= {
+        "kl": [torch.tensor(1.0), torch.tensor(3.0)],
+        "in_level": [torch.tensor(0.2), torch.tensor(0.3)],
+    }
     assert float(total_loss(**parts)) == pytest.approx(0.5 + 0.05 * (2 + 4 + 1 + 3))
     weights = LossWeights(pair=2.0, image=0.5, level=10.0, in_level=100.0)
-    assert float(total_loss(**parts, weights=weights)) == pytest.approx(1 + 0.5 * (6 + 40) + 100 * 0.5)
-    assert float(total_loss(0.0, parts["next_token"][:1], parts["kl"][:1])) == pytest.approx(0.05 * 3)
+    assert float(total_loss(**parts, weights=weights)) == pytest.approx(
+        1 + 0.5 * (6 + 40) + 100 * 0.5
+    )
+    assert float(total_loss(0.0, parts["next_token"][:1], parts["kl"][:1])) == pytest.approx(
+        0.05 * 3
+    )
 
 
 def test_the_mass_beside_the_levels_has_a_floor():

@@ -24,7 +24,10 @@ def folder(tmp_path):
 
 
 def write_csv(path, rows, names=("image", "mos", "std", "split", "dataset")):
-    lines = [",".join(names), *(",".join("" if row.get(n) is None else str(row[n]) for n in names) for row in rows)]
+    lines = [
+        ",".join(names),
+        *(",".join("" if row.get(n) is None else str(row[n]) for n in names) for row in rows),
+    ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -64,7 +67,9 @@ def test_every_kind_of_file_gives_the_same_opinions(folder, kind):
 def test_a_part_keeps_the_range_of_the_whole(folder):
     opinions = load_opinions(write(folder, "csv"), split="train")
     assert len(opinions) == 1 and opinions.ranges["one"] == (1.5, 4.5)
-    with pytest.raises(ValueError, match=r"rows\.csv: no row has split 'val'; the file has 'test', 'train'"):
+    with pytest.raises(
+        ValueError, match=r"rows\.csv: no row has split 'val'; the file has 'test', 'train'"
+    ):
         load_opinions(folder / "rows.csv", split="val")
 
 
@@ -72,7 +77,9 @@ def test_parts_of_a_saved_data_set_are_splits_and_images_may_lie_in_it(folder):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     features = datasets.Features({"image": datasets.Image(), "mos": datasets.Value("float32")})
     parts = {
-        name: datasets.Dataset.from_list([{"image": str(folder / f"{image}.png"), "mos": mos}], features=features)
+        name: datasets.Dataset.from_list(
+            [{"image": str(folder / f"{image}.png"), "mos": mos}], features=features
+        )
         for name, image, mos in (("train", "a", 1.0), ("test", "b", 2.0))
     }
     datasets.DatasetDict(parts).save_to_disk(str(folder / "saved"))
@@ -91,7 +98,13 @@ def test_files_of_q_align_and_deqa_score_are_read_as_they_are(folder):
         ],
         "gt_score": "1.960618923",
     }
-    soft = {**row, "image": "b.png", "gt_score": 3.5, "std": 0.7, "level_probs": [0.1, 0.4, 0.4, 0.1, 0.0]}
+    soft = {
+        **row,
+        "image": "b.png",
+        "gt_score": 3.5,
+        "std": 0.7,
+        "level_probs": [0.1, 0.4, 0.4, 0.1, 0.0],
+    }
     (folder / "train.json").write_text(json.dumps([row, soft]))
     assert is_opinions(folder / "train.json")
     first, second = load_opinions(folder / "train.json")
@@ -116,7 +129,10 @@ def test_deqa_scores_two_files_are_one_source(folder):
     for source in (folder, folder / "mos.json"):
         assert is_opinions(source)
         opinions = load_opinions(source)
-        assert [(row.mos, row.std, row.split) for row in opinions] == [(1.0, 0.5, "train"), (2.0, 0.25, "test")]
+        assert [(row.mos, row.std, row.split) for row in opinions] == [
+            (1.0, 0.5, "train"),
+            (2.0, 0.25, "test"),
+        ]
     (folder / "split.json").write_text(json.dumps({"train": ["a.png"], "test": ["a.png"]}))
     with pytest.raises(ValueError, match=r"'a\.png' is in 'train' and in 'test'"):
         load_opinions(folder)
@@ -133,7 +149,10 @@ def test_deqa_scores_two_files_are_one_source(folder):
         ({"image": "a.png", "mos": 2, "std": -1}, "row 2: expected a 'std' of at least 0, got -1"),
         ({"image": "lost.png", "mos": 2}, "row 2: there is no picture"),
         ({"image": "../a.png", "mos": 2}, "row 2: '../a.png' leads out of the image folder"),
-        ({"image": "a.png", "mos": 2, "level_probs": [0.5, 0.9]}, "row 2: expected 'level_probs' of at least 0"),
+        (
+            {"image": "a.png", "mos": 2, "level_probs": [0.5, 0.9]},
+            "row 2: expected 'level_probs' of at least 0",
+        ),
         (["a.png", 2], "row 2: expected an object with 'image' and 'mos', got list"),
     ],
 )
@@ -141,7 +160,9 @@ def test_a_bad_row_is_named_with_its_file(folder, row, message):
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, [ROWS[0], row])))
     with pytest.raises(ValueError) as error:
         load_opinions(folder / "rows.jsonl")
-    assert str(error.value).startswith(f"{folder / 'rows.jsonl'}: {message}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{folder / 'rows.jsonl'}: {message}") and "\n" not in str(
+        error.value
+    )
     report = check_opinions(folder / "rows.jsonl")
     assert [f"row {bad.row}: {bad.reason}".startswith(message) for bad in report.bad] == [True]
 
@@ -195,19 +216,29 @@ def test_the_command_counts_and_names_what_is_bad(folder):
     result = check(write_csv(folder / "rows.csv", rows))
     assert result.exit_code == 1, result.output
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("row 4: its image") and "is in 'test' here and in 'train' in row 2" in lines[0]
+    assert (
+        lines[0].startswith("row 4: its image")
+        and "is in 'test' here and in 'train' in row 2" in lines[0]
+    )
     assert lines[1].startswith("row 6: ") and "broken.png" in lines[1]
     assert lines[2].startswith("row 5: its image") and lines[2].endswith("is that of row 3.")
     assert lines[3] == "6 rows of opinions, 2 bad, 1 duplicates"
-    assert lines[4] == "opinions: 4 rows (3 train, 1 test), MOS 0 to 5, mean 2.25; std is missing in 1 and 0 in 3"
+    assert (
+        lines[4]
+        == "opinions: 4 rows (3 train, 1 test), MOS 0 to 5, mean 2.25; std is missing in 1 and 0 in 3"
+    )
     found = json.loads(check(folder / "rows.csv", "--json").stdout)
-    assert found["datasets"][""]["splits"] == {"train": 3, "test": 1} and len(found["duplicates"]) == 1
+    assert (
+        found["datasets"][""]["splits"] == {"train": 3, "test": 1} and len(found["duplicates"]) == 1
+    )
     by_path = check(folder / "rows.csv", "--skip-pictures")
     assert "0 bad, 1 duplicates" in by_path.stdout and by_path.exit_code == 0
 
 
 def test_the_command_refuses_opinions_without_any_difference(folder):
-    result = check(write_csv(folder / "rows.csv", [{"image": "a.png", "mos": 3}, {"image": "b.png", "mos": 3}]))
+    result = check(
+        write_csv(folder / "rows.csv", [{"image": "a.png", "mos": 3}, {"image": "b.png", "mos": 3}])
+    )
     assert result.exit_code == 1 and "every MOS is the same" in result.stdout
 
 
@@ -215,7 +246,9 @@ def test_conversations_beside_opinions_are_looked_at_too(folder):
     row = {"image": "a.png", "mos": 3, "conversations": [{"from": "human", "value": "<image>"}]}
     (folder / "rows.json").write_text(json.dumps([row, {**row, "conversations": None, "mos": 2}]))
     result = check(folder / "rows.json")
-    assert result.exit_code == 1 and result.stdout.startswith("row 1: expected an answer of the assistant")
+    assert result.exit_code == 1 and result.stdout.startswith(
+        "row 1: expected an answer of the assistant"
+    )
 
 
 def test_tokens_of_opinions_are_not_counted(folder):

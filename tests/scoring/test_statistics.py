@@ -27,7 +27,9 @@ scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is not installed"
 @pytest.fixture(scope="module")
 def case(golden_dir):
     found = json.loads((golden_dir("L") / "cases.json").read_text())["evaluation"]
-    return {key: np.array(value) if isinstance(value, list) else value for key, value in found.items()}
+    return {
+        key: np.array(value) if isinstance(value, list) else value for key, value in found.items()
+    }
 
 
 def test_correlations_are_those_of_the_original(case):
@@ -36,7 +38,9 @@ def test_correlations_are_those_of_the_original(case):
     assert plcc_fitted(case["pred"], case["mos"]) == pytest.approx(case["plcc_after_fit"], abs=1e-6)
     fitted = logistic_fit(case["pred"], case["mos"])(case["pred"])
     assert srcc(fitted, case["mos"]) == pytest.approx(case["srcc_after_fit"], abs=1e-9)
-    assert rmse_fitted(case["pred"], case["mos"]) == pytest.approx(np.sqrt(np.mean((fitted - case["mos"]) ** 2)))
+    assert rmse_fitted(case["pred"], case["mos"]) == pytest.approx(
+        np.sqrt(np.mean((fitted - case["mos"]) ** 2))
+    )
 
 
 def test_distances_of_distributions_are_those_of_the_original(case):
@@ -64,7 +68,10 @@ def test_the_fit_finds_the_curve_that_the_opinions_lie_on():
 
 
 def test_what_does_not_vary_has_no_correlation():
-    assert all(math.isnan(statistic([3.0] * 5, [1, 2, 3, 4, 5])) for statistic in (srcc, krcc, plcc, plcc_fitted))
+    assert all(
+        math.isnan(statistic([3.0] * 5, [1, 2, 3, 4, 5]))
+        for statistic in (srcc, krcc, plcc, plcc_fitted)
+    )
     assert math.isnan(plcc_fitted([1, 2, 3], [1, 2, 3])), "four parameters need four images"
     assert bootstrap_interval(plcc, [3.0] * 5, [1, 2, 3, 4, 5], samples=9) == pytest.approx(
         (np.nan, np.nan), nan_ok=True
@@ -72,7 +79,9 @@ def test_what_does_not_vary_has_no_correlation():
 
 
 def test_scores_and_opinions_come_in_pairs():
-    with pytest.raises(ValueError, match=r"as many scores as opinions, two or more, got \(3,\) and \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"as many scores as opinions, two or more, got \(3,\) and \(2,\)"
+    ):
         srcc([1, 2, 3], [1, 2])
     with pytest.raises(ValueError, match="two or more"):
         plcc([1], [1])
@@ -82,7 +91,9 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
     truth, covered = 0.6, 0
     for seed in range(60):
         first, noise = np.random.default_rng(seed).normal(size=(2, 80))
-        low, high = bootstrap_interval(plcc, first, truth * first + math.sqrt(1 - truth**2) * noise, samples=200)
+        low, high = bootstrap_interval(
+            plcc, first, truth * first + math.sqrt(1 - truth**2) * noise, samples=200
+        )
         covered += low <= truth <= high
     assert 50 <= covered <= 60
 

@@ -44,7 +44,9 @@ def model(base):
 
 def adapt(model, preset="language", **kwargs):
     """An adapter that changes something, unlike a fresh one."""
-    adapted = get_peft_model(copy.deepcopy(model), lora_config(preset, r=2, lora_alpha=4, lora_dropout=0.0, **kwargs))
+    adapted = get_peft_model(
+        copy.deepcopy(model), lora_config(preset, r=2, lora_alpha=4, lora_dropout=0.0, **kwargs)
+    )
     torch.manual_seed(1)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -66,7 +68,9 @@ def saved(model, tmp_path):
 
 def targets(adapted):
     return {
-        name.split(".lora_")[0].split("base_model.model.")[-1] for name in adapted.state_dict() if ".lora_A" in name
+        name.split(".lora_")[0].split("base_model.model.")[-1]
+        for name in adapted.state_dict()
+        if ".lora_A" in name
     }
 
 
@@ -86,31 +90,43 @@ def test_a_preset_stays_in_the_language_model(model, preset):
         for name, module in model.named_modules()
         if name.startswith("model.language_model.layers.") and isinstance(module, torch.nn.Linear)
     }
-    expected = {name for name in decoder if preset == "all-linear" or name.split(".")[-1] in LEAVES[preset]}
+    expected = {
+        name for name in decoder if preset == "all-linear" or name.split(".")[-1] in LEAVES[preset]
+    }
     assert found == expected and found
 
 
 def test_other_members_of_the_family_have_the_same_presets():
     tiny = tiny_config()
-    owl21 = tiny_config(modality_specific_projections=["q", "k", "v"], modality_specific_norms=False)
+    owl21 = tiny_config(
+        modality_specific_projections=["q", "k", "v"], modality_specific_norms=False
+    )
     with torch.device("meta"):
         model = MplugOwl2ForConditionalGeneration(owl21)
         found = targets(get_peft_model(model, lora_config("visual-branch", r=2)))
-        assert {name.split(".")[-1] for name in found} == {"visual_q_proj", "visual_k_proj", "visual_v_proj"}
+        assert {name.split(".")[-1] for name in found} == {
+            "visual_q_proj",
+            "visual_k_proj",
+            "visual_v_proj",
+        }
         docowl = MplugOwl2Config(
             vision_config={**tiny.vision_config.to_dict(), "image_size": 28},
             text_config=tiny.text_config.to_dict(),
             image_token_id=90,
             connector_type="h_reducer",
         )
-        adapted = get_peft_model(MplugOwl2ForConditionalGeneration(docowl), lora_config(r=2, train_connector=True))
+        adapted = get_peft_model(
+            MplugOwl2ForConditionalGeneration(docowl), lora_config(r=2, train_connector=True)
+        )
     assert adapted.base_model.model.model.h_reducer.modules_to_save.default.visual_fc.weight.requires_grad
 
 
 @pytest.mark.parametrize("preset", LORA_PRESETS)
 def test_lora_trains_less_than_a_twentieth_of_the_published_model(preset):
     with torch.device("meta"):
-        adapted = get_peft_model(MplugOwl2ForConditionalGeneration(MplugOwl2Config()), lora_config(preset))
+        adapted = get_peft_model(
+            MplugOwl2ForConditionalGeneration(MplugOwl2Config()), lora_config(preset)
+        )
     trained, total = adapted.get_nb_trainable_parameters()
     assert 0 < trained < 0.05 * total
     row = re.search(rf"\| `{preset}` \|.*\| (.*) % \|", DOCS.read_text())
@@ -125,7 +141,9 @@ def test_only_the_adapter_and_the_connector_are_trained(model):
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match="no LoRA preset 'vision': choose one of language, visual-branch"):
+    with pytest.raises(
+        ValueError, match="no LoRA preset 'vision': choose one of language, visual-branch"
+    ):
         lora_config("vision")
     with pytest.raises(ValueError, match="A preset names the target_modules: leave them out"):
         lora_config("language", target_modules=["q_proj"])
@@ -135,7 +153,9 @@ def test_a_preset_without_any_target_is_refused():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
-        llama = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=8, num_hidden_layers=1, vocab_size=8))
+        llama = LlamaForCausalLM(
+            LlamaConfig(hidden_size=32, intermediate_size=8, num_hidden_layers=1, vocab_size=8)
+        )
         with pytest.raises(ValueError, match="not found in the base model"):
             get_peft_model(llama, lora_config("visual-branch"))
 
@@ -146,16 +166,30 @@ def test_a_preset_without_any_target_is_refused():
         lambda model: adapt(model),
         lambda model: adapt(model, "visual-branch", train_connector=True),
         lambda model: adapt(model, "attention", use_dora=True),
-        lambda model: adapt(model, "q-align", use_rslora=True, modules_to_save=["embed_tokens", "lm_head"]),
-        lambda model: get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)),
-        lambda model: get_peft_model(
-            model, LoraConfig(r=2, target_modules=["q_proj", "visual_v_proj"], init_lora_weights=False)
+        lambda model: adapt(
+            model, "q-align", use_rslora=True, modules_to_save=["embed_tokens", "lm_head"]
         ),
         lambda model: get_peft_model(
-            model, LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], init_lora_weights=False)
+            model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        ),
+        lambda model: get_peft_model(
+            model,
+            LoraConfig(r=2, target_modules=["q_proj", "visual_v_proj"], init_lora_weights=False),
+        ),
+        lambda model: get_peft_model(
+            model,
+            LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], init_lora_weights=False),
         ),
     ],
-    ids=["language", "connector", "dora", "rslora-embeddings", "all-linear", "plain-names", "embeddings"],
+    ids=[
+        "language",
+        "connector",
+        "dora",
+        "rslora-embeddings",
+        "all-linear",
+        "plain-names",
+        "embeddings",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_every_way_of_loading_gives_the_same_numbers(model, tmp_path, make):
@@ -175,7 +209,9 @@ def test_every_way_of_loading_gives_the_same_numbers(model, tmp_path, make):
         assert torch.equal(logits(loaded), expected)
 
 
-@pytest.mark.parametrize("name", ["vision", "visual", "layer", "a", "model", "weight", "lora_A", "default"])
+@pytest.mark.parametrize(
+    "name", ["vision", "visual", "layer", "a", "model", "weight", "lora_A", "default"]
+)
 @pytest.mark.parametrize("train_connector", [False, True])
 def test_an_adapter_may_have_any_name(model, tmp_path, name, train_connector):
     adapted = adapt(model, train_connector=train_connector)
@@ -201,7 +237,9 @@ def test_tokens_that_were_trained_alone_load_in_every_way(tmp_path, is_tied, tok
     base = tmp_path / "base"
     MplugOwl2ForConditionalGeneration(config).save_pretrained(base)
     model = MplugOwl2ForConditionalGeneration.from_pretrained(base)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens))
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
+    )
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -224,7 +262,9 @@ def test_what_transformers_leaves_out_of_an_adapter_peft_puts_in(model, tmp_path
     for name, parameter in loaded.named_parameters():
         if "modules_to_save" in name or ".lora_B" in name:
             parameter.data.zero_()
-    with pytest.raises(ValueError, match=r"was not loaded whole: the model has other values of \d+ tensors"):
+    with pytest.raises(
+        ValueError, match=r"was not loaded whole: the model has other values of \d+ tensors"
+    ):
         check_in_model(tmp_path, loaded, "default", saved)
     place_adapter(tmp_path, loaded, "default", saved)
     assert torch.equal(logits(loaded), logits(adapted))
@@ -261,15 +301,23 @@ def test_a_refused_adapter_takes_what_was_trained_beside_it_along(model, saved):
 BROKEN = {
     "short": (lambda file: rewrite(file, halve(0)), "is damaged: its tensors need"),
     "empty": (lambda file: file.write_bytes(b""), "it is empty"),
-    "lfs": (lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer"),
+    "lfs": (
+        lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+        "Git LFS pointer",
+    ),
     "half": (lambda file: file.write_bytes(file.read_bytes()[:900]), "it is damaged"),
 }
 
 
-@pytest.mark.parametrize("loader", ["from_pretrained", "auto", "model.load_adapter", "load_adapter"])
+@pytest.mark.parametrize(
+    "loader", ["from_pretrained", "auto", "model.load_adapter", "load_adapter"]
+)
 @pytest.mark.parametrize(
     ("suffix", "kind"),
-    [*(("bin", kind) for kind in BROKEN), *(("safetensors", kind) for kind in ("empty", "lfs", "half"))],
+    [
+        *(("bin", kind) for kind in BROKEN),
+        *(("safetensors", kind) for kind in ("empty", "lfs", "half")),
+    ],
 )
 def test_a_broken_adapter_file_is_named(base, saved, loader, kind, suffix):
     file = saved / f"adapter_model.{suffix}"
@@ -299,12 +347,16 @@ def change(folder, edit):
 
 
 LOADERS = {
-    "from_pretrained": lambda base, folder: MplugOwl2ForConditionalGeneration.from_pretrained(folder),
-    "auto": lambda base, folder: AutoModelForImageTextToText.from_pretrained(folder),
-    "model.load_adapter": lambda base, folder: MplugOwl2ForConditionalGeneration.from_pretrained(base).load_adapter(
-        str(folder)
+    "from_pretrained": lambda base, folder: MplugOwl2ForConditionalGeneration.from_pretrained(
+        folder
     ),
-    "load_adapter": lambda base, folder: load_adapter(MplugOwl2ForConditionalGeneration.from_pretrained(base), folder),
+    "auto": lambda base, folder: AutoModelForImageTextToText.from_pretrained(folder),
+    "model.load_adapter": lambda base, folder: MplugOwl2ForConditionalGeneration.from_pretrained(
+        base
+    ).load_adapter(str(folder)),
+    "load_adapter": lambda base, folder: load_adapter(
+        MplugOwl2ForConditionalGeneration.from_pretrained(base), folder
+    ),
 }
 KEY = "base_model.model.model.language_model.layers.1.mlp.up_proj.lora_B.weight"
 
@@ -314,12 +366,18 @@ KEY = "base_model.model.model.language_model.layers.1.mlp.up_proj.lora_B.weight"
 def test_an_adapter_with_a_tensor_too_few_or_too_many_is_refused(base, saved, loader):
     change(saved, lambda tensors: tensors.pop(KEY))
     with pytest.raises(
-        ValueError, match=r"1 tensors that the model needs are not in it, the first is .*layers.1.mlp.up_pr"
+        ValueError,
+        match=r"1 tensors that the model needs are not in it, the first is .*layers.1.mlp.up_pr",
     ):
         LOADERS[loader](base, saved)
     renamed = KEY.replace("up_proj", "middle_proj")
-    change(saved, lambda tensors: tensors.update({KEY: torch.zeros(88, 2), renamed: torch.zeros(88, 2)}))
-    with pytest.raises(ValueError, match=r"1 tensors have no place in the model, the first is .*middle_proj"):
+    change(
+        saved,
+        lambda tensors: tensors.update({KEY: torch.zeros(88, 2), renamed: torch.zeros(88, 2)}),
+    )
+    with pytest.raises(
+        ValueError, match=r"1 tensors have no place in the model, the first is .*middle_proj"
+    ):
         LOADERS[loader](base, saved)
 
 
@@ -346,24 +404,36 @@ def test_a_base_model_that_lacks_parameters_is_refused_below_an_adapter_too(base
     tensors.pop("model.language_model.layers.0.self_attn.k_proj.weight")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     settings = saved / "adapter_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": str(broken)}))
+    settings.write_text(
+        json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": str(broken)})
+    )
     for loader in ("from_pretrained", "auto"):
-        with pytest.raises(ValueError, match=r"lacks 1 parameters of this model, the first is .*k_proj"):
+        with pytest.raises(
+            ValueError, match=r"lacks 1 parameters of this model, the first is .*k_proj"
+        ):
             LOADERS[loader](base, saved)
 
 
 def test_an_adapter_without_a_base_model_says_so(base, saved, tmp_path):
     settings = saved / "adapter_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="names no base_model_name_or_path: load the model that it was trained on"):
+    settings.write_text(
+        json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": None})
+    )
+    with pytest.raises(
+        ValueError, match="names no base_model_name_or_path: load the model that it was trained on"
+    ):
         LOADERS["from_pretrained"](base, saved)
-    with pytest.raises(ValueError, match=r"holds no adapter: expected a folder with adapter_config\.json"):
+    with pytest.raises(
+        ValueError, match=r"holds no adapter: expected a folder with adapter_config\.json"
+    ):
         LOADERS["load_adapter"](base, tmp_path)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_an_adapter_of_the_original_names_the_conversion(base, golden_dir, loader):
-    with pytest.raises(ValueError, match=r"names of the original's code: .*`owl2-hf convert .* --to adapter`"):
+    with pytest.raises(
+        ValueError, match=r"names of the original's code: .*`owl2-hf convert .* --to adapter`"
+    ):
         LOADERS[loader](base, golden_dir("G") / "mplug_owl2_lora")
 
 
@@ -392,13 +462,17 @@ def test_a_fine_tune_of_the_original_is_trained_on(golden_dir, tmp_path):
     convert(golden / "mplug_owl2_base", tmp_path / "base")
     convert(golden / "mplug_owl2_lora", adapter, base=tmp_path / "base", to="adapter")
     cases = load_file(golden / "cases.safetensors")
-    loaded = AutoModelForImageTextToText.from_pretrained(adapter)  # the base that it names, and all that was trained
+    loaded = AutoModelForImageTextToText.from_pretrained(
+        adapter
+    )  # the base that it names, and all that was trained
     inputs = expand_markers(cases["merged_fp32/input_ids"], loaded.config)
     inputs["pixel_values"] = cases["merged_fp32/images"].reshape(-1, 3, 28, 28)
     expected = cases["merged_fp32/logits"]
     strict = load_adapter(AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), adapter)
     for model in (loaded, strict):
-        assert (logits(model, inputs)[..., :1000] - expected).abs().max() / expected.abs().max() < 1e-5
+        assert (
+            logits(model, inputs)[..., :1000] - expected
+        ).abs().max() / expected.abs().max() < 1e-5
 
     full_base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
     load_non_lora(full_base, adapter)
@@ -417,15 +491,23 @@ def test_a_fine_tune_of_the_original_is_trained_on(golden_dir, tmp_path):
 
 GRADIENT_CASES = {
     "language": lambda: lora_config(r=2, lora_dropout=0.0, init_lora_weights=False),
-    "connector": lambda: lora_config("q-align", r=2, lora_dropout=0.0, init_lora_weights=False, train_connector=True),
-    "vision": lambda: LoraConfig(r=2, target_modules=r".*vision_tower.*\.q_proj", init_lora_weights=False),
-    "abstractor": lambda: LoraConfig(r=2, target_modules=r".*visual_abstractor.*\.k_proj", init_lora_weights=False),
+    "connector": lambda: lora_config(
+        "q-align", r=2, lora_dropout=0.0, init_lora_weights=False, train_connector=True
+    ),
+    "vision": lambda: LoraConfig(
+        r=2, target_modules=r".*vision_tower.*\.q_proj", init_lora_weights=False
+    ),
+    "abstractor": lambda: LoraConfig(
+        r=2, target_modules=r".*visual_abstractor.*\.k_proj", init_lora_weights=False
+    ),
 }
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("case", GRADIENT_CASES)
-def test_gradient_checkpointing_with_frozen_embeddings_changes_no_gradient(model, case, use_reentrant):
+def test_gradient_checkpointing_with_frozen_embeddings_changes_no_gradient(
+    model, case, use_reentrant
+):
     plain = get_peft_model(model, GRADIENT_CASES[case]()).train()
     checkpointed = copy.deepcopy(plain)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -438,11 +520,16 @@ def test_gradient_checkpointing_with_frozen_embeddings_changes_no_gradient(model
         for adapted in (plain, checkpointed):
             adapted.zero_grad()
             adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
-            grads.append({name: p.grad for name, p in adapted.named_parameters() if p.requires_grad})
+            grads.append(
+                {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+            )
         assert grads[0].keys() == grads[1].keys()
         for name, expected in grads[0].items():
             torch.testing.assert_close(grads[1][name], expected, rtol=1e-5, atol=1e-7)
-    assert any(gradient.abs().max() > 0 for gradient in grads[0].values()) or case in ("vision", "abstractor")
+    assert any(gradient.abs().max() > 0 for gradient in grads[0].values()) or case in (
+        "vision",
+        "abstractor",
+    )
     assert len(calls) == 4  # forward and once more in backward, for both inputs
 
 
@@ -457,7 +544,9 @@ def test_a_merged_model_is_a_plain_one(model, saved, tmp_path):
     assert (logits(merged) - expected).abs().max() / scale < 1e-5
     merged.save_pretrained(tmp_path / "merged")
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == model.state_dict().keys()
-    assert torch.equal(logits(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")), logits(merged))
+    assert torch.equal(
+        logits(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")), logits(merged)
+    )
 
 
 def test_adapters_are_added_up_and_stand_beside_each_other(model, saved):
@@ -481,7 +570,11 @@ def test_a_resized_table_is_saved_with_its_adapter(model, base, tmp_path):
     adapted.save_pretrained(tmp_path)
     by_transformers = resized()
     by_transformers.load_adapter(str(tmp_path))
-    for loaded in (by_transformers, load_adapter(resized(), tmp_path), PeftModel.from_pretrained(resized(), tmp_path)):
+    for loaded in (
+        by_transformers,
+        load_adapter(resized(), tmp_path),
+        PeftModel.from_pretrained(resized(), tmp_path),
+    ):
         assert torch.equal(logits(loaded, inputs), logits(adapted, inputs))
     with pytest.raises(RuntimeError, match="size mismatch"):
         PeftModel.from_pretrained(model, tmp_path)
@@ -496,9 +589,14 @@ def test_the_documented_example_runs(tmp_path, monkeypatch):
     processor, row = names["processor"], names["rows"][0]
     batch = names["trainer"].data_collator([copy.deepcopy(row)])
     # What is trained is what generation reads, and the answers alone count.
-    question = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": row["messages"][0]["content"]}]
+    question = [
+        {"type": "image", "image": row["images"][0]},
+        {"type": "text", "text": row["messages"][0]["content"]},
+    ]
     chat = [{"role": "user", "content": question}, row["messages"][1]]
-    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt"
+    )
     assert batch["input_ids"].tolist() == inputs["input_ids"].tolist()
     assert torch.equal(batch["pixel_values"], inputs["pixel_values"])
     counted = batch["labels"][0][batch["labels"][0] != -100]
@@ -506,10 +604,15 @@ def test_the_documented_example_runs(tmp_path, monkeypatch):
 
     exec(compile(loading, "adapters.md, loading", "exec"), names)
     trained = logits(names["trainer"].model, inputs)
-    assert torch.equal(logits(AutoModelForImageTextToText.from_pretrained("adapter", dtype="float32"), inputs), trained)
+    assert torch.equal(
+        logits(AutoModelForImageTextToText.from_pretrained("adapter", dtype="float32"), inputs),
+        trained,
+    )
     assert torch.equal(logits(names["base"], inputs), logits(names["merged"], inputs))
     torch.testing.assert_close(logits(names["merged"], inputs), trained, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(trained, logits(owl2_hf.load_default(dtype="float32")[0], inputs), atol=1e-3)
+    assert not torch.allclose(
+        trained, logits(owl2_hf.load_default(dtype="float32")[0], inputs), atol=1e-3
+    )
 
 
 @torch.no_grad()
@@ -523,7 +626,11 @@ def test_each_row_of_a_batch_may_have_an_adapter_of_its_own(model, preset):
         if ".second." in name:
             parameter.normal_(std=0.1)
     rows = pad([[1, 5, *RUN, 7], [1, *RUN, 5, 7, 8], [1, 5, 6]])
-    inputs = {**rows, "pixel_values": pictures(2).double(), "mm_token_type_ids": rows["input_ids"].eq(IMAGE).long()}
+    inputs = {
+        **rows,
+        "pixel_values": pictures(2).double(),
+        "mm_token_type_ids": rows["input_ids"].eq(IMAGE).long(),
+    }
     names = ["default", "__base__", "second"]
     mixed = adapted(**inputs, adapter_names=names).logits
     for index, name in enumerate(names):
@@ -543,20 +650,28 @@ def test_virtual_tokens_in_front_of_a_prompt_are_text(model, kind, has_image):
     settings = {"encoder_hidden_size": 8} if kind is PromptEncoderConfig else {}
     torch.manual_seed(0)
     base = copy.deepcopy(model)
-    tuned = get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=2, **settings)).eval()
+    tuned = get_peft_model(
+        base, kind(task_type="CAUSAL_LM", num_virtual_tokens=2, **settings)
+    ).eval()
     inputs = pad([[1, 5, *RUN, 7] if has_image else [1, 5, 7], [1, 5, 6]])
     inputs |= {"mm_token_type_ids": inputs["input_ids"].eq(IMAGE).long()}
     inputs |= {"pixel_values": pictures(1)} if has_image else {}
     got = logits(tuned, inputs)
     # The same by hand, with an indicator for each position.
-    embeds = torch.cat([tuned.get_prompt(2), model.get_input_embeddings()(inputs["input_ids"])], dim=1)
+    embeds = torch.cat(
+        [tuned.get_prompt(2), model.get_input_embeddings()(inputs["input_ids"])], dim=1
+    )
     by_hand = {**inputs, "inputs_embeds": embeds, "input_ids": None}
     for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
         by_hand[name] = torch.nn.functional.pad(inputs[name], (2, 0), value=value)
     torch.testing.assert_close(got, logits(model, by_hand), rtol=1e-5, atol=1e-6)
     loss = tuned(**inputs, labels=inputs["input_ids"]).loss
     loss.backward()
-    assert all(parameter.grad is not None for parameter in tuned.prompt_encoder.parameters() if parameter.requires_grad)
+    assert all(
+        parameter.grad is not None
+        for parameter in tuned.prompt_encoder.parameters()
+        if parameter.requires_grad
+    )
     answers = tuned.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert answers[:, -2].tolist() == got[:, -1].argmax(-1).tolist()
 
@@ -567,7 +682,9 @@ def test_indicators_that_are_too_short_are_refused_where_no_tokens_are_virtual(m
     for extra in ({}, {"pixel_values": pictures(1)}):
         with pytest.raises(ValueError, match="one indicator for each position"):
             model(inputs_embeds=embeds, mm_token_type_ids=short, **extra)
-    frozen = model.requires_grad_(False)  # as virtual tokens leave a model; ids tell that there are none
+    frozen = model.requires_grad_(
+        False
+    )  # as virtual tokens leave a model; ids tell that there are none
     with pytest.raises(ValueError, match="one indicator for each position"):
         frozen(torch.tensor([[1, 5, *RUN, 7]]), mm_token_type_ids=short, pixel_values=pictures(1))
     long = torch.tensor([[0, 0, 0, *[1] * len(RUN), 0]])

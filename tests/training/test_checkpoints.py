@@ -13,11 +13,20 @@ def make(folder, step=2, processes=1, adapter=False):
     """A checkpoint as the Trainer lays it out."""
     folder = folder / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    save_file({"weight": torch.ones(99)}, folder / ("adapter_model.safetensors" if adapter else "model.safetensors"))
-    (folder / ("adapter_config.json" if adapter else "config.json")).write_text('{"model_type": "mplug_owl2"}')
+    save_file(
+        {"weight": torch.ones(99)},
+        folder / ("adapter_model.safetensors" if adapter else "model.safetensors"),
+    )
+    (folder / ("adapter_config.json" if adapter else "config.json")).write_text(
+        '{"model_type": "mplug_owl2"}'
+    )
     for name in ("optimizer.pt", "scheduler.pt", "training_args.bin"):
         torch.save({"state": torch.ones(99)}, folder / name)
-    for name in ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]:
+    for name in (
+        ["rng_state.pth"]
+        if processes == 1
+        else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    ):
         torch.save(torch.get_rng_state(), folder / name)
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (folder / "versions.json").write_text(json.dumps({"processes": processes}))
@@ -49,12 +58,21 @@ def test_a_whole_checkpoint_has_no_damage(tmp_path, processes, adapter):
 @pytest.mark.parametrize("damage", [cut, empty])
 @pytest.mark.parametrize(
     "name",
-    ["model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
+    [
+        "model.safetensors",
+        "config.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    ],
 )
 def test_each_damaged_file_is_named(tmp_path, name, damage):
     folder = make(tmp_path)
     damage(folder / name)
-    assert find_damage(folder) == f"{name} is {'empty' if damage is empty else 'cut short or damaged'}"
+    assert (
+        find_damage(folder) == f"{name} is {'empty' if damage is empty else 'cut short or damaged'}"
+    )
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
@@ -67,7 +85,14 @@ def test_a_changed_byte_of_a_state_is_seen(tmp_path, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
+    [
+        "model.safetensors",
+        "config.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    ],
 )
 def test_each_missing_file_is_named(tmp_path, name):
     folder = make(tmp_path)
@@ -89,7 +114,9 @@ def test_every_process_needs_its_random_state(tmp_path):
         (folder / f"rng_state_{rank}.pth").unlink()
         assert find_damage(folder) == f"rng_state_{rank}.pth is missing"
     folder = make(tmp_path, processes=2)
-    (folder / "versions.json").unlink()  # nothing says how many there were, but one alone has no number
+    (
+        folder / "versions.json"
+    ).unlink()  # nothing says how many there were, but one alone has no number
     (folder / "rng_state_1.pth").unlink()
     assert find_damage(folder) == "rng_state_1.pth is missing"
 
@@ -106,7 +133,9 @@ def test_every_shard_of_the_weights_is_looked_at(tmp_path):
     cut(folder / shards[1])
     assert find_damage(folder) == f"{shards[1]} is cut short or damaged"
     (folder / shards[1]).unlink()
-    assert find_damage(folder) == f"model.safetensors.index.json names {shards[1]}, which is missing"
+    assert (
+        find_damage(folder) == f"model.safetensors.index.json names {shards[1]}, which is missing"
+    )
     cut(folder / "model.safetensors.index.json")
     assert find_damage(folder) == "model.safetensors.index.json is cut short or damaged"
 
@@ -121,7 +150,9 @@ def test_deepspeed_keeps_its_state_in_a_folder(tmp_path):
     torch.save({"state": torch.ones(9)}, folder / "global_step2" / "zero_pp_rank_0_optim_states.pt")
     assert find_damage(folder) is None
     cut(folder / "global_step2" / "zero_pp_rank_0_optim_states.pt")
-    assert find_damage(folder) == "global_step2/zero_pp_rank_0_optim_states.pt is cut short or damaged"
+    assert (
+        find_damage(folder) == "global_step2/zero_pp_rank_0_optim_states.pt is cut short or damaged"
+    )
 
 
 def test_the_newest_whole_checkpoint_is_found_and_the_others_are_named(tmp_path):
@@ -131,7 +162,9 @@ def test_the_newest_whole_checkpoint_is_found_and_the_others_are_named(tmp_path)
     (tmp_path / "checkpoint-10" / "config.json").unlink()
     (tmp_path / "checkpoint-best").mkdir()
     named = []
-    found = last_checkpoint(tmp_path, lambda checkpoint, reason: named.append((checkpoint.name, reason)))
+    found = last_checkpoint(
+        tmp_path, lambda checkpoint, reason: named.append((checkpoint.name, reason))
+    )
     assert found == tmp_path / "checkpoint-4"
     assert named == [
         ("checkpoint-12", "optimizer.pt is cut short or damaged"),

@@ -35,7 +35,9 @@ def make(tokenizer=None, legacy=True, num_image_tokens=3, **kwargs):
         tokenizer, _ = load_tokenizer(GOLDEN / "T" / "tiny.model")
     image_processor = MplugOwl2ImageProcessor(size={"height": 14, "width": 14}, **kwargs)
     template = QWEN_CHAT_TEMPLATE if tokenizer.bos_token is None else None
-    return MplugOwl2Processor(image_processor, tokenizer, template, num_image_tokens=num_image_tokens, legacy=legacy)
+    return MplugOwl2Processor(
+        image_processor, tokenizer, template, num_image_tokens=num_image_tokens, legacy=legacy
+    )
 
 
 def make_docowl():
@@ -47,7 +49,10 @@ def make_qwen():
 
 
 def row(*values, **others):
-    turns = [{"from": "gpt" if index % 2 else "human", "value": value} for index, value in enumerate(values)]
+    turns = [
+        {"from": "gpt" if index % 2 else "human", "value": value}
+        for index, value in enumerate(values)
+    ]
     return {"conversations": turns, **others}
 
 
@@ -76,7 +81,9 @@ MASKED_BY_A_BUG = {"answer_contains_assistant": "he said ASSISTANT: yes</s>"}
 # It does the same with these, which have nothing to learn; here they are refused.
 REFUSED = {"empty_answer"}
 # With legacy=False transformers 4.31 split `USER` behind `</s>` otherwise than every later version does.
-OTHER_IDS = {("llama2", False): {"image_two_rounds", "image_three_rounds_unicode", "text_two_rounds"}}
+OTHER_IDS = {
+    ("llama2", False): {"image_two_rounds", "image_three_rounds_unicode", "text_two_rounds"}
+}
 
 
 @pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "not legacy"])
@@ -92,7 +99,10 @@ def test_ids_and_labels_are_the_originals(golden_dir, tokenizer, legacy):
     collator = Collator(processor)
     for case in cases:
         name, turns = case["name"], case["conversations"]
-        sample = {"id": name, "conversations": with_system(turns) if case["version"] == "v1" else turns}
+        sample = {
+            "id": name,
+            "conversations": with_system(turns) if case["version"] == "v1" else turns,
+        }
         if case["has_image"]:
             sample["image"] = RED
         if name in REFUSED:
@@ -128,29 +138,40 @@ def merge_user(ids, labels, us, user):
     assert places
     drop = {index + 1 for index in places}
     ids = [user if index in places else token for index, token in enumerate(ids)]
-    return tuple([value for index, value in enumerate(values) if index not in drop] for values in (ids, labels))
+    return tuple(
+        [value for index, value in enumerate(values) if index not in drop]
+        for values in (ids, labels)
+    )
 
 
 @pytest.mark.parametrize("mode", ["pad", "square"])
 def test_batches_are_the_originals(golden_dir, mode):
     folder = golden_dir("G") / "train_data"
     if not folder.is_dir():
-        pytest.skip("the original's batches are not here; OWL2_HF_GOLDEN names the folder that holds them")
+        pytest.skip(
+            "the original's batches are not here; OWL2_HF_GOLDEN names the folder that holds them"
+        )
     processor = MplugOwl2Processor.from_original(golden_dir("G") / "mplug_owl2_base")
     # Upstream: anything but "pad" goes through CLIP's own preprocessing in training, which cuts the centre.
     processor.image_processor.image_aspect_ratio = "pad" if mode == "pad" else "crop"
     rows = json.loads((folder / "data.json").read_text())
     rows = [{**sample, "conversations": with_system(sample["conversations"])} for sample in rows]
-    collator, tensors = Collator(processor, image_folder=folder), load_file(folder / "batches.safetensors")
+    collator, tensors = (
+        Collator(processor, image_folder=folder),
+        load_file(folder / "batches.safetensors"),
+    )
     for case in json.loads((folder / "batches.json").read_text())[mode]["batches"]:
         batch = collator([rows[index] for index in case["indices"]])
         recorded = {
-            key: tensors[f"{case['name']}/{key}"] for key in ("input_ids", "labels", "attention_mask", "images")
+            key: tensors[f"{case['name']}/{key}"]
+            for key in ("input_ids", "labels", "attention_mask", "images")
         }
         images = recorded.pop("images")
         for key, value in expand_markers(config=processor, **recorded).items():
             assert torch.equal(batch[key], value), (case["name"], key)
-        with_image = ["image" in rows[index] for index in case["indices"]]  # it made black ones for the others
+        with_image = [
+            "image" in rows[index] for index in case["indices"]
+        ]  # it made black ones for the others
         assert torch.equal(batch["pixel_values"], images[with_image])
 
 
@@ -165,7 +186,13 @@ def test_labels_are_the_answers_and_their_ends(make):
     processor = make()
     batch = Collator(processor)(
         [
-            row("<image> a </s> ASSISTANT: b", "A dog.", "And <image>?", " A </s> cat", image=[RED, WIDE]),
+            row(
+                "<image> a </s> ASSISTANT: b",
+                "A dog.",
+                "And <image>?",
+                " A </s> cat",
+                image=[RED, WIDE],
+            ),
             row("q", "羊 a"),
         ]
     )
@@ -176,7 +203,9 @@ def test_labels_are_the_answers_and_their_ends(make):
 
 
 def test_a_picture_inside_an_answer_is_not_learned():
-    batch = Collator(LLAMA)([row("Which?", "this <image> one", "and?", "<image> that", image=[RED, WIDE])])
+    batch = Collator(LLAMA)(
+        [row("Which?", "this <image> one", "and?", "<image> that", image=[RED, WIDE])]
+    )
     assert learned(LLAMA, batch).replace(" ", "") == "thisone</s>that</s>"
     assert batch["mm_token_type_ids"].sum() == 6
 
@@ -185,7 +214,11 @@ def test_a_picture_inside_an_answer_is_not_learned():
 def test_one_call_processes_the_pictures_of_all_rows(make):
     processor = make()
     collator = Collator(processor)
-    rows = [row("<image> a", "b", image=RED), row("c", "d"), row("<image>, <image>", "e", image=[WIDE, RED])]
+    rows = [
+        row("<image> a", "b", image=RED),
+        row("c", "d"),
+        row("<image>, <image>", "e", image=[WIDE, RED]),
+    ]
     together, alone = collator(rows), [collator([sample]) for sample in rows]
     pixels = torch.cat([batch["pixel_values"] for batch in alone if "pixel_values" in batch])
     assert torch.equal(together["pixel_values"], pixels)
@@ -213,7 +246,9 @@ def test_padding(side):
         assert mask.sum() < len(mask)
         assert mask.tolist() == sorted(mask.tolist(), reverse=side == "right")
         assert (batch["input_ids"][index][~mask] == 0).all()
-        assert torch.equal(batch["input_ids"][index][mask], Collator(make())([rows[index]])["input_ids"][0])
+        assert torch.equal(
+            batch["input_ids"][index][mask], Collator(make())([rows[index]])["input_ids"][0]
+        )
 
 
 # Truncation
@@ -239,13 +274,23 @@ def test_truncation_never_cuts_a_picture(processor, turns, shapes, max_length):
         assert torch.equal(cut[key], whole[key][:, :length])
     squares = len(cut.get("pixel_values", ()))
     assert cut["mm_token_type_ids"].sum() == squares * processor.num_image_tokens
-    crops = [processor.image_processor.num_crops(picture.height, picture.width) for picture in pictures]
+    crops = [
+        processor.image_processor.num_crops(picture.height, picture.width) for picture in pictures
+    ]
     assert squares in [sum(crops[:number]) for number in range(len(crops) + 1)]
     if squares:
         assert torch.equal(cut["pixel_values"], whole["pixel_values"][:squares])
     if length < min(max_length, full):  # then a picture begins here that does not fit
-        run = next(sum(crops[: number + 1]) - squares for number in range(len(crops)) if sum(crops[:number]) == squares)
-        positions = whole["mm_token_type_ids"][0].nonzero().flatten()[squares * processor.num_image_tokens :]
+        run = next(
+            sum(crops[: number + 1]) - squares
+            for number in range(len(crops))
+            if sum(crops[:number]) == squares
+        )
+        positions = (
+            whole["mm_token_type_ids"][0]
+            .nonzero()
+            .flatten()[squares * processor.num_image_tokens :]
+        )
         assert positions[0] == length
         assert positions[run * processor.num_image_tokens - 1] >= max_length
     else:
@@ -275,7 +320,9 @@ def test_the_collator_can_be_pickled():
     sample = row("<image> a", "b", image=RED)
     collator = Collator(LLAMA, 50)
     copied = pickle.loads(pickle.dumps(collator))  # noqa: S301
-    assert all(torch.equal(value, copied([sample])[key]) for key, value in collator([sample]).items())
+    assert all(
+        torch.equal(value, copied([sample])[key]) for key, value in collator([sample]).items()
+    )
 
 
 def test_a_batch_without_a_label_has_loss_zero():
@@ -297,12 +344,18 @@ def test_a_batch_without_a_label_has_loss_zero():
         loss = model(**empty, **kwargs).loss
         loss.backward()
         assert loss == 0
-    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+    assert all(
+        not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None
+    )
     output = model(**full)
-    mean = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), full["labels"][:, 1:].flatten())
+    mean = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), full["labels"][:, 1:].flatten()
+    )
     assert torch.allclose(output.loss, mean, rtol=1e-6)
     num_labels = full["labels"][:, 1:].ne(-100).sum()
-    assert torch.allclose(model(**full, num_items_in_batch=2 * num_labels).loss, mean / 2, rtol=1e-6)
+    assert torch.allclose(
+        model(**full, num_items_in_batch=2 * num_labels).loss, mean / 2, rtol=1e-6
+    )
 
 
 # What cannot be learned from
@@ -340,7 +393,9 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path, caplog):
     RED.save(tmp_path / "red.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "red.png").read_bytes()[:-30])
     good = [row("<image> a", "b", image=RED), row("c", "d")]
-    broken, cut = (row("<image> a", "b", id=name, image=f"{name}.png") for name in ("broken", "cut"))
+    broken, cut = (
+        row("<image> a", "b", id=name, image=f"{name}.png") for name in ("broken", "cut")
+    )
     collator = Collator(LLAMA, image_folder=tmp_path, skip_bad=True)
     batch, expected = collator([good[0], broken, good[1], cut]), Collator(LLAMA)(good)
     assert batch.keys() == expected.keys()

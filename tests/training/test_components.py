@@ -76,7 +76,9 @@ def test_an_adapter_trains_whatever_the_preset(model):
 def test_presets_that_match_nothing_are_refused(model):
     with pytest.raises(ValueError, match="expected trains to be one of pretrain, instruct"):
         freeze_all_but(model, "stage1")
-    with pytest.raises(ValueError, match=r"expected parts of vision_tower.* to train, got 'vision'"):
+    with pytest.raises(
+        ValueError, match=r"expected parts of vision_tower.* to train, got 'vision'"
+    ):
         freeze_all_but(model, ["vision"])
     with pytest.raises(ValueError, match="'adapters' leaves no parameter to train: add an adapter"):
         freeze_all_but(model, "adapters")
@@ -87,7 +89,9 @@ def test_presets_that_match_nothing_are_refused(model):
 def test_learning_rates_reach_the_optimizer(model):
     freeze_all_but(model, "instruct")
     rates = {"connector": 3e-4, "visual_branch": 2e-4}
-    groups = parameter_groups(model, 1e-4, rates, None, 0.1, ["model.visual_abstractor.visual_fc.weight"])
+    groups = parameter_groups(
+        model, 1e-4, rates, None, 0.1, ["model.visual_abstractor.visual_fc.weight"]
+    )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen = {}
     for group in torch.optim.AdamW(groups).param_groups:
@@ -118,7 +122,9 @@ def test_layers_of_the_vision_encoder_learn_slower_from_top_to_bottom(model):
 
 def test_a_learning_rate_for_what_does_not_train_is_refused(model):
     freeze_all_but(model, "connector")
-    with pytest.raises(ValueError, match="learning_rates names vision_tower, which does not train here"):
+    with pytest.raises(
+        ValueError, match="learning_rates names vision_tower, which does not train here"
+    ):
         parameter_groups(model, 1e-4, {"vision_tower": 1e-5}, None, 0.0, [])
 
 
@@ -126,27 +132,40 @@ def test_the_table_counts_every_parameter_once(model):
     freeze_all_but(model, "visual-branch")
     groups = parameter_groups(model, 1e-4, {"connector": 1e-3}, None, 0.0, [])
     rows = count_parameters(model, groups)
-    assert sum(row.trainable + row.frozen for row in rows) == sum(p.numel() for p in model.parameters())
-    assert sum(row.trainable for row in rows) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(row.trainable + row.frozen for row in rows) == sum(
+        p.numel() for p in model.parameters()
+    )
+    assert sum(row.trainable for row in rows) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
     by_name = {row.component: row for row in rows}
     assert by_name["connector"].learning_rates == (1e-3,) and by_name["connector"].frozen == 0
-    assert by_name["language_model"].learning_rates == () and by_name["language_model"].trainable == 0
+    assert (
+        by_name["language_model"].learning_rates == () and by_name["language_model"].trainable == 0
+    )
     table = format_table(rows)
     assert "connector" in table and "0.001" in table and "of the parameters train" in table
 
 
 def test_a_connector_that_trains_beside_an_adapter_counts_as_the_connector(model):
-    expected = sum(parameter.numel() for name, parameter in model.named_parameters() if "abstractor" in name)
+    expected = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if "abstractor" in name
+    )
     adapted = get_peft_model(model, lora_config(r=2, train_connector=True))
     for trains in ("adapters", "connector"):
         freeze_all_but(adapted, trains)
         rates = {"connector": 1e-3}
         rows = {
-            row.component: row for row in count_parameters(adapted, parameter_groups(adapted, 1e-4, rates, None, 0, []))
+            row.component: row
+            for row in count_parameters(
+                adapted, parameter_groups(adapted, 1e-4, rates, None, 0, [])
+            )
         }
         assert rows["connector"] == Parameters("connector", expected, 0, (1e-3,))
         assert rows["adapters"].learning_rates == (1e-4,)
-        in_adapter = sum(parameter.numel() for name, parameter in adapted.named_parameters() if ".lora_" in name)
+        in_adapter = sum(
+            parameter.numel() for name, parameter in adapted.named_parameters() if ".lora_" in name
+        )
         assert (rows["adapters"].trainable, rows["adapters"].frozen) == (in_adapter, 0)
         assert not any(".original_module." in name for name in trainable(adapted))
 

@@ -25,12 +25,18 @@ RED, BLUE = Image.new("RGB", (5, 3), "red"), Image.new("RGB", (3, 5), "blue")
 
 
 def llava(*values, **row):
-    turns = [{"from": "gpt" if index % 2 else "human", "value": value} for index, value in enumerate(values)]
+    turns = [
+        {"from": "gpt" if index % 2 else "human", "value": value}
+        for index, value in enumerate(values)
+    ]
     return {"conversations": turns, **row}
 
 
 def chat(*contents, **row):
-    turns = [{"role": "assistant" if i % 2 else "user", "content": content} for i, content in enumerate(contents)]
+    turns = [
+        {"role": "assistant" if i % 2 else "user", "content": content}
+        for i, content in enumerate(contents)
+    ]
     return {"messages": turns, **row}
 
 
@@ -43,13 +49,20 @@ def image(value):
 
 
 def questions(row, **kwargs):
-    return [message["content"] for message in to_messages(row, **kwargs) if message["role"] == "user"]
+    return [
+        message["content"] for message in to_messages(row, **kwargs) if message["role"] == "user"
+    ]
 
 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "clip").mkdir()
-    for name, picture in (("a.png", RED), ("b.png", BLUE), ("clip/1.png", RED), ("clip/2.png", BLUE)):
+    for name, picture in (
+        ("a.png", RED),
+        ("b.png", BLUE),
+        ("clip/1.png", RED),
+        ("clip/2.png", BLUE),
+    ):
         picture.save(tmp_path / name)
     (tmp_path / "broken.png").write_bytes(b"no picture")
     return tmp_path
@@ -76,7 +89,10 @@ def test_one_picture_comes_first_as_in_the_original(marker, value, rest):
 
 def test_several_pictures_stay_at_their_markers():
     row = llava("<image> or <image>?", "a", "and <|image|>", "b", image=[RED, BLUE, RED])
-    assert questions(row) == [[image(RED), text(" or "), image(BLUE), text("?")], [text("and "), image(RED)]]
+    assert questions(row) == [
+        [image(RED), text(" or "), image(BLUE), text("?")],
+        [text("and "), image(RED)],
+    ]
 
 
 def test_a_row_without_pictures_is_text():
@@ -117,12 +133,21 @@ def test_pictures_may_stand_in_their_parts(folder):
     parts = [image("a.png"), {"type": "image", "path": str(folder / "b.png")}, text("a")]
     parts += [{"type": "image_url", "image_url": {"url": "https://example.org/c.png"}}]
     path = str(folder / "a.png")
-    expected = [image(path), image(str(folder / "b.png")), text("a"), image("https://example.org/c.png")]
+    expected = [
+        image(path),
+        image(str(folder / "b.png")),
+        text("a"),
+        image("https://example.org/c.png"),
+    ]
     assert questions(chat(parts, "b"), image_folder=folder, allow_outside=True) == [expected]
 
 
 def test_undecoded_pictures_of_datasets_are_taken(folder):
-    row = chat("<image><image>", "b", images=[{"bytes": b"x", "path": "y"}, {"bytes": None, "path": "a.png"}])
+    row = chat(
+        "<image><image>",
+        "b",
+        images=[{"bytes": b"x", "path": "y"}, {"bytes": None, "path": "a.png"}],
+    )
     assert questions(row, image_folder=folder) == [[image(b"x"), image(str(folder / "a.png"))]]
 
 
@@ -134,15 +159,23 @@ def test_a_video_is_a_folder_or_a_list_of_frames(folder, video, marker):
     assert [content[0]["type"], [str(frame) for frame in content[0]["video"]]] == ["video", frames]
     assert content[1:] == [text("\nWhat?")]
     parts = [{"type": "video", "video": video}, text("What?")]
-    assert [str(frame) for frame in questions(chat(parts, "a"), image_folder=folder)[0][0]["video"]] == frames
+    assert [
+        str(frame) for frame in questions(chat(parts, "a"), image_folder=folder)[0][0]["video"]
+    ] == frames
 
 
 def test_pictures_and_videos_of_one_row_go_to_their_own_markers(folder):
     row = chat("<video> <image>", "a", images=[RED], videos=["clip"])
-    assert [part["type"] for part in questions(row, image_folder=folder)[0]] == ["video", "text", "image"]
+    assert [part["type"] for part in questions(row, image_folder=folder)[0]] == [
+        "video",
+        "text",
+        "image",
+    ]
 
 
-@pytest.mark.parametrize("row", [llava("<image> a", "b", image=["x"]), chat([{"type": "image"}], "b", images=["x"])])
+@pytest.mark.parametrize(
+    "row", [llava("<image> a", "b", image=["x"]), chat([{"type": "image"}], "b", images=["x"])]
+)
 def test_the_row_stays_as_it_is(row, folder):
     (folder / "x").write_bytes(b"")
     before = copy.deepcopy(row)
@@ -157,29 +190,62 @@ BAD = [
     ({"conversations": []}, "'conversations' has no turns"),
     ({"messages": "hi"}, "expected a list of turns in 'messages', got str"),
     ({"messages": ["hi"]}, "turn 1: expected an object, got str"),
-    ({"conversations": [{"from": "bot", "value": "a"}]}, "turn 1: expected 'from' to be .* got 'bot'"),
-    ({"messages": [{"role": "tool", "content": "a"}]}, "turn 1: expected 'role' to be .* got 'tool'"),
+    (
+        {"conversations": [{"from": "bot", "value": "a"}]},
+        "turn 1: expected 'from' to be .* got 'bot'",
+    ),
+    (
+        {"messages": [{"role": "tool", "content": "a"}]},
+        "turn 1: expected 'role' to be .* got 'tool'",
+    ),
     (llava("a", None), "turn 2: expected a string as 'value', got NoneType"),
     (chat("a", 5), "turn 2: expected a string or a list of parts as 'content', got int"),
     (chat([{"type": "audio"}], "a"), "turn 1: expected parts of type .* got 'audio'"),
-    (chat([{"type": "text", "text": None}], "a"), "turn 1: expected a string as 'text', got NoneType"),
+    (
+        chat([{"type": "text", "text": None}], "a"),
+        "turn 1: expected a string as 'text', got NoneType",
+    ),
     (llava("a", "\ud800"), "turn 2: .* not Unicode at character 0"),
     (llava("a"), "expected an answer of the assistant as the last turn, got 'user'"),
     (llava("a", "b", "c"), "expected an answer of the assistant as the last turn, got 'user'"),
-    ({"messages": [{"role": "assistant", "content": "a"}]}, "expected 'system' or 'user' as the first turn, got 'ass"),
+    (
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        "expected 'system' or 'user' as the first turn, got 'ass",
+    ),
     ({"conversations": [{"from": "gpt", "value": "a"}]}, "expected an answer .* got 'nothing'"),
-    ({"messages": 2 * [{"role": "user", "content": "a"}]}, "roles must alternate: expected 'assistant' after 'user'"),
+    (
+        {"messages": 2 * [{"role": "user", "content": "a"}]},
+        "roles must alternate: expected 'assistant' after 'user'",
+    ),
     (llava("a", "b", "c", " \n"), "answer 2 is empty"),
-    (llava("a", "b", image=RED), "the turns have 0 <.image.> for 1 images: give each image one marker"),
-    (llava("<image> a", "b", "<image> c", "d", image=RED), "the turns have 2 <.image.> for 1 images"),
+    (
+        llava("a", "b", image=RED),
+        "the turns have 0 <.image.> for 1 images: give each image one marker",
+    ),
+    (
+        llava("<image> a", "b", "<image> c", "d", image=RED),
+        "the turns have 2 <.image.> for 1 images",
+    ),
     (llava("<image> a", "b"), "the turns have 1 <.image.> for 0 images"),
     (llava("<image> a", "b", image="no.png"), "there is no picture 'no.png'"),
     (llava("<image> a", "b", image=""), "expected a picture as path, .* got ''"),
     (llava("<image> a", "b", image=3), "expected a picture as path, .* got int"),
-    (llava("<image> a", "b", image="../a.png", image_folder="/x"), "'../a.png' leads out of the image folder '/x'"),
-    (llava("<video> a", "b", video=[]), "expected a folder of frames or a list of at least one .* got an empty list"),
-    (llava("<video> a", "b", video=3), "expected a folder of frames or a list of at least one .* got int"),
-    (llava("<video> a", "b", video="no.mp4"), "video 'no.mp4': expected a file, a folder of frames"),
+    (
+        llava("<image> a", "b", image="../a.png", image_folder="/x"),
+        "'../a.png' leads out of the image folder '/x'",
+    ),
+    (
+        llava("<video> a", "b", video=[]),
+        "expected a folder of frames or a list of at least one .* got an empty list",
+    ),
+    (
+        llava("<video> a", "b", video=3),
+        "expected a folder of frames or a list of at least one .* got int",
+    ),
+    (
+        llava("<video> a", "b", video="no.mp4"),
+        "video 'no.mp4': expected a file, a folder of frames",
+    ),
     (llava("a", "b", video=[RED]), "the turns have 0 <video> for 1 videos"),
 ]
 
@@ -188,8 +254,15 @@ def outside(folder):
     """Rows whose picture is not from the folder, by what each of them names."""
     elsewhere = folder.parent / "elsewhere.png"
     Image.new("RGB", (4, 4)).save(elsewhere)
-    names = [f"../{elsewhere.name}", str(elsewhere), elsewhere.as_posix().replace("/else", "/./else")]
-    return {name: llava("<image> a", "b", image=name, image_folder="/", allow_outside=True) for name in names}
+    names = [
+        f"../{elsewhere.name}",
+        str(elsewhere),
+        elsewhere.as_posix().replace("/else", "/./else"),
+    ]
+    return {
+        name: llava("<image> a", "b", image=name, image_folder="/", allow_outside=True)
+        for name in names
+    }
 
 
 def test_pictures_come_from_the_folder_unless_told_otherwise(folder):
@@ -197,7 +270,9 @@ def test_pictures_come_from_the_folder_unless_told_otherwise(folder):
     file = folder / "rows.json"
     file.write_text(json.dumps(list(rows.values())))
     for name, row in zip(rows, load_rows(file), strict=True):
-        with pytest.raises(ValueError, match=r"leads out of the image folder.*set allow_outside") as caught:
+        with pytest.raises(
+            ValueError, match=r"leads out of the image folder.*set allow_outside"
+        ) as caught:
             to_messages(row)
         assert repr(name) in str(caught.value)
     for row in load_rows(file, allow_outside=True):
@@ -219,7 +294,9 @@ def test_pictures_of_the_internet_are_fetched_only_when_told(folder):
     row = chat([{"type": "image", "url": "https://example.org/c.png?token=secret"}], "b")
     file = folder / "rows.json"
     file.write_text(json.dumps([row]))
-    with pytest.raises(ValueError, match=r"'https://example.org/c.png' is not fetched: set allow_outside") as caught:
+    with pytest.raises(
+        ValueError, match=r"'https://example.org/c.png' is not fetched: set allow_outside"
+    ) as caught:
         to_messages(load_rows(file)[0])
     assert "secret" not in str(caught.value)
     [row] = load_rows(file, allow_outside=True)
@@ -232,8 +309,18 @@ def test_a_recipe_and_both_commands_can_allow_it(folder, tmp_path):
     command = ["data", "check", str(folder / "rows.json")]
     refused = CliRunner().invoke(app, command)
     assert refused.exit_code == 1 and refused.output.count("leads out of the image folder") == 3
-    assert CliRunner().invoke(app, [*command, "--allow-outside", "--model", "default"]).exit_code == 0
-    train = ["train", "visual-branch", "--model", "default", "--data", str(folder / "rows.json"), "--dry-run"]
+    assert (
+        CliRunner().invoke(app, [*command, "--allow-outside", "--model", "default"]).exit_code == 0
+    )
+    train = [
+        "train",
+        "visual-branch",
+        "--model",
+        "default",
+        "--data",
+        str(folder / "rows.json"),
+        "--dry-run",
+    ]
     train += ["--out", str(tmp_path / "run")]
     assert "leads out of the image folder" in CliRunner().invoke(app, train).output
     assert CliRunner().invoke(app, [*train, "--allow-outside"]).exit_code == 0
@@ -261,7 +348,18 @@ JSON = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                ["conversations", "messages", "from", "value", "role", "content", "type", "text", "image", "url"]
+                [
+                    "conversations",
+                    "messages",
+                    "from",
+                    "value",
+                    "role",
+                    "content",
+                    "type",
+                    "text",
+                    "image",
+                    "url",
+                ]
             ),
             inner,
             max_size=4,
@@ -270,7 +368,12 @@ JSON = st.recursive(
 )
 
 
-@given(JSON | st.fixed_dictionaries({"messages": st.lists(st.fixed_dictionaries({"role": JSON, "content": JSON}))}))
+@given(
+    JSON
+    | st.fixed_dictionaries(
+        {"messages": st.lists(st.fixed_dictionaries({"role": JSON, "content": JSON}))}
+    )
+)
 def test_nothing_but_a_value_error_comes_of_a_bad_row(row):
     try:
         messages = to_messages(row)
@@ -305,12 +408,17 @@ def test_files_are_read_without_the_package_datasets(tmp_path, monkeypatch, name
 @pytest.mark.parametrize("streaming", [False, True])
 def test_workers_share_the_rows_out(tmp_path, streaming):
     rows = load_rows(write(tmp_path / "rows.jsonl", ROWS), streaming=streaming)
-    loader = DataLoader(rows, batch_size=2, num_workers=2, collate_fn=lambda rows: [row["id"] for row in rows])
+    loader = DataLoader(
+        rows, batch_size=2, num_workers=2, collate_fn=lambda rows: [row["id"] for row in rows]
+    )
     assert sorted(identity for batch in loader for identity in batch) == list("01234")
 
 
 def test_lines_are_found_by_their_place_alone(tmp_path):
-    path = write(tmp_path / "rows.jsonl", [{"id": str(index), "text": "ü" * (index % 7)} for index in range(2000)])
+    path = write(
+        tmp_path / "rows.jsonl",
+        [{"id": str(index), "text": "ü" * (index % 7)} for index in range(2000)],
+    )
     rows = load_rows(path)
     assert (rows.rows._places.dtype, rows.rows._places.shape) == (np.int64, (2000, 2))
     assert [rows[index]["id"] for index in (0, 7, 1999)] == ["0", "7", "1999"]
@@ -323,7 +431,9 @@ def test_datasets_are_taken_as_folders_and_as_they_are(tmp_path, streaming):
         {"messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
          "images": datasets.Sequence(datasets.Image())}
     )  # fmt: skip
-    built = datasets.Dataset.from_list([chat("<image> a", "b", images=[RED]), chat("c", "d", images=[])], features)
+    built = datasets.Dataset.from_list(
+        [chat("<image> a", "b", images=[RED]), chat("c", "d", images=[])], features
+    )
     built.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": built}).save_to_disk(tmp_path / "splits")
     for source in (built, tmp_path / "one", tmp_path / "splits", built.to_iterable_dataset()):
@@ -339,14 +449,18 @@ def test_datasets_are_taken_as_folders_and_as_they_are(tmp_path, streaming):
 
 def test_paths_of_a_streamed_data_set_start_from_the_image_folder(folder):
     datasets = pytest.importorskip("datasets")
-    stream = datasets.Dataset.from_list([llava("<image>", "b", image="a.png")]).to_iterable_dataset()
+    stream = datasets.Dataset.from_list(
+        [llava("<image>", "b", image="a.png")]
+    ).to_iterable_dataset()
     [row] = load_rows(stream, folder)
     assert questions(row) == [[image(str(folder / "a.png"))]]
 
 
 def test_without_the_package_datasets_it_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"me/data needs the package datasets: pip install 'owl2_hf\[train\]'"):
+    with pytest.raises(
+        ValueError, match=r"me/data needs the package datasets: pip install 'owl2_hf\[train\]'"
+    ):
         load_rows("me/data")
 
 
@@ -404,7 +518,9 @@ def mixed(folder):
 def test_every_bad_row_is_named_and_the_others_counted(mixed):
     report = check_rows(mixed)
     assert [(bad.row, bad.id) for bad in report.bad] == [(2, "gone"), (3, "broken"), (5, "7")]
-    for bad, reason in zip(report.bad, ["there is no picture", "not a picture", "answer 1 is empty"], strict=True):
+    for bad, reason in zip(
+        report.bad, ["there is no picture", "not a picture", "answer 1 is empty"], strict=True
+    ):
         assert reason in bad.reason
     counts = (report.rows, report.text_only, report.images, report.turns, report.answers)
     assert counts == (5, 1, 1, 6, 3)
@@ -416,7 +532,10 @@ def test_broken_lines_do_not_stop_the_check(tmp_path):
     path.write_text('\n{"id": \n' + json.dumps(ROWS[0]) + "\n\n[1]\n")
     for streaming in (False, True):
         report = check_rows(path, streaming=streaming)
-        assert [(bad.row, bad.reason.split()[0]) for bad in report.bad] == [(2, "not"), (5, "expected")]
+        assert [(bad.row, bad.reason.split()[0]) for bad in report.bad] == [
+            (2, "not"),
+            (5, "expected"),
+        ]
         assert report.rows == 3
 
 
@@ -429,12 +548,19 @@ def test_the_command_names_bad_rows_and_fails(mixed):
     assert result.exit_code == 1
     assert "row 2 (id 'gone'): there is no picture" in result.stdout
     assert "5 rows, 3 bad, 1 text only; 1 pictures, 6 turns, 3 answers" in result.stdout
-    assert [bad["id"] for bad in json.loads(run(mixed, "--json").stdout)["bad"]] == ["gone", "broken", "7"]
+    assert [bad["id"] for bad in json.loads(run(mixed, "--json").stdout)["bad"]] == [
+        "gone",
+        "broken",
+        "7",
+    ]
     assert "2 bad" in run(mixed, "--skip-pictures").stdout
 
 
 def test_the_command_counts_tokens_with_a_model(folder, golden_dir):
-    path = write(folder / "rows.json", [llava("<image> What?", "A dog.", image="a.png"), llava("Hi", "Hello")])
+    path = write(
+        folder / "rows.json",
+        [llava("<image> What?", "A dog.", image="a.png"), llava("Hi", "Hello")],
+    )
     model = golden_dir("A") / "hf"
     result = run(path, "--model", model, "--max-length", "8", "--json")
     assert result.exit_code == 0, result.stderr
@@ -475,7 +601,9 @@ def test_the_rows_of_the_documentation_are_good(tmp_path):
 
 def test_a_video_file_is_one_frame_a_second(tmp_path):
     make_video(tmp_path / "clip.mp4", 25, 10)
-    frames = pictures_of(to_messages(llava("<video> What happens?", "It moves.", video="clip.mp4"), tmp_path))
+    frames = pictures_of(
+        to_messages(llava("<video> What happens?", "It moves.", video="clip.mp4"), tmp_path)
+    )
     assert [frame.size for frame in frames] == [(32, 32)] * 2
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"broken\.mp4' is neither a picture nor a video"):
@@ -496,7 +624,11 @@ def test_a_look_over_all_rows_names_the_bad_ones(tmp_path, num_workers):
     found = look_over(loaded, num_workers)
     assert [(bad.row, bad.id) for bad in found] == [(15, "r7"), (71, "r35"), (1197, "r598")]
     assert "is not a picture in one of the formats" in found[1].reason
-    assert [bad.row for rank in (0, 1) for bad in look_over(loaded, num_workers, rank, 2)] == [1197, 15, 71]
+    assert [bad.row for rank in (0, 1) for bad in look_over(loaded, num_workers, rank, 2)] == [
+        1197,
+        15,
+        71,
+    ]
 
 
 def test_a_look_neither_decodes_nor_fetches(tmp_path, monkeypatch):

@@ -32,7 +32,11 @@ def test_shipped_recipes_load_by_name(name):
 
 
 def test_shipped_recipes_say_where_their_numbers_come_from():
-    plain = {"max_grad_norm: 1.0", "adam_beta1: 0.9", "gradient_accumulation_steps: 1"}  # transformers' own
+    plain = {
+        "max_grad_norm: 1.0",
+        "adam_beta1: 0.9",
+        "gradient_accumulation_steps: 1",
+    }  # transformers' own
     run_only = {"logging_steps", "save_steps", "save_total_limit", "dataloader_num_workers", "seed"}
     for name, path in shipped_recipes().items():
         for line in path.read_text().splitlines():
@@ -44,7 +48,12 @@ def test_shipped_recipes_say_where_their_numbers_come_from():
 def test_settings_replace_what_the_file_says(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("model: default\ndata: {train: a.json}\ntrainer: {learning_rate: 1e-3}\n")
-    settings = ["trainer.max_steps=3", "data.train=[b.json, c.jsonl]", "adapter.r=4", "learning_rates.connector=2e-4"]
+    settings = [
+        "trainer.max_steps=3",
+        "data.train=[b.json, c.jsonl]",
+        "adapter.r=4",
+        "learning_rates.connector=2e-4",
+    ]
     recipe = load_recipe(file, settings)
     assert recipe.trainer == {"learning_rate": 1e-3, "max_steps": 3}
     assert recipe.data.train == ["b.json", "c.jsonl"]
@@ -71,7 +80,10 @@ def test_a_recipe_survives_being_written(tmp_path):
         ("trains: [", "is no YAML"),
         ("- a", "expected keys with values, got list"),
         ("modell: default", "unknown key 'modell', did you mean 'model'"),
-        ("trainer: {learning_rat: 1}", "unknown key 'trainer.learning_rat', did you mean 'learning_rate'"),
+        (
+            "trainer: {learning_rat: 1}",
+            "unknown key 'trainer.learning_rat', did you mean 'learning_rate'",
+        ),
         ("data: {max_len: 3}", "unknown key 'data.max_len', did you mean 'max_length'"),
         (
             "data: {max_length: long}",
@@ -81,8 +93,14 @@ def test_a_recipe_survives_being_written(tmp_path):
         ("data: file.json", "data: expected keys with values, got 'file.json'"),
         ("dtype: half", "dtype: expected one of float32, bfloat16, float16, got 'half'"),
         ("quantization: 4bit", "quantization needs an adapter"),
-        ("quantization: 2bit\nadapter: {}", "quantization: expected one of None, 4bit, 8bit, got '2bit'"),
-        ("image_size: 448\nadapter: {r: 4}", "image_size changes the model, which an adapter cannot carry"),
+        (
+            "quantization: 2bit\nadapter: {}",
+            "quantization: expected one of None, 4bit, 8bit, got '2bit'",
+        ),
+        (
+            "image_size: 448\nadapter: {r: 4}",
+            "image_size changes the model, which an adapter cannot carry",
+        ),
         ("learning_rates: {connector: fast}", "Invalid key or value in dict 'learning_rates'"),
         (
             "vision_layer_decay: slow",
@@ -102,7 +120,9 @@ def test_mistakes_are_named(tmp_path, text, message):
 
 
 def test_unknown_recipes_and_settings_are_named():
-    with pytest.raises(ValueError, match="stage3: expected the file of a recipe, or one of instruct, lora"):
+    with pytest.raises(
+        ValueError, match="stage3: expected the file of a recipe, or one of instruct, lora"
+    ):
         load_recipe("stage3")
     with pytest.raises(ValueError, match="expected key=value, got 'trainer'"):
         load_recipe("lora", ["trainer"])

@@ -21,13 +21,20 @@ def test_the_position_table_is_resized_and_all_else_stays(tmp_path):
     }
     keys = {name for name in before if name.endswith("k_pos_embed")}
     assert changed == {table, *keys}
-    torch.testing.assert_close(larger.state_dict()[table], resize_position_table(before[table], 8, 12))
+    torch.testing.assert_close(
+        larger.state_dict()[table], resize_position_table(before[table], 8, 12)
+    )
     for name in keys:
         torch.testing.assert_close(
-            larger.state_dict()[name], image_position_table(larger.config.abstractor_config), rtol=0, atol=0
+            larger.state_dict()[name],
+            image_position_table(larger.config.abstractor_config),
+            rtol=0,
+            atol=0,
         )
     picture = str(next(iter(owl2_hf.default_pictures().values())))
-    inputs = processor(images=picture, text="USER: <|image|>What is this? ASSISTANT:", return_tensors="pt")
+    inputs = processor(
+        images=picture, text="USER: <|image|>What is this? ASSISTANT:", return_tensors="pt"
+    )
     assert inputs["pixel_values"].shape == (1, 3, 96, 96)
     logits = larger(**inputs).logits
     larger.save_pretrained(tmp_path)
@@ -42,5 +49,7 @@ def test_the_same_size_changes_nothing():
 
 def test_a_size_of_broken_patches_is_refused():
     model, processor = owl2_hf.load_default()
-    with pytest.raises(ValueError, match="expected an image_size in whole patches of 8 pixels, got 60"):
+    with pytest.raises(
+        ValueError, match="expected an image_size in whole patches of 8 pixels, got 60"
+    ):
         set_image_size(model, processor, 60)

@@ -46,8 +46,17 @@ def rows(tmp_path_factory):
         Image.open(path).save(folder / f"{index}.png")
         images = [[f"{index}.png"], [], [f"{index}.png", "0.png"]][index % 3]
         parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": "What is this?"}]
-        answer = {"role": "assistant", "content": [{"type": "text", "text": name.replace("-", " ")}]}
-        lines.append({"id": f"r{index}", "messages": [{"role": "user", "content": parts}, answer], "images": images})
+        answer = {
+            "role": "assistant",
+            "content": [{"type": "text", "text": name.replace("-", " ")}],
+        }
+        lines.append(
+            {
+                "id": f"r{index}",
+                "messages": [{"role": "user", "content": parts}, answer],
+                "images": images,
+            }
+        )
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder / "rows.jsonl"
 
@@ -59,7 +68,12 @@ def recipe(rows, tmp_path):
     def make(**changes):
         settings = {**BASE, **changes.pop("trainer", {})}
         data = {"train": str(rows), "max_length": 128, **changes.pop("data", {})}
-        values = {"model": "default", "output_dir": str(tmp_path / "run"), "trains": "instruct", **changes}
+        values = {
+            "model": "default",
+            "output_dir": str(tmp_path / "run"),
+            "trains": "instruct",
+            **changes,
+        }
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump({**values, "trainer": settings, "data": data}))
         return load_recipe(path)
@@ -79,7 +93,17 @@ def weights(folder):
 def test_a_run_from_the_command_line_leaves_a_model_that_loads(rows, tmp_path):
     out = tmp_path / "run"
     settings = [f"--set=trainer.{name}={json.dumps(value)}" for name, value in BASE.items()]
-    command = ["train", "visual-branch", "--model", "default", "--data", str(rows), "--out", str(out), "--json"]
+    command = [
+        "train",
+        "visual-branch",
+        "--model",
+        "default",
+        "--data",
+        str(rows),
+        "--out",
+        str(out),
+        "--json",
+    ]
     more = [
         "--set",
         "trainer.bf16=false",
@@ -102,7 +126,9 @@ def test_a_run_from_the_command_line_leaves_a_model_that_loads(rows, tmp_path):
         assert json.loads((folder / "versions.json").read_text())["torch"] == torch.__version__
     assert Image.open(out / "loss.png").width > 500
     before = owl2_hf.load_default(dtype=torch.float32)[0].state_dict()
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert changed and all("visual_" in name for name in changed)
 
 
@@ -164,10 +190,14 @@ def test_a_loss_that_is_no_number_stops_the_run(recipe, tmp_path, monkeypatch):
     ) as error:
         train(recipe())
     assert re.search(r"check the rows of this step: 'r\d+', 'r\d+'\.$", str(error.value))
-    assert all(value.isfinite().all() for value in weights(last_checkpoint(tmp_path / "run")).values())
+    assert all(
+        value.isfinite().all() for value in weights(last_checkpoint(tmp_path / "run")).values()
+    )
 
 
-def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_are_lost(recipe, tmp_path, monkeypatch):
+def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_are_lost(
+    recipe, tmp_path, monkeypatch
+):
     original = Owl2Trainer.training_step
 
     def poisoned(self, model, *args, **kwargs):
@@ -177,7 +207,8 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_are_lost(
 
     monkeypatch.setattr(Owl2Trainer, "training_step", poisoned)
     with pytest.raises(
-        NonFiniteError, match=r"the gradient norm is (nan|inf) in step 1, .*there is no checkpoint yet"
+        NonFiniteError,
+        match=r"the gradient norm is (nan|inf) in step 1, .*there is no checkpoint yet",
     ) as error:
         train(recipe(trainer={"gradient_accumulation_steps": 2}))
     assert len(set(re.findall(r"'r\d+'", str(error.value)))) == 4
@@ -185,12 +216,28 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_are_lost(
 
 def test_a_divergent_run_ends_in_one_line(rows, tmp_path):
     settings = [f"--set=trainer.{name}={json.dumps(value)}" for name, value in BASE.items()]
-    command = ["train", "instruct", "--model", "default", "--data", str(rows), "--out", str(tmp_path / "run")]
-    wild = ["trainer.learning_rate=1e30", "trainer.bf16=false", "image_size=64", "trainer.dataloader_num_workers=0"]
+    command = [
+        "train",
+        "instruct",
+        "--model",
+        "default",
+        "--data",
+        str(rows),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    wild = [
+        "trainer.learning_rate=1e30",
+        "trainer.bf16=false",
+        "image_size=64",
+        "trainer.dataloader_num_workers=0",
+    ]
     wild += ["trainer.warmup_steps=0", "trainer.gradient_accumulation_steps=1"]
     result = CliRunner().invoke(app, [*command, *settings, *(f"--set={one}" for one in wild)])
     assert result.exit_code == 1
-    assert re.search(r"^owl2-hf: the (loss|gradient norm) is (nan|inf) in step \d", result.stderr, re.MULTILINE)
+    assert re.search(
+        r"^owl2-hf: the (loss|gradient norm) is (nan|inf) in step \d", result.stderr, re.MULTILINE
+    )
 
 
 def test_the_lora_recipe_trains_less_than_a_twentieth():
@@ -218,7 +265,12 @@ def test_rows_without_any_label_add_nothing(recipe, tmp_path):
 def test_pictures_of_another_size_are_trained_on(recipe, tmp_path):
     train(recipe(image_size=32, trainer={"max_steps": 1}))
     assert AutoProcessor.from_pretrained(tmp_path / "run").image_processor.size["height"] == 32
-    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "run").config.vision_config.image_size == 32
+    assert (
+        AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "run"
+        ).config.vision_config.image_size
+        == 32
+    )
 
 
 @pytest.mark.parametrize(
@@ -227,11 +279,23 @@ def test_pictures_of_another_size_are_trained_on(recipe, tmp_path):
         ({"model": ""}, "the recipe names no model"),
         ({"output_dir": ""}, "the recipe names no output_dir"),
         ({"data": {"train": ""}}, "the recipe names no data"),
-        ({"trainer": {"optim": "adam_w"}}, "trainer: 'adam_w' is not a valid OptimizerNames|trainer: .*adam_w"),
-        ({"trainer": {"remove_unused_columns": True}}, "trainer.remove_unused_columns has to be False here, got True"),
+        (
+            {"trainer": {"optim": "adam_w"}},
+            "trainer: 'adam_w' is not a valid OptimizerNames|trainer: .*adam_w",
+        ),
+        (
+            {"trainer": {"remove_unused_columns": True}},
+            "trainer.remove_unused_columns has to be False here, got True",
+        ),
         ({"quantization": "4bit", "adapter": {}}, "needs bitsandbytes: pip install"),
-        ({"data": {"streaming": True, "train": ["a.jsonl", "b.jsonl"]}}, "streaming reads one source, got 2"),
-        ({"data": {"streaming": True}, "trainer": {"max_steps": -1}}, "trainer: data.streaming has no length"),
+        (
+            {"data": {"streaming": True, "train": ["a.jsonl", "b.jsonl"]}},
+            "streaming reads one source, got 2",
+        ),
+        (
+            {"data": {"streaming": True}, "trainer": {"max_steps": -1}},
+            "trainer: data.streaming has no length",
+        ),
     ],
 )
 def test_mistakes_of_a_recipe_are_named(recipe, changes, message, monkeypatch):
@@ -247,14 +311,24 @@ def test_a_folder_that_holds_something_is_left_alone(recipe, tmp_path):
     with pytest.raises(ValueError, match="holds no whole checkpoint to go on from"):
         train(recipe(), resume=True)
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty: resume the run that it holds, or name another"):
+    with pytest.raises(
+        ValueError, match="is not empty: resume the run that it holds, or name another"
+    ):
         train(recipe())
 
 
 def _torchrun(recipe: Recipe, folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
     file = folder / f"ranks{processes}.yaml"
     file.write_text(recipe.to_yaml())
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--master-port",
+        "0",
+    ]
     command = [*launch, "--standalone", "-m", "owl2_hf", "train", str(file)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
@@ -262,7 +336,12 @@ def _torchrun(recipe: Recipe, folder: Path, processes: int) -> subprocess.Comple
 
 def test_two_ranks_compute_what_one_does(recipe, tmp_path):
     # In file order one rank sees a row with a picture and the other one without.
-    settings = {"max_steps": 3, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.1}
+    settings = {
+        "max_steps": 3,
+        "train_sampling_strategy": "sequential",
+        "optim": "sgd",
+        "learning_rate": 0.1,
+    }
     single = recipe(output_dir=str(tmp_path / "one"), trainer=settings)
     train(single)
     pair = {**settings, "per_device_train_batch_size": 1}
@@ -295,7 +374,10 @@ def damaged(rows, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
 
     def write(name, image):
-        lines = [{"id": f"r{number}", "image": "good.png", "conversations": turns} for number in range(1, 41)]
+        lines = [
+            {"id": f"r{number}", "image": "good.png", "conversations": turns}
+            for number in range(1, 41)
+        ]
         lines[35]["image"] = image
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return str(tmp_path / name)
@@ -306,7 +388,9 @@ def damaged(rows, tmp_path):
 
 def test_a_broken_image_is_named_before_the_model_is_loaded(damaged, recipe, monkeypatch):
     monkeypatch.setattr("owl2_hf.training.run.load_for_training", None)
-    with pytest.raises(ValueError, match=r"rows\.jsonl: row 36 \(id 'r36'\): .*broken\.png': it is not a picture"):
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl: row 36 \(id 'r36'\): .*broken\.png': it is not a picture"
+    ):
         train(recipe(data={"train": damaged("rows.jsonl", "broken.png")}))
 
 
@@ -315,17 +399,38 @@ def test_bad_rows_are_skipped_where_the_recipe_says_so(damaged, recipe, tmp_path
     lines = file.read_text().splitlines()
     lines[2], lines[7] = "{no JSON", lines[7].replace("good.png", "cut.png")
     file.write_text("\n".join(lines))
-    length = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 1, "save_strategy": "no"}
+    length = {
+        "max_steps": -1,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 1,
+        "save_strategy": "no",
+    }
     report = train(recipe(data={"train": str(file), "bad_rows": "skip"}, trainer=length))
     assert report.steps == 40 and report.summary().endswith("3 rows skipped")
     assert (report.counts["rows"], report.counts["skipped"]) == (37, 3)
-    for place in (r"row 3: ", r"row 8 \(id 'r8'\): .*cut\.png'", r"row 36 \(id 'r36'\): .*broken\.png'"):
-        assert re.search(rf"{re.escape(str(file))}: {place}.* The row is skipped\.", caplog.text), place
+    for place in (
+        r"row 3: ",
+        r"row 8 \(id 'r8'\): .*cut\.png'",
+        r"row 36 \(id 'r36'\): .*broken\.png'",
+    ):
+        assert re.search(rf"{re.escape(str(file))}: {place}.* The row is skipped\.", caplog.text), (
+            place
+        )
 
 
 def test_a_bad_row_is_one_line_also_from_a_worker(damaged, tmp_path):
-    settings = {**BASE, "max_steps": 40, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
-    settings |= {"save_steps": 100, "dataloader_num_workers": 1, "dataloader_prefetch_factor": 1, "bf16": False}
+    settings = {
+        **BASE,
+        "max_steps": 40,
+        "per_device_train_batch_size": 1,
+        "train_sampling_strategy": "sequential",
+    }
+    settings |= {
+        "save_steps": 100,
+        "dataloader_num_workers": 1,
+        "dataloader_prefetch_factor": 1,
+        "bf16": False,
+    }
     settings |= {"gradient_accumulation_steps": 1}
     command = ["train", "lora", "--model", "default", "--data", damaged("rows.jsonl", "cut.png")]
     command += [f"--set=trainer.{name}={json.dumps(value)}" for name, value in settings.items()]
@@ -341,7 +446,10 @@ def test_bad_rows_of_a_file_are_named_before_the_model_is_loaded(tmp_path, recip
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setattr("owl2_hf.training.run.load_for_training", None)
     for data in ({"train": str(tmp_path / "rows.jsonl")}, {"eval": str(tmp_path / "rows.jsonl")}):
-        with pytest.raises(ValueError, match=r"rows\.jsonl: row 1 \(id '7'\): .* 2 more rows are bad: `owl2-hf data"):
+        with pytest.raises(
+            ValueError,
+            match=r"rows\.jsonl: row 1 \(id '7'\): .* 2 more rows are bad: `owl2-hf data",
+        ):
             train(recipe(data=data))
 
 
@@ -351,7 +459,11 @@ def test_what_is_not_installed_is_named(recipe):
 
 
 def everything(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize(
@@ -364,7 +476,10 @@ def test_a_finished_run_stays_as_it_is_when_it_is_resumed(recipe, tmp_path, leng
     command = ["train", str(tmp_path / "recipe.yaml"), "--resume"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"{tmp_path / 'run'}: all {steps} steps were finished before; nothing was changed\n"
+    assert (
+        result.stdout
+        == f"{tmp_path / 'run'}: all {steps} steps were finished before; nothing was changed\n"
+    )
     assert everything(tmp_path / "run") == before
 
 
@@ -382,11 +497,17 @@ def test_a_run_that_died_before_its_model_was_written_takes_no_more_steps(recipe
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     report = train(made, resume=True)
     assert (report.steps, report.loss, report.was_finished) == (4, None, False)
-    assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path / "run").items())
+    assert all(
+        torch.equal(value, expected[key]) for key, value in weights(tmp_path / "run").items()
+    )
 
 
-@pytest.mark.parametrize("adapter", [None, {"preset": "language", "r": 4, "lora_dropout": 0.2}], ids=["model", "lora"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(recipe, tmp_path, caplog, adapter):
+@pytest.mark.parametrize(
+    "adapter", [None, {"preset": "language", "r": 4, "lora_dropout": 0.2}], ids=["model", "lora"]
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    recipe, tmp_path, caplog, adapter
+):
     made = recipe(adapter=adapter)
     train(made)
     run = tmp_path / "run"
@@ -396,7 +517,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(recipe, tmp
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     caplog.clear()
     report = train(made, resume=True)
-    assert f"not whole is checkpoint-4: {file.name} is cut short or damaged; going on from checkpoint-2." in caplog.text
+    assert (
+        f"not whole is checkpoint-4: {file.name} is cut short or damaged; going on from checkpoint-2."
+        in caplog.text
+    )
     assert report.resumed_from == str(run / "checkpoint-2") and losses(run) == whole
     assert last_checkpoint(run).name == "checkpoint-4"
 
@@ -410,14 +534,20 @@ def test_another_number_of_processes_is_said(recipe, tmp_path, caplog):
         (checkpoint / name).unlink()
     report = train(recipe(trainer={"max_steps": 3}), resume=True)
     assert (report.steps, report.resumed_from) == (3, str(checkpoint))
-    assert f"{checkpoint} is of 2 processes, this run has 1: random numbers and the order of rows" in caplog.text
+    assert (
+        f"{checkpoint} is of 2 processes, this run has 1: random numbers and the order of rows"
+        in caplog.text
+    )
 
 
 def test_a_run_without_a_whole_checkpoint_says_what_is_wrong_with_each(recipe, tmp_path):
     made = recipe(trainer={"save_only_model": True})
     train(made)
     (tmp_path / "run" / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match=r"to go on from; checkpoint-4: optimizer\.pt is missing; checkpoint-2: optim"):
+    with pytest.raises(
+        ValueError,
+        match=r"to go on from; checkpoint-4: optimizer\.pt is missing; checkpoint-2: optim",
+    ):
         train(made, resume=True)
 
 
@@ -436,7 +566,9 @@ def failing_rows():
     return Failing
 
 
-def test_an_error_in_the_middle_leaves_a_checkpoint_to_go_on_from(recipe, tmp_path, monkeypatch, caplog):
+def test_an_error_in_the_middle_leaves_a_checkpoint_to_go_on_from(
+    recipe, tmp_path, monkeypatch, caplog
+):
     settings = {"save_steps": 100, "lr_scheduler_type": "cosine"}
     train(recipe(output_dir=str(tmp_path / "whole"), trainer=settings))
     made = recipe(trainer=settings)
@@ -448,23 +580,33 @@ def test_an_error_in_the_middle_leaves_a_checkpoint_to_go_on_from(recipe, tmp_pa
     assert report.resumed_from == str(tmp_path / "run" / "checkpoint-2")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     expected = weights(tmp_path / "whole")
-    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
+    assert all(
+        torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items()
+    )
 
 
 def test_an_error_within_an_update_keeps_no_half_of_it(recipe, tmp_path, monkeypatch):
     def dies(self, *args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(run_module.Owl2Trainer, "_get_learning_rate", dies)  # asked for right after the update
+    monkeypatch.setattr(
+        run_module.Owl2Trainer, "_get_learning_rate", dies
+    )  # asked for right after the update
     with pytest.raises(RuntimeError, match="out of memory"):
         train(recipe())
     assert last_checkpoint(tmp_path / "run") is None
 
 
 def test_a_bad_row_of_one_rank_ends_all_of_them_with_a_checkpoint(damaged, recipe, tmp_path):
-    settings = {"max_steps": 20, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}
+    settings = {
+        "max_steps": 20,
+        "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": 1,
+    }
     settings |= {"save_steps": 100}
-    done = _torchrun(recipe(data={"train": damaged("rows.jsonl", "cut.png")}, trainer=settings), tmp_path, 2)
+    done = _torchrun(
+        recipe(data={"train": damaged("rows.jsonl", "cut.png")}, trainer=settings), tmp_path, 2
+    )
     assert done.returncode == 1
     assert re.search(r"owl2-hf: \S+rows\.jsonl: row 36 \(id 'r36'\)", done.stderr)
     assert "owl2-hf: the rows of process 1 ended the run, as it says itself." in done.stderr

@@ -30,7 +30,14 @@ from owl2_hf.training import run as run_module
 from owl2_hf.training.recipe import QUESTIONS, Recipe, ScoreRecipe, load_recipe
 from owl2_hf.training.run import load_for_training, train
 from owl2_hf.training.score_trainer import KeepBest, ScoreTrainer
-from owl2_hf.training.scores import ScoreCollator, ScoreRows, answer_ids, load_score_rows, preset_of, question_parts
+from owl2_hf.training.scores import (
+    ScoreCollator,
+    ScoreRows,
+    answer_ids,
+    load_score_rows,
+    preset_of,
+    question_parts,
+)
 
 from ..test_videos import make_video
 
@@ -58,7 +65,12 @@ def folder(tmp_path_factory):
             Image.new("RGB", (20, 16), colour).save(folder / f"{name}{index}.png")
             std = f"{0.1 * high * (1 + generator.random()):.3f}" if name == "one" else ""
             rows.append(
-                [f"{name}{index}.png", f"{colour[0] / 255 * high:.4f}", std, "test" if index % 4 == 0 else "train"]
+                [
+                    f"{name}{index}.png",
+                    f"{colour[0] / 255 * high:.4f}",
+                    std,
+                    "test" if index % 4 == 0 else "train",
+                ]
             )
         with (folder / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows(rows)
@@ -76,10 +88,17 @@ def recipe(folder, tmp_path):
             "max_length": 96,
             **changes.pop("data", {}),
         }
-        scores = {"levels": LEVELS, "train_split": "train", "eval_split": "test", **changes.pop("scores", {})}
+        scores = {
+            "levels": LEVELS,
+            "train_split": "train",
+            "eval_split": "test",
+            **changes.pop("scores", {}),
+        }
         values = {"model": "default", "output_dir": str(tmp_path / "run"), **changes}
         path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({**values, "trainer": settings, "data": data, "scores": scores}))
+        path.write_text(
+            yaml.safe_dump({**values, "trainer": settings, "data": data, "scores": scores})
+        )
         return load_recipe(path)
 
     return make
@@ -97,13 +116,17 @@ def history(folder, key):
 
 def weights(folder):
     (file,) = (
-        path for path in Path(folder).iterdir() if path.name in ("model.safetensors", "adapter_model.safetensors")
+        path
+        for path in Path(folder).iterdir()
+        if path.name in ("model.safetensors", "adapter_model.safetensors")
     )
     return load_file(file)
 
 
 def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def test_a_row_asks_one_of_the_questions_and_answers_with_the_level(recipe, folder):
@@ -115,19 +138,28 @@ def test_a_row_asks_one_of_the_questions_and_answers_with_the_level(recipe, fold
     level = LEVELS[hard_level(opinions.rows[1].mos, *opinions.ranges[""], 3)]
     assert first["messages"][1]["content"][0]["text"] == f"The quality of the image is {level}."
     assert first["images"] == [opinions.rows[1].image] and first["mos"] == opinions.rows[1].mos
-    assert first["level_probs"] == soft_label(first["mos"], first["mos_stds"], *opinions.ranges[""], "pdf", 3)
+    assert first["level_probs"] == soft_label(
+        first["mos"], first["mos_stds"], *opinions.ranges[""], "pdf", 3
+    )
     assert math.isnan(rows[15]["mos_stds"]) and rows[15]["datasets"] == 1
 
 
 def test_questions_have_even_shares_and_stay_with_their_rows(recipe, folder):
     made = recipe(scores={"train_split": None}, data={"train": str(folder / "two.csv")})
     rows, _ = load_score_rows(made, seed=0)
-    asked = [row["messages"][0]["content"][0]["text"] for row in (rows[index] for index in range(len(rows)))]
+    asked = [
+        row["messages"][0]["content"][0]["text"]
+        for row in (rows[index] for index in range(len(rows)))
+    ]
     assert Counter(asked) == Counter(f"{question}\n" for question in QUESTIONS)
     again = load_score_rows(made, seed=0)[0]
-    assert [again[index]["messages"] for index in range(10)] == [rows[index]["messages"] for index in range(10)]
+    assert [again[index]["messages"] for index in range(10)] == [
+        rows[index]["messages"] for index in range(10)
+    ]
     other = load_score_rows(made, seed=1)[0]
-    assert [other[index]["messages"] for index in range(10)] != [rows[index]["messages"] for index in range(10)]
+    assert [other[index]["messages"] for index in range(10)] != [
+        rows[index]["messages"] for index in range(10)
+    ]
 
 
 def test_a_question_may_say_where_its_image_stands():
@@ -162,20 +194,33 @@ def test_weights_say_how_often_a_data_set_counts(recipe):
 
 
 def test_the_files_own_labels_and_levels_win(recipe, folder, tmp_path):
-    turns = [{"from": "human", "value": "?\n<|image|>"}, {"from": "gpt", "value": "The quality of the image is Soft."}]
+    turns = [
+        {"from": "human", "value": "?\n<|image|>"},
+        {"from": "gpt", "value": "The quality of the image is Soft."},
+    ]
     lines = [
-        {"image": str(folder / "one0.png"), "gt_score": "5", "conversations": turns, "level_probs": [0.0, 0.25, 0.75]},
+        {
+            "image": str(folder / "one0.png"),
+            "gt_score": "5",
+            "conversations": turns,
+            "level_probs": [0.0, 0.25, 0.75],
+        },
         {"image": str(folder / "one1.png"), "gt_score": 1},
     ]
     (tmp_path / "rows.json").write_text(json.dumps(lines))
-    made = recipe(scores={"train_split": None}, data={"train": str(tmp_path / "rows.json"), "allow_outside": True})
+    made = recipe(
+        scores={"train_split": None},
+        data={"train": str(tmp_path / "rows.json"), "allow_outside": True},
+    )
     rows, _ = load_score_rows(made, seed=0)
     assert rows[0]["messages"][1]["content"][0]["text"].endswith(" is soft.")
     assert rows[0]["level_probs"] == (0.0, 0.25, 0.75)
     assert rows[1]["level_probs"] == pytest.approx((0, 0, 1), abs=1e-6)
     lines[0]["level_probs"] = [0.5, 0.5]
     (tmp_path / "rows.json").write_text(json.dumps(lines))
-    with pytest.raises(ValueError, match=r"rows\.json: row 1: expected level_probs of 3 levels, got 2"):
+    with pytest.raises(
+        ValueError, match=r"rows\.json: row 1: expected level_probs of 3 levels, got 2"
+    ):
         load_score_rows(made, seed=0)[0][0]
 
 
@@ -187,7 +232,9 @@ def test_the_trained_model_is_asked_in_the_words_of_its_training(default, recipe
     row = held_out[0]
     [encoded] = collator.encode([row])
     place = int(
-        encoded.labels.eq(ids[LEVELS.index(rows.level(held_out.groups[0], held_out.groups[0].rows[0]))]).nonzero()[-1]
+        encoded.labels.eq(
+            ids[LEVELS.index(rows.level(held_out.groups[0], held_out.groups[0].rows[0]))]
+        ).nonzero()[-1]
     )
     preset = preset_of(recipe().scores, processor)
     inputs = processor(text=preset.prompts["quality"], images=row["images"][0])
@@ -202,7 +249,9 @@ def test_levels_have_to_be_single_tokens_of_the_answer(default):
     assert prefix == [] and len(ids) == 2
     with pytest.raises(ValueError, match="the level 'excellent' is not one token"):
         answer_ids(collator, ScoreRecipe())
-    with pytest.raises(ValueError, match=r"'high' is not one token of its own in 'It is un\{level\}'"):
+    with pytest.raises(
+        ValueError, match=r"'high' is not one token of its own in 'It is un\{level\}'"
+    ):
         answer_ids(collator, ScoreRecipe(levels=["high", "bad"], answer="It is un{level}"))
 
 
@@ -221,16 +270,25 @@ def test_the_soft_loss_is_the_sum_of_its_parts(recipe, tmp_path):
     total, scores = 0.0, []
     for place in (0, 1):
         own = trainer.data_collator([pair[place] for pair in pairs])
-        inputs = {name: own[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values")}
+        inputs = {
+            name: own[name]
+            for name in ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values")
+        }
         logits = model(**inputs).logits
         positions = torch.tensor(
-            [int(torch.isin(row, torch.tensor(trainer.level_ids)).nonzero()[-1]) for row in own["labels"]]
+            [
+                int(torch.isin(row, torch.tensor(trainer.level_ids)).nonzero()[-1])
+                for row in own["labels"]
+            ]
         )
         found = level_logits(logits, positions)
-        total += rest_loss(logits, own["labels"], positions) + level_kl(found, trainer.level_ids, own["level_probs"])
+        total += rest_loss(logits, own["labels"], positions) + level_kl(
+            found, trainer.level_ids, own["level_probs"]
+        )
         scores.append(level_scores(found, trainer.level_ids)[0])
     mos, stds = (
-        [torch.tensor([pair[place][key] for pair in pairs]) for place in (0, 1)] for key in ("mos", "mos_stds")
+        [torch.tensor([pair[place][key] for pair in pairs]) for place in (0, 1)]
+        for key in ("mos", "mos_stds")
     )
     expected = pair_loss(scores, mos, stds) + 0.05 * total
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -239,7 +297,10 @@ def test_the_soft_loss_is_the_sum_of_its_parts(recipe, tmp_path):
 def test_pairs_without_deviations_have_targets_of_0_and_1(recipe):
     trainer = run_module._trainer(recipe(scores={"labels": "soft", "pair_loss": "bce"}))
     found, nan = torch.randn(4, 1500, requires_grad=True), float("nan")
-    opinions = {"mos": torch.tensor([1.0, 2.0, 3.0, 1.5]), "mos_stds": torch.tensor([0.5, nan, 0.25, 0.5])}
+    opinions = {
+        "mos": torch.tensor([1.0, 2.0, 3.0, 1.5]),
+        "mos_stds": torch.tensor([0.5, nan, 0.25, 0.5]),
+    }
     loss = trainer._pair_loss(found, opinions, slice(0, 2), slice(2, 4))
     scores = level_scores(found, trainer.level_ids)[0]
     first = pair_loss(
@@ -247,7 +308,9 @@ def test_pairs_without_deviations_have_targets_of_0_and_1(recipe):
         (torch.tensor([1.0]), torch.tensor([3.0])),
         (torch.tensor([0.5]), torch.tensor([0.25])),
     )
-    second = pair_loss((scores[1:2], scores[3:]), (torch.tensor([2.0]), torch.tensor([1.5])), kind="bce")
+    second = pair_loss(
+        (scores[1:2], scores[3:]), (torch.tensor([2.0]), torch.tensor([1.5])), kind="bce"
+    )
     assert loss.item() == pytest.approx((first + second).item() / 2, rel=1e-6)
 
 
@@ -259,11 +322,19 @@ class Dies(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("labels", "has_adapter"), [("hard", False), ("soft", False), ("soft", True)])
-def test_a_scorer_is_the_same_to_the_bit_twice_and_after_a_kill(recipe, tmp_path, monkeypatch, labels, has_adapter):
+@pytest.mark.parametrize(
+    ("labels", "has_adapter"), [("hard", False), ("soft", False), ("soft", True)]
+)
+def test_a_scorer_is_the_same_to_the_bit_twice_and_after_a_kill(
+    recipe, tmp_path, monkeypatch, labels, has_adapter
+):
     """Nineteen rows in batches of four are five steps an epoch: the kill and its checkpoint lie in the second."""
     settings = {"max_steps": 9, "per_device_train_batch_size": 4, "lr_scheduler_type": "cosine"}
-    adapter = {"preset": "q-align", "r": 4, "lora_dropout": 0.2, "train_connector": True} if has_adapter else None
+    adapter = (
+        {"preset": "q-align", "r": 4, "lora_dropout": 0.2, "train_connector": True}
+        if has_adapter
+        else None
+    )
 
     def made(name):
         changes = {"trainer": settings, "adapter": adapter, "scores": {"labels": labels}}
@@ -282,7 +353,9 @@ def test_a_scorer_is_the_same_to_the_bit_twice_and_after_a_kill(recipe, tmp_path
         train(made("broken"))
     epochs = []
     begin = ScoreRows.begin_epoch
-    monkeypatch.setattr(ScoreRows, "begin_epoch", lambda self, epoch: (epochs.append(epoch), begin(self, epoch)))
+    monkeypatch.setattr(
+        ScoreRows, "begin_epoch", lambda self, epoch: (epochs.append(epoch), begin(self, epoch))
+    )
     assert train(made("broken"), resume=True).resumed_from.endswith("checkpoint-6")
     assert epochs == [1]
     assert history(tmp_path / "broken", "loss") == history(tmp_path / "whole", "loss")
@@ -291,14 +364,29 @@ def test_a_scorer_is_the_same_to_the_bit_twice_and_after_a_kill(recipe, tmp_path
 
 def test_workers_draw_the_pairs_of_the_epoch(recipe, tmp_path):
     settings = {"max_steps": 8, "per_device_train_batch_size": 5, "save_strategy": "no"}
-    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2}
+    workers = {
+        "dataloader_num_workers": 1,
+        "dataloader_persistent_workers": True,
+        "dataloader_prefetch_factor": 2,
+    }
     for name, more in (("none", {}), ("one", workers)):
-        train(recipe(output_dir=str(tmp_path / name), trainer={**settings, **more}, scores={"labels": "soft"}))
+        train(
+            recipe(
+                output_dir=str(tmp_path / name),
+                trainer={**settings, **more},
+                scores={"labels": "soft"},
+            )
+        )
     assert history(tmp_path / "one", "loss") == history(tmp_path / "none", "loss")
 
 
 def test_two_ranks_compute_what_one_does(recipe, tmp_path):
-    settings = {"max_steps": 3, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.1}
+    settings = {
+        "max_steps": 3,
+        "train_sampling_strategy": "sequential",
+        "optim": "sgd",
+        "learning_rate": 0.1,
+    }
     changes = {"scores": {"labels": "soft"}, "data": {"eval": recipe().data.train}}
     report = train(recipe(output_dir=str(tmp_path / "one"), trainer=settings, **changes))
     pair = {**settings, "per_device_train_batch_size": 1}
@@ -318,19 +406,28 @@ def test_two_ranks_compute_what_one_does(recipe, tmp_path):
     command = [*launch, "-m", "owl2_hf", "train", str(file)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert history(tmp_path / "two", "loss") == pytest.approx(history(tmp_path / "one", "loss"), rel=1e-5)
+    assert history(tmp_path / "two", "loss") == pytest.approx(
+        history(tmp_path / "one", "loss"), rel=1e-5
+    )
     assert history(tmp_path / "two", "eval_srcc") == pytest.approx([report.eval_srcc])
     for name, value in weights(tmp_path / "two").items():
         torch.testing.assert_close(value, weights(tmp_path / "one")[name], rtol=1e-4, atol=1e-5)
 
 
 def test_accumulated_batches_compute_what_one_does(recipe, tmp_path):
-    settings = {"max_steps": 2, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.1}
+    settings = {
+        "max_steps": 2,
+        "train_sampling_strategy": "sequential",
+        "optim": "sgd",
+        "learning_rate": 0.1,
+    }
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     for name, more in (("whole", {"per_device_train_batch_size": 4}), ("halves", halves)):
         trainer = {**settings, **more, "save_strategy": "no"}
         train(recipe(output_dir=str(tmp_path / name), trainer=trainer, scores={"labels": "soft"}))
-    assert history(tmp_path / "halves", "loss") == pytest.approx(history(tmp_path / "whole", "loss"), rel=1e-5)
+    assert history(tmp_path / "halves", "loss") == pytest.approx(
+        history(tmp_path / "whole", "loss"), rel=1e-5
+    )
     for name, value in weights(tmp_path / "halves").items():
         torch.testing.assert_close(value, weights(tmp_path / "whole")[name], rtol=1e-4, atol=1e-5)
 
@@ -345,10 +442,16 @@ def test_evaluation_gives_the_srcc_of_the_scores(recipe, folder, tmp_path, label
         "per_device_eval_batch_size": 3,
     }
     report = train(
-        recipe(trainer=settings, data={"eval": recipe().data.train}, scores={"labels": labels, "keep_best": 1})
+        recipe(
+            trainer=settings,
+            data={"eval": recipe().data.train},
+            scores={"labels": labels, "keep_best": 1},
+        )
     )
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run").eval()
-    scorer = Scorer(model, AutoProcessor.from_pretrained(tmp_path / "run"), load_preset(str(tmp_path / "run")))
+    scorer = Scorer(
+        model, AutoProcessor.from_pretrained(tmp_path / "run"), load_preset(str(tmp_path / "run"))
+    )
     expected = {}
     for name in ("one", "two"):
         opinions = load_opinions(folder / f"{name}.csv", split="test")
@@ -370,7 +473,8 @@ def test_the_best_checkpoints_stay_and_the_newest(tmp_path):
 
     values = {1: 0.5, 2: 0.9, 3: math.nan, 4: 0.7, 5: 0.1}
     state = TrainerState(
-        log_history=[{"step": step, "eval_srcc": value} for step, value in values.items()], global_step=5
+        log_history=[{"step": step, "eval_srcc": value} for step, value in values.items()],
+        global_step=5,
     )
     for step in (*values, 99):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -385,7 +489,12 @@ def test_the_best_checkpoints_stay_and_the_newest(tmp_path):
 
 
 def test_a_scorer_learns_what_people_like(recipe, tmp_path):
-    settings = {"max_steps": 60, "per_device_train_batch_size": 6, "save_strategy": "no", "learning_rate": 2e-3}
+    settings = {
+        "max_steps": 60,
+        "per_device_train_batch_size": 6,
+        "save_strategy": "no",
+        "learning_rate": 2e-3,
+    }
     changes = {"data": {"train": recipe().data.train[0], "eval": recipe().data.train[0]}}
     for labels, least in (("hard", 0.7), ("soft", 0.9)):
         scores = {"labels": labels, "eval_split": "train"}
@@ -395,18 +504,38 @@ def test_a_scorer_learns_what_people_like(recipe, tmp_path):
 
 @pytest.mark.parametrize("name", ["score", "score-lora", "score-soft", "score-soft-lora"])
 def test_each_recipe_runs_from_the_command_line_and_its_model_scores(folder, tmp_path, name):
-    settings = [f"--set=trainer.{key}={json.dumps(value)}" for key, value in {**BASE, "max_steps": 1}.items()]
-    settings += ["--set=trainer.bf16=false", "--set=trainer.dataloader_num_workers=0", "--set=dtype=float32"]
+    settings = [
+        f"--set=trainer.{key}={json.dumps(value)}"
+        for key, value in {**BASE, "max_steps": 1}.items()
+    ]
+    settings += [
+        "--set=trainer.bf16=false",
+        "--set=trainer.dataloader_num_workers=0",
+        "--set=dtype=float32",
+    ]
     settings += [f"--set=scores.levels={json.dumps(LEVELS)}"]
     out = tmp_path / "run"
-    command = ["train", name, "--model", "default", "--data", str(folder / "one.csv"), "--out", str(out)]
+    command = [
+        "train",
+        name,
+        "--model",
+        "default",
+        "--data",
+        str(folder / "one.csv"),
+        "--out",
+        str(out),
+    ]
     result = CliRunner().invoke(app, [*command, *settings])
     assert result.exit_code == 0, result.output
-    scored = CliRunner().invoke(app, ["score", str(folder / "one0.png"), "--model", str(out), "--csv"])
+    scored = CliRunner().invoke(
+        app, ["score", str(folder / "one0.png"), "--model", str(out), "--csv"]
+    )
     assert scored.exit_code == 0, scored.output
     assert scored.stdout.splitlines()[0] == "image,score,std,high,soft,bad"
     pytest.importorskip("scipy", reason="scipy is not installed")
-    judged = CliRunner().invoke(app, ["evaluate-scores", str(out), str(folder / "one.csv"), "--samples", "5", "--json"])
+    judged = CliRunner().invoke(
+        app, ["evaluate-scores", str(out), str(folder / "one.csv"), "--samples", "5", "--json"]
+    )
     assert judged.exit_code == 0, judged.output
     assert json.loads(judged.stdout)["datasets"][""]["images"] == 16
 
@@ -414,7 +543,10 @@ def test_each_recipe_runs_from_the_command_line_and_its_model_scores(folder, tmp
 def test_the_lora_recipes_train_the_originals_modules():
     model, _ = load_for_training(load_recipe("score-soft-lora", ["model=default"]))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert all(".q_proj." in name or ".visual_v_proj." in name or "visual_abstractor" in name for name in trained)
+    assert all(
+        ".q_proj." in name or ".visual_v_proj." in name or "visual_abstractor" in name
+        for name in trained
+    )
     assert any("visual_abstractor" in name for name in trained)
 
 
@@ -425,19 +557,37 @@ def test_the_lora_recipes_train_the_originals_modules():
         ({"scores": {"levels": ["bad", "bad"]}}, "two or more different words"),
         ({"scores": {"answer": "Good."}}, r"answer: expected \{level\} once, got 'Good.'"),
         ({"scores": {"questions": []}}, "questions: expected at least one"),
-        ({"scores": {"weights": [1.0]}}, r"scores\.weights: expected one of each of data\.train, 2, got 1"),
+        (
+            {"scores": {"weights": [1.0]}},
+            r"scores\.weights: expected one of each of data\.train, 2, got 1",
+        ),
         ({"scores": {"weights": [1.0, 0]}}, "weights: expected numbers above 0"),
         ({"scores": {"density": "pmf"}}, "density: expected one of pdf, cdf, got 'pmf'"),
-        ({"scores": {"density": ["pdf"]}}, r"scores\.density: expected one of each of data\.train, 2, got 1"),
+        (
+            {"scores": {"density": ["pdf"]}},
+            r"scores\.density: expected one of each of data\.train, 2, got 1",
+        ),
         ({"scores": {"keep_best": 0}}, "keep_best: expected at least 1, got 0"),
         ({"scores": {"keep_best": 1}}, "keep_best compares SRCC: name the opinions"),
-        ({"scores": {"keep_best": 1}, "data": {"eval": "x"}}, r"set trainer\.eval_strategy to steps or epoch"),
-        ({"scores": {"keep_best": 1}, "trainer": {"save_total_limit": 1}}, "both remove checkpoints"),
+        (
+            {"scores": {"keep_best": 1}, "data": {"eval": "x"}},
+            r"set trainer\.eval_strategy to steps or epoch",
+        ),
+        (
+            {"scores": {"keep_best": 1}, "trainer": {"save_total_limit": 1}},
+            "both remove checkpoints",
+        ),
         ({"data": {"streaming": True}}, r"data\.streaming: a scorer needs all its rows"),
         ({"data": {"bad_rows": "skip"}}, r"data\.bad_rows: a scorer takes no bad rows"),
         ({"trainer": {"label_smoothing_factor": 0.1}}, "a scorer has labels of its own"),
-        ({"scores": {"train_split": "val"}}, r"one\.csv: no row has split 'val'; the file has 'test', 'train'"),
-        ({"scores": {"labels": "soft"}, "data": {"max_length": 20}}, "rows hold no level behind the tokens"),
+        (
+            {"scores": {"train_split": "val"}},
+            r"one\.csv: no row has split 'val'; the file has 'test', 'train'",
+        ),
+        (
+            {"scores": {"labels": "soft"}, "data": {"max_length": 20}},
+            "rows hold no level behind the tokens",
+        ),
     ],
 )
 def test_mistakes_are_named(recipe, changes, message):
@@ -462,12 +612,21 @@ def test_videos_are_scored_and_learned_from(recipe, tmp_path):
     for index, frames in enumerate((10, 20, 30)):
         make_video(tmp_path / f"{index}.mp4", frames, 10)
     (tmp_path / "rows.csv").write_text("video,mos\n0.mp4,1\n1.mp4,2\n2.mp4,3\n")
-    data = {"train": str(tmp_path / "rows.csv"), "eval": str(tmp_path / "rows.csv"), "max_length": 512}
+    data = {
+        "train": str(tmp_path / "rows.csv"),
+        "eval": str(tmp_path / "rows.csv"),
+        "max_length": 512,
+    }
     scores = {"labels": "soft", "train_split": None, "eval_split": None}
     report = train(recipe(data=data, scores=scores, trainer={"max_steps": 2}))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run").eval()
-    scorer = Scorer(model, AutoProcessor.from_pretrained(tmp_path / "run"), load_preset(str(tmp_path / "run")))
-    found = [score.score for score in scorer([[*read_frames(tmp_path / f"{index}.mp4")] for index in range(3)])]
+    scorer = Scorer(
+        model, AutoProcessor.from_pretrained(tmp_path / "run"), load_preset(str(tmp_path / "run"))
+    )
+    found = [
+        score.score
+        for score in scorer([[*read_frames(tmp_path / f"{index}.mp4")] for index in range(3)])
+    ]
     assert report.eval_srcc == pytest.approx(srcc(found, [1, 2, 3]))
 
 

@@ -36,13 +36,21 @@ def rows():
 
 
 def arguments(folder, **changes):
-    settings = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "report_to": "none"}
-    return TrainingArguments(folder, use_cpu=True, remove_unused_columns=False, **{**settings, **changes})
+    settings = {
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "report_to": "none",
+    }
+    return TrainingArguments(
+        folder, use_cpu=True, remove_unused_columns=False, **{**settings, **changes}
+    )
 
 
 @pytest.mark.parametrize("kind", [Trainer, Owl2Trainer])
 @pytest.mark.parametrize("has_adapter", [False, True])
-def test_metrics_see_the_logits_alone_whether_or_not_a_batch_has_images(parts, rows, tmp_path, kind, has_adapter):
+def test_metrics_see_the_logits_alone_whether_or_not_a_batch_has_images(
+    parts, rows, tmp_path, kind, has_adapter
+):
     model, processor = owl2_hf.load_default(dtype=torch.float32) if has_adapter else parts
     model = get_peft_model(model, lora_config(r=2)) if has_adapter else model
     seen = []
@@ -60,17 +68,28 @@ def test_metrics_see_the_logits_alone_whether_or_not_a_batch_has_images(parts, r
     )
     assert trainer.evaluate()["eval_seen"] == 1.0
     [logits] = seen
-    assert isinstance(logits, np.ndarray) and logits.shape[::2] == (len(rows), model.config.text_config.vocab_size)
+    assert isinstance(logits, np.ndarray) and logits.shape[::2] == (
+        len(rows),
+        model.config.text_config.vocab_size,
+    )
 
 
 def smoothed(model, batch, factor):
     """torch's own smoothing, over the logits of ids that can be predicted."""
     config = model.config
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, :-1]
-    kept = [id for id in range(config.output_vocab_size or logits.shape[-1]) if id != config.image_token_id]
+    kept = [
+        id
+        for id in range(config.output_vocab_size or logits.shape[-1])
+        if id != config.image_token_id
+    ]
     positions = {id: position for position, id in enumerate(kept)}
-    labels = torch.tensor([[positions.get(id, -100) for id in row] for row in batch["labels"][:, 1:].tolist()])
-    return F.cross_entropy(logits[..., kept].flatten(0, 1), labels.flatten(), label_smoothing=factor)
+    labels = torch.tensor(
+        [[positions.get(id, -100) for id in row] for row in batch["labels"][:, 1:].tolist()]
+    )
+    return F.cross_entropy(
+        logits[..., kept].flatten(0, 1), labels.flatten(), label_smoothing=factor
+    )
 
 
 @pytest.mark.parametrize("factor", [0.1, 0.5])
@@ -78,13 +97,23 @@ def test_labels_are_smoothed_over_the_ids_that_can_be_predicted(parts, rows, tmp
     model, processor = parts
     batch = Collator(processor)(rows)
     expected = smoothed(model, batch, factor).item()
-    settings = {"args": arguments(tmp_path, label_smoothing_factor=factor, per_device_eval_batch_size=len(rows))}
-    trainer = Owl2Trainer(model=model, **settings, eval_dataset=rows, data_collator=Collator(processor))
+    settings = {
+        "args": arguments(
+            tmp_path, label_smoothing_factor=factor, per_device_eval_batch_size=len(rows)
+        )
+    }
+    trainer = Owl2Trainer(
+        model=model, **settings, eval_dataset=rows, data_collator=Collator(processor)
+    )
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
     plain = arguments(tmp_path, per_device_eval_batch_size=len(rows))
     loss = SmoothedLoss(model.config, factor)
     trainer = Trainer(
-        model=model, args=plain, eval_dataset=rows, data_collator=Collator(processor), compute_loss_func=loss
+        model=model,
+        args=plain,
+        eval_dataset=rows,
+        data_collator=Collator(processor),
+        compute_loss_func=loss,
     )
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -93,7 +122,9 @@ def test_smoothing_by_nothing_is_the_models_own_loss(parts, rows):
     model, processor = parts
     batch = Collator(processor)(rows)
     outputs = model(**batch)
-    torch.testing.assert_close(SmoothedLoss(model.config, 0.0)(outputs, batch["labels"]), outputs.loss)
+    torch.testing.assert_close(
+        SmoothedLoss(model.config, 0.0)(outputs, batch["labels"]), outputs.loss
+    )
     nothing = torch.full_like(batch["labels"], -100)
     assert SmoothedLoss(model.config, 0.1)(outputs, nothing) == 0
 
@@ -103,9 +134,18 @@ def test_a_smoothed_loss_does_not_depend_on_accumulation(rows, tmp_path):
     for size, accumulated in ((4, 1), (1, 4)):
         model, processor = owl2_hf.load_default(dtype=torch.float32)
         settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
-        settings |= {"max_steps": 2, "label_smoothing_factor": 0.1, "logging_steps": 1, "learning_rate": 1e-3}
-        args = arguments(tmp_path / str(size), **settings, train_sampling_strategy="sequential", optim="sgd")
-        trainer = Owl2Trainer(model=model, args=args, train_dataset=rows, data_collator=Collator(processor))
+        settings |= {
+            "max_steps": 2,
+            "label_smoothing_factor": 0.1,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+        }
+        args = arguments(
+            tmp_path / str(size), **settings, train_sampling_strategy="sequential", optim="sgd"
+        )
+        trainer = Owl2Trainer(
+            model=model, args=args, train_dataset=rows, data_collator=Collator(processor)
+        )
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

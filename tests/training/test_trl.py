@@ -18,8 +18,20 @@ QUESTION, ANSWER, WORSE = "What is in it?", "a red house", "two  blue cats"
 
 
 def settings(folder, **changes):
-    common = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-4, "report_to": "none"}
-    return {"output_dir": str(folder), "bf16": False, "use_cpu": True, "disable_tqdm": True, **common, **changes}
+    common = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-4,
+        "report_to": "none",
+    }
+    return {
+        "output_dir": str(folder),
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **common,
+        **changes,
+    }
 
 
 @pytest.fixture
@@ -53,9 +65,9 @@ def ids_of(processor, answer=None, has_image=True):
     chat = [{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}]
     if answer is not None:
         chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    [ids] = processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=answer is None)[
-        "input_ids"
-    ]
+    [ids] = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, add_generation_prompt=answer is None
+    )["input_ids"]
     return ids
 
 
@@ -84,11 +96,21 @@ def test_a_rendered_chat_has_the_ids_of_the_chat_whole_or_in_parts(parts, legacy
     processor.legacy = legacy
     chat = turn("user", [{"type": "image"}, {"type": "text", "text": QUESTION}])
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-    whole = processor.apply_chat_template([*chat, *turn("assistant", [{"type": "text", "text": WORSE}])])
+    whole = processor.apply_chat_template(
+        [*chat, *turn("assistant", [{"type": "text", "text": WORSE}])]
+    )
     assert whole.startswith(prompt + " ")
-    for settings in ({}, {"add_special_tokens": False}, {"text_kwargs": {"add_special_tokens": False}}):
-        assert processor(text=prompt, images=images(), **settings)["input_ids"] == [ids_of(processor)]
-        assert processor(text=whole, images=images(), **settings)["input_ids"] == [ids_of(processor, WORSE)]
+    for settings in (
+        {},
+        {"add_special_tokens": False},
+        {"text_kwargs": {"add_special_tokens": False}},
+    ):
+        assert processor(text=prompt, images=images(), **settings)["input_ids"] == [
+            ids_of(processor)
+        ]
+        assert processor(text=whole, images=images(), **settings)["input_ids"] == [
+            ids_of(processor, WORSE)
+        ]
     [answer] = processor(text=whole.removeprefix(prompt), add_special_tokens=False)["input_ids"]
     assert ids_of(processor) + answer == ids_of(processor, WORSE)
 
@@ -98,17 +120,27 @@ def test_a_rendered_chat_has_the_ids_of_the_chat_whole_or_in_parts(parts, legacy
 def test_sft_reads_the_ids_of_inference(parts, seen, tmp_path, form, has_image):
     model, processor = parts
     prompt, completion = turn("user", QUESTION), turn("assistant", ANSWER)
-    row = {"messages": prompt + completion} if form == "messages" else {"prompt": prompt, "completion": completion}
+    row = (
+        {"messages": prompt + completion}
+        if form == "messages"
+        else {"prompt": prompt, "completion": completion}
+    )
     row |= {"images": images()} if has_image else {}
     config = trl.SFTConfig(**settings(tmp_path, max_length=None))
-    trl.SFTTrainer(model, config, train_dataset=Dataset.from_list([row, row]), processing_class=processor).train()
+    trl.SFTTrainer(
+        model, config, train_dataset=Dataset.from_list([row, row]), processing_class=processor
+    ).train()
     assert seen == 2 * [ids_of(processor, ANSWER, has_image)]
 
 
 @pytest.mark.parametrize("has_image", [True, False])
 def test_dpo_reads_the_ids_of_inference(parts, seen, tmp_path, has_image):
     model, processor = parts
-    row = {"prompt": turn("user", QUESTION), "chosen": turn("assistant", ANSWER), "rejected": turn("assistant", WORSE)}
+    row = {
+        "prompt": turn("user", QUESTION),
+        "chosen": turn("assistant", ANSWER),
+        "rejected": turn("assistant", WORSE),
+    }
     row |= {"images": images()} if has_image else {}
     trl.DPOTrainer(
         model,
@@ -137,7 +169,10 @@ def test_kto_reads_the_ids_of_inference(parts, seen, tmp_path, has_image):
         peft_config=lora_config("language", r=2),
     ).train()
     expected = [ids_of(processor, answer, has_image) for answer in (ANSWER, WORSE)]
-    assert all(ids in expected for ids in seen) and all(ids in seen for ids in expected), (seen, expected)
+    assert all(ids in expected for ids in seen) and all(ids in seen for ids in expected), (
+        seen,
+        expected,
+    )
 
 
 @pytest.mark.parametrize("has_image", [True, False])
@@ -147,8 +182,12 @@ def test_online_training_reads_the_ids_of_inference(parts, seen, tmp_path, kind,
     row = {"prompt": turn("user", QUESTION)} | ({"images": images()} if has_image else {})
     getattr(trl, f"{kind}Trainer")(
         model,
-        reward_funcs=lambda completions, **kwargs: [float(index) for index in range(len(completions))],
-        args=getattr(trl, f"{kind}Config")(**settings(tmp_path, num_generations=2, max_completion_length=4)),
+        reward_funcs=lambda completions, **kwargs: [
+            float(index) for index in range(len(completions))
+        ],
+        args=getattr(trl, f"{kind}Config")(
+            **settings(tmp_path, num_generations=2, max_completion_length=4)
+        ),
         train_dataset=Dataset.from_list([row, row]),
         processing_class=processor,
     ).train()
@@ -169,13 +208,20 @@ def test_a_reward_model_trains_and_reads_the_ids_of_the_chat(parts, rewarding, t
     tokenizer = parts[1].tokenizer
     row = {"chosen": turn("user", QUESTION) + turn("assistant", ANSWER)}
     row["rejected"] = turn("user", QUESTION) + turn("assistant", WORSE)
-    config = trl.RewardConfig(**settings(tmp_path / "run", max_steps=4, learning_rate=1e-3, max_length=None))
+    config = trl.RewardConfig(
+        **settings(tmp_path / "run", max_steps=4, learning_rate=1e-3, max_length=None)
+    )
     trainer = trl.RewardTrainer(
-        str(rewarding), config, train_dataset=Dataset.from_list([row, row]), processing_class=tokenizer
+        str(rewarding),
+        config,
+        train_dataset=Dataset.from_list([row, row]),
+        processing_class=tokenizer,
     )
     assert type(trainer.model).__name__ == "MplugOwl2ForSequenceClassification"
     read = []
-    trainer.model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs), with_kwargs=True)
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs), with_kwargs=True
+    )
     trainer.train()
     ids, mask = read[0]["input_ids"], read[0]["attention_mask"].bool()
     expected = [
@@ -184,7 +230,9 @@ def test_a_reward_model_trains_and_reads_the_ids_of_the_chat(parts, rewarding, t
     ]
     assert [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)] == expected
     trainer.save_model(str(tmp_path / "reward"))
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", num_labels=1).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "reward", num_labels=1
+    ).eval()
     inputs = tokenizer.pad({"input_ids": expected}, return_tensors="pt", padding=True)
     with torch.no_grad():
         chosen, _, rejected, _ = model(**inputs).logits[:, 0]
@@ -200,7 +248,11 @@ def test_online_training_loads_a_reward_model_by_its_folder(parts, rewarding, tm
     trainer = trl.GRPOTrainer(
         model,
         reward_funcs=str(tmp_path / "reward"),
-        args=trl.GRPOConfig(**settings(tmp_path / "run", num_generations=2, max_completion_length=4, logging_steps=1)),
+        args=trl.GRPOConfig(
+            **settings(
+                tmp_path / "run", num_generations=2, max_completion_length=4, logging_steps=1
+            )
+        ),
         train_dataset=Dataset.from_list([row, row]),
         processing_class=processor,
     )

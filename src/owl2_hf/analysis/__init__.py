@@ -3,7 +3,13 @@
 The analyses of the paper (mPLUG-Owl2, CVPR 2024, arXiv:2311.04257), for any model of the family.
 """
 
-from .attention import QueryAttention, attention_mass, attention_shares, query_maps, uniform_attention
+from .attention import (
+    QueryAttention,
+    attention_mass,
+    attention_shares,
+    query_maps,
+    uniform_attention,
+)
 from .report import Analysis, Run, analyze, check_target
 
 __all__ = [

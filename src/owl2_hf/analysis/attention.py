@@ -32,7 +32,9 @@ def attention_mass(
         ValueError: Shapes disagree, or a row has no query.
     """
     visual = mm_token_type_ids.bool()
-    return attention_shares(attentions, torch.stack([~visual, visual], dim=1), attention_mask, query_mask)
+    return attention_shares(
+        attentions, torch.stack([~visual, visual], dim=1), attention_mask, query_mask
+    )
 
 
 def attention_shares(
@@ -58,7 +60,9 @@ def attention_shares(
     tokens = torch.ones(num_rows, length) if attention_mask is None else attention_mask
     queries = tokens.bool() if query_mask is None else query_mask.to(tokens.device) & tokens.bool()
     if not queries.any(-1).all():
-        raise ValueError("every row needs at least one query whose attention counts; query_mask or padding left none.")
+        raise ValueError(
+            "every row needs at least one query whose attention counts; query_mask or padding left none."
+        )
     shares = []
     for layer, weights in enumerate(attentions):
         if weights.shape[0] != num_rows or weights.shape[2:] != (length, length):
@@ -77,7 +81,10 @@ def attention_shares(
 
 def uniform_attention(attention_mask: Tensor) -> Tensor:
     """(B, L) mask -> (B, 1, L, L) weights of a decoder that attends to all that each position sees alike."""
-    seen = attention_mask.bool()[:, None] & torch.ones(2 * attention_mask.shape[1:]).tril().to(attention_mask).bool()
+    seen = (
+        attention_mask.bool()[:, None]
+        & torch.ones(2 * attention_mask.shape[1:]).tril().to(attention_mask).bool()
+    )
     return (seen / seen.sum(-1, keepdim=True).clamp_min(1))[:, None]
 
 
@@ -117,5 +124,7 @@ def query_maps(abstractor_attentions: Sequence[Tensor], grid_size: int) -> Query
     groups = weights.split([num_queries, num_class_tokens, grid_size**2], dim=-1)
     shares = torch.stack([group.sum(-1).mean(-1) for group in groups], dim=-1)
     over_patches = groups[-1].mean(0)
-    maps = over_patches / over_patches.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float).tiny)
+    maps = over_patches / over_patches.sum(-1, keepdim=True).clamp_min(
+        torch.finfo(torch.float).tiny
+    )
     return QueryAttention(maps.unflatten(-1, (grid_size, grid_size)), shares)

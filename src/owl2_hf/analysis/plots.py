@@ -12,7 +12,9 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 except ImportError:
-    raise ValueError("plots need the package matplotlib: pip install 'owl2_hf[analysis]'.") from None
+    raise ValueError(
+        "plots need the package matplotlib: pip install 'owl2_hf[analysis]'."
+    ) from None
 
 COLORS = {"text": "#3b6fb6", "visual": "#d9702b"}
 PICTURE_STYLES = {"given": "-", "unrelated": "--"}
@@ -47,8 +49,16 @@ def attention_figure(analysis: "Analysis") -> Figure:
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         for run in _with_picture(model):
             for modality, color in COLORS.items():
-                label = f"{modality} tokens" + (", unrelated picture" if run.picture == "unrelated" else "")
-                _plot(axes, run.attention["answer"][modality], label, color, PICTURE_STYLES[run.picture])
+                label = f"{modality} tokens" + (
+                    ", unrelated picture" if run.picture == "unrelated" else ""
+                )
+                _plot(
+                    axes,
+                    run.attention["answer"][modality],
+                    label,
+                    color,
+                    PICTURE_STYLES[run.picture],
+                )
         uniform = model.runs[0].uniform["answer"]["visual"]
         axes.axhline(uniform, color="gray", lw=1, ls=":", label="visual, if attention were uniform")
         axes.set(title=_title(model), ylabel="share of the answer's attention", ylim=(0, 1))
@@ -83,7 +93,9 @@ def query_maps_figure(run: "Run", index: int = 0) -> Figure:
     num_columns = max(5, math.ceil(math.sqrt(1.5 * len(maps))))
     num_rows = 2 + math.ceil(len(maps) / num_columns)
     cell_height = 1.3 * min(max(run.aspect_ratio, 0.4), 2.5) + 0.2
-    figure = Figure(figsize=(1.3 * num_columns, cell_height * num_rows + 0.4), dpi=DPI, layout="constrained")
+    figure = Figure(
+        figsize=(1.3 * num_columns, cell_height * num_rows + 0.4), dpi=DPI, layout="constrained"
+    )
     grid = figure.add_gridspec(num_rows, num_columns)
     title = "What the learnable queries attend to: mean of layers and heads, red at the maximum of each map"
     figure.suptitle(title, fontsize=9)
@@ -91,11 +103,19 @@ def query_maps_figure(run: "Run", index: int = 0) -> Figure:
     _show(figure.add_subplot(grid[:2, 2:4]), picture, maps.mean(0), "all queries", run.aspect_ratio)
     for query, weights in enumerate(maps):
         row, column = divmod(query, num_columns)
-        _show(figure.add_subplot(grid[row + 2, column]), picture, weights, f"{query + 1}", run.aspect_ratio)
+        _show(
+            figure.add_subplot(grid[row + 2, column]),
+            picture,
+            weights,
+            f"{query + 1}",
+            run.aspect_ratio,
+        )
     return figure
 
 
-def _show(axes: Any, picture: np.ndarray, weights: np.ndarray | None, title: str, aspect_ratio: float) -> None:
+def _show(
+    axes: Any, picture: np.ndarray, weights: np.ndarray | None, title: str, aspect_ratio: float
+) -> None:
     """A picture in light grey under the (G, G) weights, or by itself in colour."""
     side = len(picture)
     axes.set_title(title, fontsize=8, pad=2)
@@ -107,7 +127,15 @@ def _show(axes: Any, picture: np.ndarray, weights: np.ndarray | None, title: str
     axes.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="bicubic", aspect=aspect_ratio)
     heat = weights / weights.max()
     extent = (-0.5, side - 0.5, side - 0.5, -0.5)
-    axes.imshow(heat, cmap="YlOrRd", vmin=0, vmax=1, alpha=0.1 + 0.75 * heat, extent=extent, aspect=aspect_ratio)
+    axes.imshow(
+        heat,
+        cmap="YlOrRd",
+        vmin=0,
+        vmax=1,
+        alpha=0.1 + 0.75 * heat,
+        extent=extent,
+        aspect=aspect_ratio,
+    )
 
 
 def _models(analysis: "Analysis") -> list["Analysis"]:
@@ -123,7 +151,16 @@ def _title(analysis: "Analysis") -> str:
 
 
 def _plot(axes: Any, values: list[Any], label: str, color: str, style: str = "-") -> None:
-    axes.plot(range(1, len(values) + 1), values, style, marker="o", ms=3.5, lw=1.6, color=color, label=label)
+    axes.plot(
+        range(1, len(values) + 1),
+        values,
+        style,
+        marker="o",
+        ms=3.5,
+        lw=1.6,
+        color=color,
+        label=label,
+    )
 
 
 def _finish(axes: Any) -> None:

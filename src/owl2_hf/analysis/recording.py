@@ -72,7 +72,9 @@ class DecoderRecorder:
         self._residual = args[0]
         self._add_norm("residual", args[0])
 
-    def _leave_attention(self, attn: Any, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
+    def _leave_attention(
+        self, attn: Any, args: tuple, kwargs: dict[str, Any], output: tuple
+    ) -> None:
         normed, routing = args[0], kwargs["routing"]
         self._add_norm("input_layernorm", normed)
         for state, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
@@ -116,7 +118,9 @@ def _compare(parent: nn.Module, name: str) -> dict[str, float | None]:
     return {
         "text": None if text is None else float(text.pow(2).mean().sqrt()),
         "visual": None if visual is None else float(visual.pow(2).mean().sqrt()),
-        "distance": None if text is None or visual is None else float((visual - text).norm() / text.norm()),
+        "distance": None
+        if text is None or visual is None
+        else float((visual - text).norm() / text.norm()),
     }
 
 

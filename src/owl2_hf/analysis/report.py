@@ -61,7 +61,9 @@ class Run:
 
     def to_dict(self, with_maps: bool = True) -> dict[str, Any]:
         """For JSON: all but the pixels."""
-        values = {key: value for key, value in vars(self).items() if key not in ("query_maps", "squares")}
+        values = {
+            key: value for key, value in vars(self).items() if key not in ("query_maps", "squares")
+        }
         if with_maps:
             values["query_maps"] = None if self.query_maps is None else _rounded(self.query_maps)
         return values
@@ -96,7 +98,9 @@ class Analysis:
         """Put the analysis of another model, which read the same question and answer, beside this one."""
         self.without = other
         if other.has_module:
-            other.notes.append("This model was given as one without the modality-adaptive module, but has one.")
+            other.notes.append(
+                "This model was given as one without the modality-adaptive module, but has one."
+            )
 
     def to_dict(self, with_maps: bool = True) -> dict[str, Any]:
         """For JSON.
@@ -112,7 +116,9 @@ class Analysis:
 
     def summary(self) -> list[str]:
         """Lines for a person: the answers, and the attention of the answer that is read."""
-        lines = [f"{self.model} ({'with' if self.has_module else 'without'} the modality-adaptive module)"]
+        lines = [
+            f"{self.model} ({'with' if self.has_module else 'without'} the modality-adaptive module)"
+        ]
         for run in self.runs:
             picture = "no" if run.picture == "none" else run.picture
             lines.append(
@@ -121,11 +127,15 @@ class Analysis:
             if run.picture != "none":
                 shares = " ".join(f"{share:.3f}" for share in run.attention["answer"]["visual"])
                 uniform = run.uniform["answer"]["visual"]
-                lines.append(f"    attention on visual tokens by layer: {shares} (uniform: {uniform:.3f})")
+                lines.append(
+                    f"    attention on visual tokens by layer: {shares} (uniform: {uniform:.3f})"
+                )
         lines += [f"  {note}" for note in self.notes]
         return lines + (self.without.summary() if self.without else [])
 
-    def save(self, folder: str | Path, overwrite: bool = False) -> dict[str, tuple[int, int] | None]:
+    def save(
+        self, folder: str | Path, overwrite: bool = False
+    ) -> dict[str, tuple[int, int] | None]:
         """Write analysis.json, attention.png, norms.png and the maps of the queries; needs matplotlib.
 
         Args:
@@ -228,7 +238,9 @@ def check_target(folder: str | Path, overwrite: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose a folder for the analysis.")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: choose another folder, or replace the analysis in it (--overwrite).")
+        raise ValueError(
+            f"{folder} is not empty: choose another folder, or replace the analysis in it (--overwrite)."
+        )
 
 
 class _Reader:
@@ -252,7 +264,9 @@ class _Reader:
     def generate(self, max_new_tokens: int) -> str:
         length = self.prompt["input_ids"].shape[1]
         max_new_tokens = min(max_new_tokens, Context(self.model, self.processor).room(length))
-        ids = self.model.generate(**self.prompt, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+        ids = self.model.generate(
+            **self.prompt, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens
+        )
         return self.processor.decode(ids[0, length:], skip_special_tokens=True).strip()
 
     def read(self, answer: str, kind: str, generated: str) -> Run:
@@ -281,7 +295,11 @@ class _Reader:
             None if self.image is None else _name(self.image),
             generated,
             float(logprobs.mean()),
-            {"text": ids.shape[1] - num_visual, "visual": num_visual, "answer": ids.shape[1] - start},
+            {
+                "text": ids.shape[1] - num_visual,
+                "visual": num_visual,
+                "answer": ids.shape[1] - start,
+            },
             recorder.attention,
             _uniform_shares(indicators, groups),
             recorder.norms,
@@ -297,7 +315,9 @@ class _Reader:
             run.query_shares = dict(zip(("queries", "class_token", "patches"), shares, strict=True))
         return run
 
-    def _encode(self, pixels: Tensor | None) -> tuple[dict[str, Any] | None, tuple[Tensor, ...] | None]:
+    def _encode(
+        self, pixels: Tensor | None
+    ) -> tuple[dict[str, Any] | None, tuple[Tensor, ...] | None]:
         """The pictures' visual tokens, and the attention of the learnable queries where there are any.
 
         The vision encoder's own weights are not asked for: of a 7B model they take gigabytes.
@@ -307,16 +327,22 @@ class _Reader:
         base = self.model.model
         features = base.vision_tower(pixels, return_dict=True).last_hidden_state
         has_queries = self.model.config.connector_type == "abstractor"
-        connected = base.connector(features, **({"output_attentions": True} if has_queries else {}), return_dict=True)
+        connected = base.connector(
+            features, **({"output_attentions": True} if has_queries else {}), return_dict=True
+        )
         visual_tokens = list(connected.last_hidden_state)
-        return {"image": BaseModelOutputWithPooling(pooler_output=visual_tokens)}, connected.attentions
+        return {
+            "image": BaseModelOutputWithPooling(pooler_output=visual_tokens)
+        }, connected.attentions
 
 
 @contextmanager
 def _prepared(model: Any) -> Iterator[None]:
     """Evaluation mode, no gradients, and eager attention where weights are read; afterwards everything as it was."""
     config = model.config
-    parts = ["text_config"] + (["abstractor_config"] if config.connector_type == "abstractor" else [])
+    parts = ["text_config"] + (
+        ["abstractor_config"] if config.connector_type == "abstractor" else []
+    )
     before = {part: getattr(config, part)._attn_implementation for part in parts}
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -333,9 +359,13 @@ def _prepared(model: Any) -> Iterator[None]:
 def _check(model: Any, answer: str | None, max_new_tokens: int) -> None:
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in MODEL_TYPES or not hasattr(model, "lm_head"):
-        raise ValueError(f"expected a MplugOwl2ForConditionalGeneration, got {type(model).__name__} ({model_type!r}).")
+        raise ValueError(
+            f"expected a MplugOwl2ForConditionalGeneration, got {type(model).__name__} ({model_type!r})."
+        )
     if answer is not None and not answer.strip():
-        raise ValueError("the answer is empty: give some text, or none at all to have the model answer.")
+        raise ValueError(
+            "the answer is empty: give some text, or none at all to have the model answer."
+        )
     if max_new_tokens < 1:
         raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}.")
 
@@ -345,7 +375,9 @@ def _notes(config: Any) -> list[str]:
     if config.connector_type != "abstractor":
         notes.append("This model's H-Reducer has no learnable queries: there are no maps of them.")
     if not config.text_config.has_modality_adaptive_module:
-        notes.append("This model has no modality-adaptive module: one branch reads both modalities.")
+        notes.append(
+            "This model has no modality-adaptive module: one branch reads both modalities."
+        )
     return notes
 
 
@@ -354,14 +386,18 @@ def _query_groups(indicators: Tensor, start: int) -> dict[str, Tensor]:
     positions = torch.arange(indicators.shape[1], device=indicators.device)[None]
     visual = indicators.bool()
     behind = visual.long().flip(1).cumsum(1).flip(1).eq(0)  # no visual token here or further on
-    groups = {"answer": (positions >= start - 1) & (positions < indicators.shape[1] - 1), "text": behind}
+    groups = {
+        "answer": (positions >= start - 1) & (positions < indicators.shape[1] - 1),
+        "text": behind,
+    }
     return {**groups, "visual": visual} if visual.any() else groups
 
 
 def _uniform_shares(indicators: Tensor, groups: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     uniform = [uniform_attention(torch.ones_like(indicators))]
     shares = {
-        name: attention_mass(uniform, indicators, query_mask=mask)[0, 0].tolist() for name, mask in groups.items()
+        name: attention_mass(uniform, indicators, query_mask=mask)[0, 0].tolist()
+        for name, mask in groups.items()
     }
     return {name: dict(zip(("text", "visual"), both, strict=True)) for name, both in shares.items()}
 
@@ -383,7 +419,9 @@ def _as_seen(pixel_values: Tensor, image_processor: Any) -> np.ndarray:
     """(N, 3, S, S) model inputs -> (N, S, S, 3) uint8, the normalisation undone."""
     pixels = pixel_values.float().cpu().permute(0, 2, 3, 1)
     if image_processor.do_normalize:
-        pixels = pixels * torch.tensor(image_processor.image_std) + torch.tensor(image_processor.image_mean)
+        pixels = pixels * torch.tensor(image_processor.image_std) + torch.tensor(
+            image_processor.image_mean
+        )
     if image_processor.do_rescale:
         pixels = pixels / image_processor.rescale_factor
     return pixels.round().clamp(0, 255).to(torch.uint8).numpy()

@@ -20,7 +20,11 @@ Replace this card before you publish the model: the licences of its sources hold
 
 def _template() -> Path:
     """Inside an installed package, or at the top of the repository where it is installed for editing."""
-    return next(path for path in (_PACKAGE / "model_card.md", _PACKAGE.parents[1] / "model_card.md") if path.is_file())
+    return next(
+        path
+        for path in (_PACKAGE / "model_card.md", _PACKAGE.parents[1] / "model_card.md")
+        if path.is_file()
+    )
 
 
 def write_card(folder: Path, facts: dict[str, str], is_published: bool) -> None:
@@ -54,6 +58,9 @@ def write_new_card(folder: Path, language: str, vision: str | None, summary: str
         license_name="that-of-its-sources",
         language=["en"],
         tags=["mplug-owl2", "multimodal", "image-text-to-text", "custom_code"],
-        base_model=[name for name in (language, vision) if name is not None and "/" in name] or None,
+        base_model=[name for name in (language, vision) if name is not None and "/" in name]
+        or None,
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_NEW.format(summary=summary)}").save(folder / "README.md")
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_NEW.format(summary=summary)}").save(
+        folder / "README.md"
+    )

@@ -115,7 +115,9 @@ def open_source(source: str | Path, base: str | Path | None = None) -> Source:
     if not has_weights(folder) and is_megatron(folder):
         return MegatronSource(folder, base_folder)
     if base_folder is not None:
-        raise ConversionError(f"{folder} needs no --base: it holds neither a LoRA fine-tune nor Megatron's ranks.")
+        raise ConversionError(
+            f"{folder} needs no --base: it holds neither a LoRA fine-tune nor Megatron's ranks."
+        )
     return HuggingFaceSource(folder, *read_config(folder))
 
 
@@ -155,7 +157,13 @@ def convert(
     opened = open_source(source, base)
     report = ConversionReport(_plain_name(source), opened.layout, _plain_name(target), to)
     is_ours = isinstance(opened, HuggingFaceSource) and not opened.is_original
-    if is_ours and to == "ours" and dtype is None and tokenizer is None and max_shard_size == _SHARD_SIZE:
+    if (
+        is_ours
+        and to == "ours"
+        and dtype is None
+        and tokenizer is None
+        and max_shard_size == _SHARD_SIZE
+    ):
         return report
     with staged_folder(Path(target), overwrite) as folder:
         if to == "adapter":
@@ -164,23 +172,32 @@ def convert(
         else:
             conversion = _Conversion(opened, report, DTYPES.get(dtype or ""), allow_nonfinite)
             if to == "original":
-                original_config(opened.config)  # what it has no word for is refused before anything is written
+                original_config(
+                    opened.config
+                )  # what it has no word for is refused before anything is written
             with _hashing(opened.files) as waiting:
-                conversion.write(folder, to == "original", max_shard_size, lambda file: on_file(file.name))
+                conversion.write(
+                    folder, to == "original", max_shard_size, lambda file: on_file(file.name)
+                )
                 hashes = {file: found.result() for file, found in waiting.items()}
             write_around = _write_around_original if to == "original" else _write_around_ours
             report.tokenizer = write_around(opened, folder, tokenizer)
         report.files = {
-            name: {"sha256": hashes[file], "bytes": file.stat().st_size} for file, name in _file_names(hashes).items()
+            name: {"sha256": hashes[file], "bytes": file.stat().st_size}
+            for file, name in _file_names(hashes).items()
         }
-        report.versions = {name: version(name) for name in ("owl2_hf", "torch", "transformers", "safetensors")}
+        report.versions = {
+            name: version(name) for name in ("owl2_hf", "torch", "transformers", "safetensors")
+        }
         (folder / "conversion_report.json").write_text(json.dumps(vars(report), indent=2) + "\n")
         if to == "ours":
             write_card(folder, _facts(report, opened.config), _has_published_sizes(opened.config))
     return report
 
 
-def _check_options(to: str, dtype: str | None, tokenizer: str | Path | None, max_shard_size: str | int) -> None:
+def _check_options(
+    to: str, dtype: str | None, tokenizer: str | Path | None, max_shard_size: str | int
+) -> None:
     if to not in TARGETS:
         raise ValueError(f"expected one of {', '.join(TARGETS)} to convert to, got {to!r}.")
     if dtype is not None and dtype not in DTYPES:
@@ -188,7 +205,9 @@ def _check_options(to: str, dtype: str | None, tokenizer: str | Path | None, max
     if not re.fullmatch(r"0*[1-9]\d*([KMGT]B)?", str(max_shard_size), re.IGNORECASE):
         raise ValueError(f"expected a max_shard_size such as 500MB or 5GB, got {max_shard_size!r}.")
     if to == "adapter" and (dtype, tokenizer, max_shard_size) != (None, None, _SHARD_SIZE):
-        raise ValueError("an adapter keeps its types and has no tokenizer and no shards: leave these options out.")
+        raise ValueError(
+            "an adapter keeps its types and has no tokenizer and no shards: leave these options out."
+        )
 
 
 def _plain_name(folder: str | Path) -> str:
@@ -210,15 +229,23 @@ def _facts(report: ConversionReport, config: MplugOwl2Config) -> dict[str, str]:
     side = config.vision_config.image_size
     is_docowl = config.connector_type == "h_reducer"
     return {
-        **({"Model": "DocOwl 1.5, with an H-Reducer where mPLUG-Owl2 has its visual abstractor"} if is_docowl else {}),
+        **(
+            {"Model": "DocOwl 1.5, with an H-Reducer where mPLUG-Owl2 has its visual abstractor"}
+            if is_docowl
+            else {}
+        ),
         "Converted from": f"`{report.source}`, {report.layout}",
         "Parameters": f"{report.num_parameters:,} in {report.num_tensors} tensors, {report.dtype}",
         "Dropped, because the model computes them": f"{len(report.dropped)} tensors",
         "Rebuilt, because the source lacked them": f"{len(report.rebuilt)} sin-cos tables",
         "Language model": f"{config.text_config.num_hidden_layers} layers of width {config.text_config.hidden_size}",
         "Context length": f"{config.text_config.max_position_embeddings} positions",
-        "Crop of a picture" if is_docowl else "Picture": f"{side} x {side} pixels, {config.num_image_tokens} positions",
-        "Tokenizer": "none in the source" if report.tokenizer is None else f"from `{report.tokenizer}`",
+        "Crop of a picture"
+        if is_docowl
+        else "Picture": f"{side} x {side} pixels, {config.num_image_tokens} positions",
+        "Tokenizer": "none in the source"
+        if report.tokenizer is None
+        else f"from `{report.tokenizer}`",
         "Converted with": ", ".join(f"{name} {number}" for name, number in report.versions.items()),
     }
 
@@ -234,15 +261,26 @@ def _has_published_sizes(config: MplugOwl2Config) -> bool:
 
 def _file_names(files: Iterable[Path]) -> dict[Path, str]:
     """Names for a report: with the folder just above where files of several folders were read."""
-    parents = {file: file.parent.resolve() for file in files}  # links of a cache keep their own names
+    parents = {
+        file: file.parent.resolve() for file in files
+    }  # links of a cache keep their own names
     is_one = len(set(parents.values())) == 1
-    return {file: file.name if is_one else f"{parent.name}/{file.name}" for file, parent in parents.items()}
+    return {
+        file: file.name if is_one else f"{parent.name}/{file.name}"
+        for file, parent in parents.items()
+    }
 
 
 class _Conversion:
     """One pass over a source that only looks, and one that writes."""
 
-    def __init__(self, source: Source, report: ConversionReport, dtype: torch.dtype | None, allow_nonfinite: bool):
+    def __init__(
+        self,
+        source: Source,
+        report: ConversionReport,
+        dtype: torch.dtype | None,
+        allow_nonfinite: bool,
+    ):
         self.source = source
         self.config = source.config
         self.report = report
@@ -278,7 +316,14 @@ class _Conversion:
         self.report.num_parameters = sum(tensor.numel() for tensor in plan.values())
         return plan
 
-    def _check(self, where: str, name: str, tensor: Tensor, expected: dict[str, Tensor], seen: dict[str, str]) -> None:
+    def _check(
+        self,
+        where: str,
+        name: str,
+        tensor: Tensor,
+        expected: dict[str, Tensor],
+        seen: dict[str, str],
+    ) -> None:
         if name not in expected:
             raise ConversionError(f"{where}: the configuration has no place for it (as {name}).")
         if tensor.shape != expected[name].shape:
@@ -303,7 +348,9 @@ class _Conversion:
         plan.update({name: expected[name].to(torch.float32) for name in missing})
         self.report.rebuilt = missing
 
-    def write(self, folder: Path, as_original: bool, max_shard_size: str | int, on_file: OnFile) -> None:
+    def write(
+        self, folder: Path, as_original: bool, max_shard_size: str | int, on_file: OnFile
+    ) -> None:
         plan = _original_plan(self.plan, self.config) if as_original else self.plan
         self.report.num_tensors = len(plan)
         _check_space(folder, plan)
@@ -327,14 +374,18 @@ class _Conversion:
         if not was_finite:
             count = int((~tensor.isfinite()).sum())
             if not self.allow_nonfinite:
-                raise ConversionError(f"{where}: {count} values are NaN or infinite; --allow-nonfinite converts them.")
+                raise ConversionError(
+                    f"{where}: {count} values are NaN or infinite; --allow-nonfinite converts them."
+                )
             self.report.nonfinite[name] = count
         dtype = self.plan[name].dtype
         if tensor.dtype == dtype:
             return tensor
         cast = tensor.to(dtype)
         if was_finite and not is_finite(cast):
-            raise ConversionError(f"{where}: its values are too large for {_name_of(dtype)}; choose another dtype.")
+            raise ConversionError(
+                f"{where}: its values are too large for {_name_of(dtype)}; choose another dtype."
+            )
         return cast
 
 
@@ -368,7 +419,9 @@ def _check_space(folder: Path, plan: dict[str, Tensor]) -> None:
     needed = sum(tensor.numel() * tensor.element_size() for tensor in plan.values())
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ConversionError(f"{folder.parent} has {free:,} bytes free, the weights need {needed:,}.")
+        raise ConversionError(
+            f"{folder.parent} has {free:,} bytes free, the weights need {needed:,}."
+        )
 
 
 def _original_plan(plan: dict[str, Tensor], config: MplugOwl2Config) -> dict[str, Tensor]:
@@ -383,7 +436,9 @@ def _original_plan(plan: dict[str, Tensor], config: MplugOwl2Config) -> dict[str
     return converted
 
 
-def _to_original(tensors: Iterator[tuple[str, Tensor]], config: MplugOwl2Config) -> Iterator[tuple[str, Tensor]]:
+def _to_original(
+    tensors: Iterator[tuple[str, Tensor]], config: MplugOwl2Config
+) -> Iterator[tuple[str, Tensor]]:
     """What the original keeps in one tensor waits until all of it is there."""
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors:
@@ -397,7 +452,9 @@ def _to_original(tensors: Iterator[tuple[str, Tensor]], config: MplugOwl2Config)
 def _write_adapter(source: Source, folder: Path) -> list[Path]:
     """Returns the files that it was read from."""
     if not isinstance(source, LoraSource):
-        raise ConversionError(f"{source.folder} is {source.layout}: only a LoRA fine-tune becomes an adapter.")
+        raise ConversionError(
+            f"{source.folder} is {source.layout}: only a LoRA fine-tune becomes an adapter."
+        )
     save_adapter(source, folder)
     return source.own_files
 
@@ -407,7 +464,9 @@ def _write_around_ours(source: Source, folder: Path, tokenizer: str | Path | Non
     with torch.device("meta"):
         model = model_class(source.config)(source.config)
     model.config.architectures = [type(model).__name__]
-    custom_object_save(model, folder)  # the code that lets others load the folder without this package
+    custom_object_save(
+        model, folder
+    )  # the code that lets others load the folder without this package
     model.config.save_pretrained(folder)
     generation = generation_config(source)
     generation.save_pretrained(folder)
@@ -430,12 +489,16 @@ def _write_around_ours(source: Source, folder: Path, tokenizer: str | Path | Non
     return Path(origin).name
 
 
-def _write_around_original(source: Source, folder: Path, tokenizer: str | Path | None) -> str | None:
+def _write_around_original(
+    source: Source, folder: Path, tokenizer: str | Path | None
+) -> str | None:
     config = original_config(source.config)
     generation_config(source).save_pretrained(folder)
     origin = tokenizer or (source.folder if has_tokenizer(source.folder) else None)
     if origin is None:
-        logger.warning(f"{str(source.folder)!r} has no tokenizer: the target has none. Give one with --tokenizer PATH.")
+        logger.warning(
+            f"{str(source.folder)!r} has no tokenizer: the target has none. Give one with --tokenizer PATH."
+        )
     else:
         processor = load_processor(source, tokenizer)
         if processor.image_processor.image_aspect_ratio == "pad":
@@ -459,7 +522,9 @@ def load_processor(source: Source, tokenizer: str | Path | None) -> MplugOwl2Pro
         tokenizer: Where to read the tokenizer from, where not from the source.
     """
     config = source.config
-    added = getattr(config, "score_tokens", None) or ()  # Q-Scorer's, which the processor of its base does not have
+    added = (
+        getattr(config, "score_tokens", None) or ()
+    )  # Q-Scorer's, which the processor of its base does not have
     processor = None
     try:
         if tokenizer is None and (source.folder / PROCESSOR_NAME).is_file():
@@ -475,7 +540,10 @@ def load_processor(source: Source, tokenizer: str | Path | None) -> MplugOwl2Pro
             )
     except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
         raise ConversionError(f"{source.folder}: its processor cannot be read: {error}") from None
-    if getattr(config, "image_aspect_ratio", None) == "pad" and config.connector_type == "abstractor":
+    if (
+        getattr(config, "image_aspect_ratio", None) == "pad"
+        and config.connector_type == "abstractor"
+    ):
         processor.image_processor.image_aspect_ratio = "pad"
     if processor.image_token_id != config.image_token_id:
         raise ConversionError(
@@ -489,7 +557,9 @@ def vocabulary_file(origin: Path) -> Path | None:
     """tokenizer.model or qwen.tiktoken of a folder, or the file itself."""
     names = (SENTENCEPIECE_VOCABULARY, QWEN_VOCABULARY)
     paths = [origin / name for name in names] if origin.is_dir() else [origin]
-    return next((path for path in paths if path.suffix in (".model", ".tiktoken") and path.is_file()), None)
+    return next(
+        (path for path in paths if path.suffix in (".model", ".tiktoken") and path.is_file()), None
+    )
 
 
 def _vocabulary_name(vocabulary: Path) -> str:

@@ -101,16 +101,26 @@ def initialize(
         ValueError: A source is of another kind or incomplete, sizes do not fit, or the target is in use.
     """
     _check_arguments(language, target, vision, image_size, dtype)
-    report = InitReport(_name(language), None if vision is None else _name(vision), _name(target), dtype or "")
+    report = InitReport(
+        _name(language), None if vision is None else _name(vision), _name(target), dtype or ""
+    )
     with _plain_errors():
         text_config = _read_language_config(language)
-        tower = fresh_vision(text_config, image_size) if vision is None else read_vision(vision, image_size)
-        abstractor = _abstractor_config(tower.config, text_config.hidden_size, num_queries, num_abstractor_layers)
+        tower = (
+            fresh_vision(text_config, image_size)
+            if vision is None
+            else read_vision(vision, image_size)
+        )
+        abstractor = _abstractor_config(
+            tower.config, text_config.hidden_size, num_queries, num_abstractor_layers
+        )
     tokenizer, legacy = read_tokenizer(language, text_config.max_position_embeddings, report.notes)
     image_processor = MplugOwl2ImageProcessor(
         size=dict.fromkeys(("height", "width"), tower.config.image_size), **tower.pixels
     )
-    processor = MplugOwl2Processor(image_processor, tokenizer, num_image_tokens=num_queries + 1, legacy=legacy)
+    processor = MplugOwl2Processor(
+        image_processor, tokenizer, num_image_tokens=num_queries + 1, legacy=legacy
+    )
     with staged_folder(Path(target), overwrite) as folder:
         _build(language, tower, abstractor, processor, seed, report).save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -120,13 +130,20 @@ def initialize(
 
 
 def _check_arguments(
-    language: str | Path, target: str | Path, vision: str | Path | None, image_size: int | None, dtype: str | None
+    language: str | Path,
+    target: str | Path,
+    vision: str | Path | None,
+    image_size: int | None,
+    dtype: str | None,
 ) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}.")
     if image_size is not None and image_size < 1:
         raise ValueError(f"expected an image_size of at least one patch, got {image_size}.")
-    check_apart(Path(target), *(Path(source) for source in (language, vision) if source and Path(source).is_dir()))
+    check_apart(
+        Path(target),
+        *(Path(source) for source in (language, vision) if source and Path(source).is_dir()),
+    )
 
 
 @contextmanager
@@ -140,7 +157,9 @@ def _plain_errors() -> Iterator[None]:
 
 def _name(source: str | Path) -> str:
     """A folder without what lies above it, or a Hub id."""
-    return Path(source).resolve().name if isinstance(source, Path) or Path(source).is_dir() else source
+    return (
+        Path(source).resolve().name if isinstance(source, Path) or Path(source).is_dir() else source
+    )
 
 
 def _read_language_config(source: str | Path) -> LlamaConfig:
@@ -149,7 +168,9 @@ def _read_language_config(source: str | Path) -> LlamaConfig:
     except OSError as error:
         raise ValueError(f"{source} has no configuration of a model: {error}") from None
     if config.model_type != "llama":
-        raise ValueError(f"{source} is a model of type {config.model_type!r}: expected 'llama', a stock LLaMA.")
+        raise ValueError(
+            f"{source} is a model of type {config.model_type!r}: expected 'llama', a stock LLaMA."
+        )
     check_not_quantized(source, config)
     return config
 
@@ -186,7 +207,9 @@ def _model_config(
     report: InitReport,
 ) -> MplugOwl2Config:
     fields = set(LlamaConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
-    text = {name: getattr(language, name) for name in fields - {"vocab_size", "tie_word_embeddings"}}
+    text = {
+        name: getattr(language, name) for name in fields - {"vocab_size", "tie_word_embeddings"}
+    }
     num_ids, image_token_id = language.vocab_size, processor.image_token_id
     if image_token_id != num_ids:
         where = "behind" if image_token_id > num_ids else "inside"
@@ -197,7 +220,9 @@ def _model_config(
     return MplugOwl2Config(
         vision_config=vision,
         abstractor_config=abstractor,
-        text_config=MplugOwl2TextConfig(**text, vocab_size=padded_vocab_size(max(num_ids - 1, image_token_id))),
+        text_config=MplugOwl2TextConfig(
+            **text, vocab_size=padded_vocab_size(max(num_ids - 1, image_token_id))
+        ),
         image_token_id=image_token_id,
         output_vocab_size=num_ids,
         tie_word_embeddings=language.tie_word_embeddings,
@@ -209,7 +234,11 @@ def _copy_language(language: LlamaForCausalLM, model: MplugOwl2ForConditionalGen
     state = language.model.state_dict()
     # A copy: what shares memory is taken for tied when it is saved.
     state.update(
-        {_ADAPTED.sub(r"visual_\1", name): value.clone() for name, value in state.items() if _ADAPTED.search(name)}
+        {
+            _ADAPTED.sub(r"visual_\1", name): value.clone()
+            for name, value in state.items()
+            if _ADAPTED.search(name)
+        }
     )
     state["embed_tokens.weight"] = _with_rows(state["embed_tokens.weight"], num_rows)
     model.model.language_model.load_state_dict(state, assign=True)
@@ -224,9 +253,13 @@ def _with_rows(table: Tensor, num_rows: int) -> Tensor:
     return torch.cat([table, table.new_zeros(num_rows - len(table), table.shape[1])])
 
 
-def _generation_config(own: GenerationConfig, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+def _generation_config(
+    own: GenerationConfig, tokenizer: PreTrainedTokenizerFast
+) -> GenerationConfig:
     """The language model's, which also stops where the chat template ends an answer."""
-    if not own.do_sample:  # transformers 5 refuses to save settings of sampling where nothing is sampled
+    if (
+        not own.do_sample
+    ):  # transformers 5 refuses to save settings of sampling where nothing is sampled
         own.temperature = own.top_p = own.top_k = own.typical_p = None
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = [end for end in ends if end is not None]
@@ -240,8 +273,14 @@ def _generation_config(own: GenerationConfig, tokenizer: PreTrainedTokenizerFast
 
 def _count(model: MplugOwl2ForConditionalGeneration) -> dict[str, int]:
     parts: dict[str, nn.Module] = dict(model.model.named_children())
-    counts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
-    return {**counts, "lm_head": 0 if model.config.tie_word_embeddings else model.lm_head.weight.numel()}
+    counts = {
+        name: sum(parameter.numel() for parameter in part.parameters())
+        for name, part in parts.items()
+    }
+    return {
+        **counts,
+        "lm_head": 0 if model.config.tie_word_embeddings else model.lm_head.weight.numel(),
+    }
 
 
 def _abstractor_config(
@@ -279,14 +318,20 @@ def _visual_side(
     if tower.state is not None:
         vision.load_state_dict(tower.state, assign=True)
     for parameter in (*abstractor.parameters(), *vision.parameters()):
-        parameter.data = parameter.data.to(dtype)  # the sin-cos tables, which are buffers, stay float32
+        parameter.data = parameter.data.to(
+            dtype
+        )  # the sin-cos tables, which are buffers, stay float32
     return abstractor, vision
 
 
 def _check_loads(folder: Path) -> None:
-    model, info = MplugOwl2ForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = MplugOwl2ForConditionalGeneration.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
     processor = MplugOwl2Processor.from_pretrained(folder)
     unexpected = sorted(info["unexpected_keys"])
     missing = sorted(info["missing_keys"])
     if unexpected or missing or processor.image_token_id != model.config.image_token_id:
-        raise ValueError(f"the new model does not load as it was saved: {missing} missing, {unexpected} unexpected.")
+        raise ValueError(
+            f"the new model does not load as it was saved: {missing} missing, {unexpected} unexpected."
+        )

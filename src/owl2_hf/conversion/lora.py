@@ -67,11 +67,19 @@ class LoraSource:
         self.layout = f"a LoRA fine-tune on {self.base.layout}"
         adapter = self.folder
         # The fine-tune's configuration says how its pictures became square.
-        self.config = read_config(adapter)[0] if (adapter / "config.json").is_file() else self.base.config
+        self.config = (
+            read_config(adapter)[0] if (adapter / "config.json").is_file() else self.base.config
+        )
         self.settings = _read_settings(adapter)
-        self.own_files = [adapter / name for names in (_ADAPTER_FILES, _OTHER_FILES) for name in _first(adapter, names)]
+        self.own_files = [
+            adapter / name
+            for names in (_ADAPTER_FILES, _OTHER_FILES)
+            for name in _first(adapter, names)
+        ]
         if not self.own_files or self.own_files[0].name not in _ADAPTER_FILES:
-            raise ConversionError(f"{adapter} holds no adapter: expected {' or '.join(_ADAPTER_FILES)}.")
+            raise ConversionError(
+                f"{adapter} holds no adapter: expected {' or '.join(_ADAPTER_FILES)}."
+            )
         if len(self.own_files) > 1:
             _describe_scorer(self.config, read_tensors(self.own_files[1]))
         self._expected = expected_tensors(self.config)
@@ -86,11 +94,17 @@ class LoraSource:
         left = {*self.updates, *self.replaced}
         for piece in self.base.read(on_file, meta):
             left.difference_update(name for name, _ in piece.tensors)
-            yield Piece(piece.where, piece.key, [(name, self._merged(name, tensor)) for name, tensor in piece.tensors])
+            yield Piece(
+                piece.where,
+                piece.key,
+                [(name, self._merged(name, tensor)) for name, tensor in piece.tensors],
+            )
         # The base may lack the tables that are computed and a scorer's head, and nothing else that the fine-tune has.
         for name in sorted(left):
             if not (name.endswith("_pos_embed") or name.startswith("score.")):
-                raise ConversionError(f"the fine-tune changes {name}, which the base model does not have.")
+                raise ConversionError(
+                    f"the fine-tune changes {name}, which the base model does not have."
+                )
             tensor = self.replaced[name].to("meta") if meta else self.replaced[name]
             yield Piece(f"{self.own_files[-1]}, tensor {name!r}", name, [(name, tensor)])
 
@@ -117,7 +131,9 @@ class LoraSource:
             where = describe(file, key)
             match = re.fullmatch(r"(.+)\.lora_(A|B)(?:\.default)?\.weight", _strip(key))
             if match is None:
-                raise ConversionError(f"{where}: expected lora_A and lora_B weights of linear layers.")
+                raise ConversionError(
+                    f"{where}: expected lora_A and lora_B weights of linear layers."
+                )
             pairs.setdefault(match[1], {})[match[2]] = check_tensor(where, tensor)
             wheres[match[1]] = where
         updates = {}
@@ -127,14 +143,18 @@ class LoraSource:
             scale = _scale(self.settings, module, pair["A"].shape[0])
             # B has the rows of the weight itself: what splits or pads the one splits or pads the other.
             for name, up in self._under_our_names(wheres[module], f"{module}.weight", pair["B"]):
-                updates[name] = self._checked(wheres[module], name, LoraUpdate(pair["A"], up, scale))
+                updates[name] = self._checked(
+                    wheres[module], name, LoraUpdate(pair["A"], up, scale)
+                )
         return updates
 
     def _checked(self, where: str, name: str, update: LoraUpdate) -> LoraUpdate:
         expected = self._expected[name].shape
         shapes = tuple(update.up.shape), tuple(update.down.shape)
         if shapes != ((expected[0], update.down.shape[0]), (update.down.shape[0], expected[-1])):
-            raise ConversionError(f"{where}: B and A of shapes {shapes} do not fit a weight of {tuple(expected)}.")
+            raise ConversionError(
+                f"{where}: B and A of shapes {shapes} do not fit a weight of {tuple(expected)}."
+            )
         if not (is_finite(update.up) and is_finite(update.down)):
             raise ConversionError(f"{where}: it holds NaN or infinite values.")
         return update
@@ -148,7 +168,9 @@ class LoraSource:
             for name, value in self._under_our_names(where, own_key, check_tensor(where, tensor)):
                 if value.shape != self._expected[name].shape:
                     expected = tuple(self._expected[name].shape)
-                    raise ConversionError(f"{where}: expected shape {expected}, got {tuple(value.shape)}.")
+                    raise ConversionError(
+                        f"{where}: expected shape {expected}, got {tuple(value.shape)}."
+                    )
                 if not is_finite(value):
                     raise ConversionError(f"{where}: it holds NaN or infinite values.")
                 replaced[name] = value
@@ -159,7 +181,9 @@ class LoraSource:
         renamed = [(key, tensor)] if is_ours else rename(where, key, tensor, self.config)
         for name, _ in renamed:
             if name not in self._expected:
-                raise ConversionError(f"{where}: the configuration has no place for it (as {name}).")
+                raise ConversionError(
+                    f"{where}: the configuration has no place for it (as {name})."
+                )
         return renamed
 
 
@@ -200,12 +224,18 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         _check_number(folder / _CONFIG, key, settings.get(key))
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = settings.get(key) or {}
-        if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", name) for name in patterns):
-            raise ConversionError(f"{folder / _CONFIG}: expected names of modules in {key}, got {str(patterns)[:80]}.")
+        if not isinstance(patterns, dict) or not all(
+            re.fullmatch(r"[\w.]+", name) for name in patterns
+        ):
+            raise ConversionError(
+                f"{folder / _CONFIG}: expected names of modules in {key}, got {str(patterns)[:80]}."
+            )
         for name, value in patterns.items():
             _check_number(folder / _CONFIG, f"{key} of {name}", value)
     if settings.get("use_rslora") not in (True, False, None):
-        raise ConversionError(f"{folder / _CONFIG}: expected use_rslora true or false, got {settings['use_rslora']!r}.")
+        raise ConversionError(
+            f"{folder / _CONFIG}: expected use_rslora true or false, got {settings['use_rslora']!r}."
+        )
     return settings
 
 
@@ -219,10 +249,14 @@ def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
 
     def of_module(pattern_key: str, default: Any) -> Any:
         patterns = settings.get(pattern_key) or {}
-        return next((value for key, value in patterns.items() if f".{module}".endswith(f".{key}")), default)
+        return next(
+            (value for key, value in patterns.items() if f".{module}".endswith(f".{key}")), default
+        )
 
     if rank != (expected := of_module("rank_pattern", settings["r"])):
-        raise ConversionError(f"{_CONFIG} says r {expected} for {module}, its lora_A has {rank} rows.")
+        raise ConversionError(
+            f"{_CONFIG} says r {expected} for {module}, its lora_A has {rank} rows."
+        )
     alpha = of_module("alpha_pattern", settings["lora_alpha"])
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
@@ -244,7 +278,11 @@ def save_adapter(source: LoraSource, folder: Path) -> None:
         lora_dropout=settings.get("lora_dropout") or 0.0,
         use_rslora=bool(settings.get("use_rslora")),
         target_modules=sorted(modules),
-        rank_pattern={name: len(update.down) for name, update in modules.items() if len(update.down) != settings["r"]},
+        rank_pattern={
+            name: len(update.down)
+            for name, update in modules.items()
+            if len(update.down) != settings["r"]
+        },
         alpha_pattern=_alpha_pattern(settings, modules),
         task_type="CAUSAL_LM",
         inference_mode=True,

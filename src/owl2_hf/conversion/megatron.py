@@ -41,7 +41,9 @@ def _linear(source: str, target: str, dim: int, bias: bool = False) -> dict[str,
     return names
 
 
-def _whole(source: str, target: str, leaves: tuple[str, ...] = ("weight", "bias")) -> dict[str, tuple[str, Split]]:
+def _whole(
+    source: str, target: str, leaves: tuple[str, ...] = ("weight", "bias")
+) -> dict[str, tuple[str, Split]]:
     return {f"{source}.{leaf}": (f"{target}.{leaf}", None) for leaf in leaves}
 
 
@@ -62,14 +64,21 @@ RENAMED: dict[str, tuple[str, Split]] = {
     **_whole(_VIT + "transformer.final_layernorm", _TO_VIT + "post_layernorm"),
     **_whole(_VIT_LAYER + "input_layernorm", _TO_VIT_LAYER + "input_layernorm"),
     **_whole(_VIT_LAYER + "post_attention_layernorm", _TO_VIT_LAYER + "post_attention_layernorm"),
-    **_linear(_VIT_LAYER + "self_attention.query_key_value", _TO_VIT_LAYER + "self_attn.query_key_value", 0, bias=True),
+    **_linear(
+        _VIT_LAYER + "self_attention.query_key_value",
+        _TO_VIT_LAYER + "self_attn.query_key_value",
+        0,
+        bias=True,
+    ),
     **_linear(_VIT_LAYER + "self_attention.dense", _TO_VIT_LAYER + "self_attn.dense", 1, bias=True),
     **_linear(_VIT_LAYER + "mlp.dense_h_to_4h", _TO_VIT_LAYER + "mlp.fc1", 0, bias=True),
     **_linear(_VIT_LAYER + "mlp.dense_4h_to_h", _TO_VIT_LAYER + "mlp.fc2", 1, bias=True),
     _ABSTRACTOR + "learnable_queries": (_TO_ABSTRACTOR + "query_embeds", None),
     _ABSTRACTOR + "vit_eos": (_TO_ABSTRACTOR + "vit_eos", None),
     **_linear(_ABSTRACTOR + "visual_fc", _TO_ABSTRACTOR + "visual_fc", 0, bias=True),
-    **_linear(_ABSTRACTOR_LAYER + "self_attention.o_proj", _TO_CROSS + "output.out_proj", 1, bias=True),
+    **_linear(
+        _ABSTRACTOR_LAYER + "self_attention.o_proj", _TO_CROSS + "output.out_proj", 1, bias=True
+    ),
     **_whole(_ABSTRACTOR_LAYER + "norm1", _TO_CROSS + "norm1"),
     **_whole(_ABSTRACTOR_LAYER + "normk", _TO_CROSS + "normk"),
     **_whole(_ABSTRACTOR_LAYER + "norm2", _TO_CROSS + "output.norm2"),
@@ -94,7 +103,12 @@ for _branch in (0, 1):
         RENAMED.update(_whole(_LLM_LAYER + _name, _TO_LAYER + _name, ("weight",)))
 for _ours, _theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
     RENAMED.update(
-        _linear(f"{_ABSTRACTOR_LAYER}self_attention.{_theirs}", f"{_TO_CROSS}attention.{_ours}", 0, bias=True)
+        _linear(
+            f"{_ABSTRACTOR_LAYER}self_attention.{_theirs}",
+            f"{_TO_CROSS}attention.{_ours}",
+            0,
+            bias=True,
+        )
     )
 
 
@@ -131,7 +145,8 @@ _STAND_INS = [
 def is_megatron(folder: Path) -> bool:
     """Whether a folder holds ranks of Megatron, or the iterations that hold them."""
     return (folder / _TRACKER).is_file() or any(
-        path.is_dir() and re.fullmatch(r"release|iter_\d+|mp_rank_\d+(_\d+)?", path.name) for path in folder.iterdir()
+        path.is_dir() and re.fullmatch(r"release|iter_\d+|mp_rank_\d+(_\d+)?", path.name)
+        for path in folder.iterdir()
     )
 
 
@@ -142,14 +157,18 @@ def rank_files(folder: Path) -> list[Path]:
         ConversionError: It is not clear which iteration is meant, or a rank is missing.
     """
     folder = _iteration(folder)
-    ranks = sorted(path for path in folder.iterdir() if path.is_dir() and path.name.startswith("mp_rank_"))
+    ranks = sorted(
+        path for path in folder.iterdir() if path.is_dir() and path.name.startswith("mp_rank_")
+    )
     if pipeline := [path.name for path in ranks if not re.fullmatch(r"mp_rank_\d+", path.name)]:
         raise ConversionError(
             f"{folder} has {pipeline[0]!r}: checkpoints of several pipeline stages are not supported."
         )
     expected = [folder / f"mp_rank_{rank:02d}" for rank in range(max(len(ranks), 1))]
     if missing := [path for path in expected if path not in ranks]:
-        raise ConversionError(f"{missing[0]} is missing: the ranks here are {[path.name for path in ranks]}.")
+        raise ConversionError(
+            f"{missing[0]} is missing: the ranks here are {[path.name for path in ranks]}."
+        )
     return [_rank_file(path) for path in ranks]
 
 
@@ -165,7 +184,11 @@ def _iteration(folder: Path) -> Path:
     if any(folder.glob("mp_rank_*")):
         return folder
     tracker = folder / _TRACKER
-    iterations = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"release|iter_\d+", path.name)]
+    iterations = [
+        path
+        for path in folder.iterdir()
+        if path.is_dir() and re.fullmatch(r"release|iter_\d+", path.name)
+    ]
     if not tracker.is_file():
         if len(iterations) == 1:
             return iterations[0]
@@ -174,7 +197,9 @@ def _iteration(folder: Path) -> Path:
     with tracker.open("rb") as file:
         content = file.read(64).decode("ascii", "replace").strip()
     if content != "release" and not re.fullmatch(r"\d{1,12}", content):
-        raise ConversionError(f"{tracker}: expected 'release' or the number of an iteration, got {content!r}.")
+        raise ConversionError(
+            f"{tracker}: expected 'release' or the number of an iteration, got {content!r}."
+        )
     pattern = content if content == "release" else rf"iter_0*{int(content)}"
     found = [path for path in iterations if re.fullmatch(pattern, path.name)]
     if not found:
@@ -201,7 +226,9 @@ class MegatronSource:
         self.files = rank_files(self.folder)
         if len(self.files) > 1:
             self.layout += f", {len(self.files)} tensor-parallel ranks"
-        with_config = [path for path in (self.base, self.folder) if path and (path / "config.json").is_file()]
+        with_config = [
+            path for path in (self.base, self.folder) if path and (path / "config.json").is_file()
+        ]
         if self.base and not with_config:
             raise ConversionError(f"{self.base} has no config.json, which the weights need.")
         self.is_published = not with_config
@@ -225,7 +252,9 @@ class MegatronSource:
             target, dim = RENAMED[template]
             target = target.format(number)
             if target not in shapes:
-                raise ConversionError(f"{where}: the configuration has no place for it{self._hint()}.")
+                raise ConversionError(
+                    f"{where}: the configuration has no place for it{self._hint()}."
+                )
             parts = [check_tensor(where, rank.pop(key), meta) for rank in ranks]
             try:
                 tensor = merge_ranks(parts, dim, shapes[target], may_be_padded=target in PADDED)
@@ -241,11 +270,15 @@ class MegatronSource:
         loaded = read_tensors(file, allowed=_STAND_INS)
         model = loaded.get("model")
         if not isinstance(model, dict) or not model:
-            raise ConversionError(f"{file}: expected a 'model' with its parameters, as Megatron saves it.")
+            raise ConversionError(
+                f"{file}: expected a 'model' with its parameters, as Megatron saves it."
+            )
         settings = vars(loaded["args"]) if isinstance(loaded.get("args"), _Settings) else {}
         size = settings.get("tensor_model_parallel_size", settings.get("model_parallel_size"))
         if isinstance(size, int) and size != len(self.files):
-            raise ConversionError(f"{file} is one of {size} tensor-parallel ranks, but {len(self.files)} came.")
+            raise ConversionError(
+                f"{file} is one of {size} tensor-parallel ranks, but {len(self.files)} came."
+            )
         return dict(_flatten(model))
 
 
@@ -266,7 +299,9 @@ def _original_shapes(config: MplugOwl2Config) -> dict[str, torch.Size]:
     return shapes
 
 
-def merge_ranks(parts: list[Tensor], dim: Split, shape: torch.Size, may_be_padded: bool = False) -> Tensor:
+def merge_ranks(
+    parts: list[Tensor], dim: Split, shape: torch.Size, may_be_padded: bool = False
+) -> Tensor:
     """One tensor from what each tensor-parallel rank holds of it.
 
     Args:
@@ -291,5 +326,7 @@ def merge_ranks(parts: list[Tensor], dim: Split, shape: torch.Size, may_be_padde
     if may_be_padded and merged.shape[1:] == shape[1:] and merged.shape[0] > shape[0]:
         merged = merged[: shape[0]]
     if (dim is None and len(parts) > 1) or merged.shape != shape:
-        raise ValueError(f"expected shape {tuple(shape)} by the configuration, got {shapes} from {len(parts)} ranks")
+        raise ValueError(
+            f"expected shape {tuple(shape)} by the configuration, got {shapes} from {len(parts)} ranks"
+        )
     return merged

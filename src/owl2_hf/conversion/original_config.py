@@ -108,7 +108,9 @@ def original_config(config: MplugOwl2Config) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": str(config.dtype).removeprefix("torch."),
         "vocab_size": config.output_vocab_size,
-        "visual_config": _visual_config(config) if has_abstractor else _docowl_visual_config(config),
+        "visual_config": _visual_config(config)
+        if has_abstractor
+        else _docowl_visual_config(config),
     }
     _check_nothing_lost(flat, config)
     return flat
@@ -124,7 +126,9 @@ def _llama_fields(text: dict[str, Any]) -> dict[str, Any]:
         **{key: text[key] for key in _TEXT if key in text},
         "architectures": ["MPLUGOwl2LlamaForCausalLM"],
         "model_type": "mplug_owl2",
-        "rope_scaling": None if rope_type == "default" else {"type": rope_type, "factor": rope.get("factor")},
+        "rope_scaling": None
+        if rope_type == "default"
+        else {"type": rope_type, "factor": rope.get("factor")},
         "rope_theta": rope.get("rope_theta", 10000.0),
     }
 
@@ -167,11 +171,15 @@ def _docowl_visual_config(config: MplugOwl2Config) -> dict[str, Any]:
     vision, reducer = config.vision_config.to_dict(), config.h_reducer_config.to_dict()
     return {
         "visual_model": _component(
-            "mplug_owl_vision_model", {key: vision[key] for key in _VISION if key not in _FIXED_IN_DOCOWL}
+            "mplug_owl_vision_model",
+            {key: vision[key] for key in _VISION if key not in _FIXED_IN_DOCOWL},
         ),
         "visual_hreducer": _component(
             "mplug_docowl_hreducer",
-            {**{key: reducer[key] for key in _H_REDUCER}, "conv_shape": f"1x{reducer['kernel_width']}"},
+            {
+                **{key: reducer[key] for key in _H_REDUCER},
+                "conv_shape": f"1x{reducer['kernel_width']}",
+            },
         ),
     }
 
@@ -190,12 +198,16 @@ def _check_nothing_lost(flat: dict[str, Any], config: MplugOwl2Config) -> None:
         back = MplugOwl2Config.from_dict(json.loads(json.dumps(flat)))
     except (ValueError, StrictDataclassError) as error:
         reason = str(error.__cause__ or error)
-        raise ConversionError(f"the original's code has no model of this configuration: {reason}") from None
+        raise ConversionError(
+            f"the original's code has no model of this configuration: {reason}"
+        ) from None
     pairs = zip((config, *_parts(config)), (back, *_parts(back)), strict=True)
     for ours, theirs in pairs:
         before, after = ours.to_dict(), theirs.to_dict()
         for key in type(ours).__dataclass_fields__:
-            ignored = key in ("architectures", "dtype", "transformers_version") or key.endswith("_config")
+            ignored = key in ("architectures", "dtype", "transformers_version") or key.endswith(
+                "_config"
+            )
             if not ignored and before.get(key) != after.get(key):
                 raise ConversionError(
                     f"the original's code has no {key} {before.get(key)!r}: it would read {after.get(key)!r}."
@@ -214,7 +226,9 @@ def save_original_processor(processor: MplugOwl2Processor, vocabulary: Path, fol
     else:
         shutil.copyfile(vocabulary, folder / f"tokenizer{vocabulary.suffix}")
         settings = _llama_tokenizer_configs(processor)
-    if processor.image_processor.image_aspect_ratio != "anchors":  # Upstream: DocOwl's are arguments of its code.
+    if (
+        processor.image_processor.image_aspect_ratio != "anchors"
+    ):  # Upstream: DocOwl's are arguments of its code.
         settings["preprocessor_config.json"] = _preprocessor_config(processor)
     for name, values in settings.items():
         (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -28,7 +28,9 @@ class ConversionError(ValueError):
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds weights in one of Hugging Face's layouts."""
     names = ("model.safetensors", "pytorch_model.bin")
-    return any((folder / name).exists() or (folder / f"{name}.index.json").exists() for name in names)
+    return any(
+        (folder / name).exists() or (folder / f"{name}.index.json").exists() for name in names
+    )
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -56,10 +58,13 @@ def _indexed_files(index: Path) -> dict[Path, set[str] | None]:
     for key, name in _read_weight_map(index).items():
         # The name is checked, not the resolved path: honest caches are made of links that leave their folder.
         if not isinstance(name, str) or not _WEIGHT_FILE.fullmatch(name):
-            raise ConversionError(f"{index} names {name!r}, which is not a weight file of this folder.")
+            raise ConversionError(
+                f"{index} names {name!r}, which is not a weight file of this folder."
+            )
         placed.setdefault(name, set()).add(key)
     return {
-        _existing(index.parent / name, f"{index} names {name!r}, which is"): placed[name] for name in _natural(placed)
+        _existing(index.parent / name, f"{index} names {name!r}, which is"): placed[name]
+        for name in _natural(placed)
     }
 
 
@@ -72,12 +77,19 @@ def _read_weight_map(index: Path) -> dict[str, Any]:
 
 def _natural(names: Sequence[str] | dict[str, Any]) -> list[str]:
     """Shard 2 before shard 10, whether or not the numbers are padded with zeros."""
-    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    return sorted(
+        names,
+        key=lambda name: [
+            int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)
+        ],
+    )
 
 
 def _existing(path: Path, words: str | None = None) -> Path:
     if not path.is_file():
-        raise ConversionError(f"{words or f'{path} is'} {'not a file' if path.exists() else 'missing'}.")
+        raise ConversionError(
+            f"{words or f'{path} is'} {'not a file' if path.exists() else 'missing'}."
+        )
     return path
 
 
@@ -107,9 +119,13 @@ def check_tensor(where: str, tensor: Any, meta: bool = False) -> Tensor:
         raise ConversionError(f"{where}: expected a tensor, got {type(tensor).__name__}.")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
         kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
-        raise ConversionError(f"{where}: expected a dense tensor with values, got a {kind} one on {tensor.device}.")
+        raise ConversionError(
+            f"{where}: expected a dense tensor with values, got a {kind} one on {tensor.device}."
+        )
     if tensor.dtype not in _DTYPES:
-        raise ConversionError(f"{where}: expected floating-point weights of 16, 32 or 64 bits, got {tensor.dtype}.")
+        raise ConversionError(
+            f"{where}: expected floating-point weights of 16, 32 or 64 bits, got {tensor.dtype}."
+        )
     return tensor.detach().to("meta") if meta else tensor.detach()
 
 
@@ -149,7 +165,9 @@ class _Records:
 
     def __init__(self, path: Path):
         self.path = path
-        self._waiting: list[tuple[int, int, zipfile.ZipInfo]] = []  # start, end, entry; the next one last
+        self._waiting: list[
+            tuple[int, int, zipfile.ZipInfo]
+        ] = []  # start, end, entry; the next one last
         self._found = 0
         if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
             return
@@ -169,6 +187,8 @@ class _Records:
                 return
             if self._found != entry.CRC:
                 name = repr(entry.filename)
-                raise ConversionError(f"{self.path} is damaged: the checksum of its record {name} is wrong.")
+                raise ConversionError(
+                    f"{self.path} is damaged: the checksum of its record {name} is wrong."
+                )
             self._waiting.pop()
             self._found = 0

@@ -11,10 +11,20 @@ from transformers.utils import CONFIG_NAME
 
 from ..modeling.configuration_mplug_owl2 import MAX_LAYERS, MAX_SIZE, MplugOwl2Config
 from ..modeling.conversion_mplug_owl2 import owner_of, to_ours
-from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration, MplugOwl2PreTrainedModel
+from ..modeling.modeling_mplug_owl2 import (
+    MplugOwl2ForConditionalGeneration,
+    MplugOwl2PreTrainedModel,
+)
 from ..modeling.modeling_mplug_owl2_classification import MplugOwl2ForSequenceClassification
 from ..processing.tokenization_mplug_owl2 import read_json
-from .reading import ConversionError, check_tensor, describe, has_weights, read_tensors, weight_files
+from .reading import (
+    ConversionError,
+    check_tensor,
+    describe,
+    has_weights,
+    read_tensors,
+    weight_files,
+)
 
 _MODEL_TYPES = ("mplug_owl2", "mplug_owl2_1", "mplug_docowl")
 _SIZES = ("num_", "_size", "head_dim", "projection_dim", "max_position_embeddings")
@@ -76,7 +86,9 @@ class HuggingFaceSource:
     files: list[Path] = field(default_factory=list)
 
     def __post_init__(self):
-        self.layout = "the original's Hugging Face layout" if self.is_original else "this package's format"
+        self.layout = (
+            "the original's Hugging Face layout" if self.is_original else "this package's format"
+        )
         self._placed = weight_files(self.folder)
         self.files = list(self._placed)
 
@@ -85,7 +97,9 @@ class HuggingFaceSource:
             on_file(file)
             tensors = read_tensors(file)
             if lost := sorted((placed or set()) - tensors.keys()):
-                raise ConversionError(f"{file}, tensor {lost[0]!r}: the index places it here, but it is not here.")
+                raise ConversionError(
+                    f"{file}, tensor {lost[0]!r}: the index places it here, but it is not here."
+                )
             while tensors:
                 # Let go of one by one, and with the last of the file itself.
                 key = next(iter(tensors))
@@ -94,10 +108,16 @@ class HuggingFaceSource:
     def _piece(self, file: Path, key: str, tensor: Tensor, meta: bool) -> Piece:
         where = describe(file, key)
         tensor = check_tensor(where, tensor, meta)
-        return Piece(where, key, rename(where, key, tensor, self.config) if self.is_original else [(key, tensor)])
+        return Piece(
+            where,
+            key,
+            rename(where, key, tensor, self.config) if self.is_original else [(key, tensor)],
+        )
 
 
-def rename(where: str, key: str, tensor: Tensor, config: MplugOwl2Config) -> list[tuple[str, Tensor]]:
+def rename(
+    where: str, key: str, tensor: Tensor, config: MplugOwl2Config
+) -> list[tuple[str, Tensor]]:
     """One tensor of the original under our names, with errors that say where it stands."""
     try:
         return list(to_ours(key, tensor, config))
@@ -105,7 +125,9 @@ def rename(where: str, key: str, tensor: Tensor, config: MplugOwl2Config) -> lis
         ours = "mPLUG-Owl2.1" if config.is_owl21 else "mPLUG-Owl2"
         owner = owner_of(key)
         if owner is not None:
-            raise ConversionError(f"{where}: it is a parameter of {owner}, but config.json is {ours}'s.") from None
+            raise ConversionError(
+                f"{where}: it is a parameter of {owner}, but config.json is {ours}'s."
+            ) from None
         raise ConversionError(f"{where}: {ours} has no such parameter.") from None
     except ValueError as error:
         raise ConversionError(f"{where}: {error}.") from None
@@ -142,12 +164,24 @@ def read_config(folder: Path) -> tuple[MplugOwl2Config, bool]:
     # Upstream: DocOwl2 has DocOwl 1.5's model_type; the configuration tells them apart.
     if (found := values.get("model_type")) not in _MODEL_TYPES:
         expected = " or ".join(map(repr, _MODEL_TYPES))
-        raise ConversionError(f"{path}: expected model_type {expected}, got {found!r}; nothing was converted.")
+        raise ConversionError(
+            f"{path}: expected model_type {expected}, got {found!r}; nothing was converted."
+        )
     # Code that the source names is neither run nor carried over, nor is what only fits the machine it comes from.
-    for name in ("auto_map", "quantization_config", "_attn_implementation", "attn_implementation", "_name_or_path"):
+    for name in (
+        "auto_map",
+        "quantization_config",
+        "_attn_implementation",
+        "attn_implementation",
+        "_name_or_path",
+    ):
         values.pop(name, None)
     is_original = "visual_config" in values
-    if is_original and found == "mplug_owl2_1" and (num_tokens := _rows_of(folder, "transformer.wte.weight")):
+    if (
+        is_original
+        and found == "mplug_owl2_1"
+        and (num_tokens := _rows_of(folder, "transformer.wte.weight"))
+    ):
         values["vocab_size"] = num_tokens
     _check_sizes(path, values)
     for name in values:
@@ -158,7 +192,9 @@ def read_config(folder: Path) -> tuple[MplugOwl2Config, bool]:
         expected_tensors(config)
     except Exception as error:  # whatever a wrong value leads to
         reason = str(error.__cause__ or error) or "no reason given"
-        raise ConversionError(f"{path}: no model of this configuration: {reason} ({type(error).__name__})") from None
+        raise ConversionError(
+            f"{path}: no model of this configuration: {reason} ({type(error).__name__})"
+        ) from None
     return config, is_original
 
 

@@ -12,7 +12,11 @@ from safetensors import SafetensorError
 
 # What belongs to a model and is stale beside another one; all else in a folder is its owner's.
 _PACKAGE = Path(__file__).parents[1]
-_CODE = {path.name for part in ("modeling", "processing") for path in (_PACKAGE / part).glob("*_mplug_owl2*.py")}
+_CODE = {
+    path.name
+    for part in ("modeling", "processing")
+    for path in (_PACKAGE / part).glob("*_mplug_owl2*.py")
+}
 _MODEL_FILE = re.compile(
     r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)|(pytorch_)?model\.(bin|safetensors)\.index\.json"
     r"|(adapter_model|non_lora_trainables)\.(bin|safetensors)|tokenizer\.(json|model)|special_tokens_map\.json"
@@ -30,7 +34,9 @@ def check_apart(target: Path, *sources: Path) -> None:
     for source in sources:
         inner, outer = target.resolve(), source.resolve()
         if inner == outer or outer in inner.parents or inner in outer.parents:
-            raise ValueError(f"{target} and {source} are the same or one inside the other; choose another target.")
+            raise ValueError(
+                f"{target} and {source} are the same or one inside the other; choose another target."
+            )
 
 
 @contextmanager
@@ -49,12 +55,16 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     target = target.resolve()  # a link keeps its place, the folder behind it is what gets replaced
     _check_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging, previous = (target.with_name(f".{target.name}.{role}") for role in ("partial", "previous"))
+    staging, previous = (
+        target.with_name(f".{target.name}.{role}") for role in ("partial", "previous")
+    )
     lock = FileLock(target.with_name(f".{target.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"{target} is being built by another process: wait for it, or choose another.") from None
+        raise ValueError(
+            f"{target} is being built by another process: wait for it, or choose another."
+        ) from None
     try:
         _recover(target, staging, previous)
         staging.mkdir()
@@ -69,7 +79,9 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, SafetensorError) and "serializing" not in str(error):
             raise
-        raise ValueError(f"{target} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+        raise ValueError(
+            f"{target} cannot be written: {getattr(error, 'strerror', None) or error}."
+        ) from error
     finally:
         if previous.exists() and not target.exists():
             previous.rename(target)
@@ -86,9 +98,13 @@ def _check_free(target: Path, overwrite: bool) -> None:
     if not target.is_dir():
         raise ValueError(f"{target} is a file: expected a folder to make.")
     if target.stat().st_dev != target.parent.stat().st_dev:
-        raise ValueError(f"{target} is a mount point, which cannot be replaced: name a folder inside it.")
+        raise ValueError(
+            f"{target} is a mount point, which cannot be replaced: name a folder inside it."
+        )
     if not overwrite and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty: remove it, choose another, or ask to overwrite it.")
+        raise ValueError(
+            f"{target} is not empty: remove it, choose another, or ask to overwrite it."
+        )
 
 
 def _recover(target: Path, staging: Path, previous: Path) -> None:

@@ -29,7 +29,9 @@ _TOKENIZER_FILES = (
 _PROBE = "Two  spaces,\ttab\n and 12,345 words: caf\u00e9, \u7f8a\u99dd, \U0001f999 isn't <all>."
 
 
-def read_tokenizer(source: str | Path, max_positions: int, notes: list[str]) -> tuple[PreTrainedTokenizerFast, bool]:
+def read_tokenizer(
+    source: str | Path, max_positions: int, notes: list[str]
+) -> tuple[PreTrainedTokenizerFast, bool]:
     """The language model's tokenizer with the placeholder, and the processor's `legacy` flag."""
     folder = _tokenizer_folder(source)
     if has_tokenizer(folder):
@@ -64,11 +66,16 @@ def _has_the_ids_of(folder: Path, tokenizer: PreTrainedTokenizerFast) -> bool:
         return added <= vocab
     try:
         own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception:  # tokenizers raises bare ones; the file is looked at again where it is the only one
+    except (
+        Exception
+    ):  # tokenizers raises bare ones; the file is looked at again where it is the only one
         return False
     added |= set(own.get_vocab())
     probe = own.encode(_PROBE, add_special_tokens=False).ids
-    return added - {IMAGE_TOKEN} <= vocab and probe == tokenizer(_PROBE, add_special_tokens=False).input_ids
+    return (
+        added - {IMAGE_TOKEN} <= vocab
+        and probe == tokenizer(_PROBE, add_special_tokens=False).input_ids
+    )
 
 
 def _load_fast_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
@@ -81,17 +88,23 @@ def _load_fast_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
             f"{source} has a {type(tokenizer).__name__}: expected a fast tokenizer, one with a tokenizer.json."
         )
     if tokenizer.eos_token is None:
-        raise ValueError(f"{source}: its tokenizer has no eos_token, with which an answer ends; set one and save it.")
+        raise ValueError(
+            f"{source}: its tokenizer has no eos_token, with which an answer ends; set one and save it."
+        )
     return tokenizer
 
 
-def _adapt_tokenizer(own: PreTrainedTokenizerFast, max_positions: int, notes: list[str]) -> PreTrainedTokenizerFast:
+def _adapt_tokenizer(
+    own: PreTrainedTokenizerFast, max_positions: int, notes: list[str]
+) -> PreTrainedTokenizerFast:
     """The same ids for every text, the placeholder as one token more, and a normalizer that deletes noncharacters.
 
     The class is the plain one: those of single models build themselves anew when they are loaded, without the
     normalizer of the file.
     """
-    special = {name: token for name, token in own.special_tokens_map.items() if isinstance(token, str)}
+    special = {
+        name: token for name, token in own.special_tokens_map.items() if isinstance(token, str)
+    }
     if "pad_token" not in special:
         special["pad_token"] = special["eos_token"]
         notes.append(f"The tokenizer has no pad_token: {special['eos_token']!r} pads.")
@@ -111,7 +124,10 @@ def _adapt_tokenizer(own: PreTrainedTokenizerFast, max_positions: int, notes: li
 def _deleting_noncharacters(backend: Tokenizer) -> Tokenizer:
     """Control tokens are found before the normalizer runs, or an escaped one would be found behind it."""
     state = json.loads(backend.to_str())
-    deletions = [{"type": "Replace", "pattern": {"String": mark}, "content": ""} for mark in (ESCAPE, NO_PREFIX)]
+    deletions = [
+        {"type": "Replace", "pattern": {"String": mark}, "content": ""}
+        for mark in (ESCAPE, NO_PREFIX)
+    ]
     existing = [] if state["normalizer"] is None else [state["normalizer"]]
     state["normalizer"] = {"type": "Sequence", "normalizers": [*deletions, *existing]}
     for token in state["added_tokens"]:

@@ -62,7 +62,9 @@ def find_file(source: str | Path, name: str) -> Path | None:
 
 def check_not_quantized(source: str | Path, config: PreTrainedConfig) -> None:
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{source} is quantized: expected weights of a floating-point type; dequantize it first.")
+        raise ValueError(
+            f"{source} is quantized: expected weights of a floating-point type; dequantize it first."
+        )
 
 
 def load_whole(source: str | Path, model_class: Any, dtype: Any) -> Any:
@@ -78,7 +80,9 @@ def load_whole(source: str | Path, model_class: Any, dtype: Any) -> Any:
 
 def fresh_vision(language: LlamaConfig, image_size: int | None) -> StockVision:
     if language.hidden_size == 4096:
-        return StockVision(MplugOwl2VisionConfig(**({} if image_size is None else {"image_size": image_size})))
+        return StockVision(
+            MplugOwl2VisionConfig(**({} if image_size is None else {"image_size": image_size}))
+        )
     return StockVision(
         MplugOwl2VisionConfig(
             hidden_size=384,
@@ -107,14 +111,18 @@ def read_vision(source: str | Path, image_size: int | None) -> StockVision:
     tower = readers[config.model_type](source, getattr(config, "vision_config", config))
     settings = find_file(source, "preprocessor_config.json")
     given = {} if settings is None else read_json(settings)
-    tower.pixels.update({key: given[key] for key in ("image_mean", "image_std", "resample") if key in given})
+    tower.pixels.update(
+        {key: given[key] for key in ("image_mean", "image_std", "resample") if key in given}
+    )
     return _resized(tower, image_size)
 
 
 def _vision_config(source: str | Path, config: Any, **kwargs) -> MplugOwl2VisionConfig:
     """Ours, from the fields that CLIP and DINOv2 share."""
     if config.num_channels != 3:
-        raise ValueError(f"{source} has {config.num_channels} channels: expected 3, pictures are RGB.")
+        raise ValueError(
+            f"{source} has {config.num_channels} channels: expected 3, pictures are RGB."
+        )
     return MplugOwl2VisionConfig(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -137,7 +145,10 @@ def _side(source: str | Path, name: str, value: Any) -> int:
 
 def _read_clip(source: str | Path, config: Any) -> StockVision:
     ours = _vision_config(
-        source, config, intermediate_size=config.intermediate_size, attention_dropout=config.attention_dropout or 0.0
+        source,
+        config,
+        intermediate_size=config.intermediate_size,
+        attention_dropout=config.attention_dropout or 0.0,
     )
     is_whole = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type == "clip"
     loaded = load_whole(source, CLIPModel if is_whole else CLIPVisionModel, torch.float32)
@@ -150,7 +161,9 @@ def _read_clip(source: str | Path, config: Any) -> StockVision:
 def _read_dinov2(source: str | Path, config: Any) -> StockVision:
     """DINOv2 without what our tower lacks: scales go into the layers before them, the patch bias into positions."""
     if config.use_swiglu_ffn:
-        raise ValueError(f"{source} has use_swiglu_ffn: expected a DINOv2 with an MLP, such as its S, B and L sizes.")
+        raise ValueError(
+            f"{source} has use_swiglu_ffn: expected a DINOv2 with an MLP, such as its S, B and L sizes."
+        )
     ours = _vision_config(
         source,
         config,
@@ -164,7 +177,9 @@ def _read_dinov2(source: str | Path, config: Any) -> StockVision:
     for name in [name for name in state if "layer_scale" in name or name.endswith("mask_token")]:
         del state[name]
     state["embeddings.position_embedding"][:, 1:] += state.pop("embeddings.patch_embedding.bias")
-    return StockVision(ours, state, {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD})
+    return StockVision(
+        ours, state, {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    )
 
 
 def _read_own(source: str | Path, config: MplugOwl2VisionConfig) -> StockVision:
@@ -173,14 +188,19 @@ def _read_own(source: str | Path, config: MplugOwl2VisionConfig) -> StockVision:
     pixels = MplugOwl2Processor.from_pretrained(source).image_processor
     settings = {name: getattr(pixels, name) for name in ("image_mean", "image_std", "resample")}
     return StockVision(
-        MplugOwl2VisionConfig(**_own_values(config)), dict(model.model.vision_tower.state_dict()), settings
+        MplugOwl2VisionConfig(**_own_values(config)),
+        dict(model.model.vision_tower.state_dict()),
+        settings,
     )
 
 
 @torch.no_grad()
 def _fold_scales(model: Dinov2Model) -> None:
     for layer in model.encoder.layer:
-        for linear, scale in ((layer.attention.o_proj, layer.layer_scale1), (layer.mlp.fc2, layer.layer_scale2)):
+        for linear, scale in (
+            (layer.attention.o_proj, layer.layer_scale1),
+            (layer.mlp.fc2, layer.layer_scale2),
+        ):
             linear.weight *= scale.lambda1.unsqueeze(1)
             linear.bias *= scale.lambda1
         attention = layer.attention
@@ -212,7 +232,9 @@ def _resized(tower: StockVision, image_size: int | None) -> StockVision:
 
 
 def _own_values(config: MplugOwl2VisionConfig) -> dict[str, Any]:
-    names = set(MplugOwl2VisionConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+    names = set(MplugOwl2VisionConfig.__dataclass_fields__) - set(
+        PreTrainedConfig.__dataclass_fields__
+    )
     return {name: getattr(config, name) for name in names}
 
 

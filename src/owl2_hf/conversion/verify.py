@@ -25,11 +25,20 @@ _LLAMA2_IDS = {
     "\n": [1, 29871, 13],
     "\U0001f999": [1, 29871, 243, 162, 169, 156],
 }
-_PROBES = ("Hello", "What is this?", " two  spaces", "\n", "1234 ü 漢字 \U0001f999", "USER: ASSISTANT:")
+_PROBES = (
+    "Hello",
+    "What is this?",
+    " two  spaces",
+    "\n",
+    "1234 ü 漢字 \U0001f999",
+    "USER: ASSISTANT:",
+)
 _PROMPT = "USER: <|image|>What is this? ASSISTANT:"
 
 
-def verify(target: str | Path, against: str | Path | None = None, base: str | Path | None = None) -> list[str]:
+def verify(
+    target: str | Path, against: str | Path | None = None, base: str | Path | None = None
+) -> list[str]:
     """Check a folder in this package's format.
 
     Args:
@@ -73,14 +82,20 @@ def _check_tensors(source: Source) -> str:
     for piece in source.read():
         for name, tensor in piece.tensors:
             if name not in expected:
-                raise ConversionError(f"{piece.where}: the configuration has no place for it, or it came before.")
+                raise ConversionError(
+                    f"{piece.where}: the configuration has no place for it, or it came before."
+                )
             if tensor.shape != (shape := expected.pop(name).shape):
-                raise ConversionError(f"{piece.where}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}.")
+                raise ConversionError(
+                    f"{piece.where}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}."
+                )
             if not is_finite(tensor):
                 raise ConversionError(f"{piece.where}: it holds NaN or infinite values.")
             count += tensor.numel()
     if expected:
-        raise ConversionError(f"{source.folder} lacks {len(expected)} parameters, the first is {next(iter(expected))}.")
+        raise ConversionError(
+            f"{source.folder} lacks {len(expected)} parameters, the first is {next(iter(expected))}."
+        )
     return f"all {count:,} parameters are there, of the configuration's shapes and finite"
 
 
@@ -102,20 +117,31 @@ def _check_code(target: Path) -> str:
     except (ValueError, TypeError) as error:
         raise ConversionError(str(error)) from None
     except OSError as error:
-        raise ConversionError(f"{target}: its generation_config.json cannot be read: {error}") from None
-    return f"{len(names)} files of code are this package's own" if names else "there is no code for trust_remote_code"
+        raise ConversionError(
+            f"{target}: its generation_config.json cannot be read: {error}"
+        ) from None
+    return (
+        f"{len(names)} files of code are this package's own"
+        if names
+        else "there is no code for trust_remote_code"
+    )
 
 
 def _check_processor(processor: MplugOwl2Processor, config: MplugOwl2Config) -> list[str]:
     pairs = {
         "image placeholder": (processor.image_token_id, config.image_token_id),
         "positions of a picture": (processor.num_image_tokens, config.num_image_tokens),
-        "pixels of a side": (processor.image_processor.size["height"], config.vision_config.image_size),
+        "pixels of a side": (
+            processor.image_processor.size["height"],
+            config.vision_config.image_size,
+        ),
     }
     for name, (found, expected) in pairs.items():
         if found != expected:
             raise ConversionError(f"the processor's {name} is {found}, the model's {expected}.")
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+    ]
     try:
         rendered = processor.apply_chat_template(chat, add_generation_prompt=True)
     except Exception as error:  # jinja raises many
@@ -125,11 +151,15 @@ def _check_processor(processor: MplugOwl2Processor, config: MplugOwl2Config) -> 
         raise ConversionError(f"the chat template gives {rendered!r}, expected {_PROMPT!r}.")
     num_tokens = len(processor.tokenizer)
     if num_tokens > config.text_config.vocab_size:
-        raise ConversionError(f"the tokenizer has {num_tokens} tokens, the table {config.text_config.vocab_size} rows.")
+        raise ConversionError(
+            f"the tokenizer has {num_tokens} tokens, the table {config.text_config.vocab_size} rows."
+        )
     inputs = processor(text=_PROMPT, images=_picture(config))
     num_positions = len(inputs["pixel_values"]) * config.num_image_tokens
     if (found := inputs["input_ids"][0].count(config.image_token_id)) != num_positions:
-        raise ConversionError(f"a picture takes {found} positions of a prompt, the model {num_positions}.")
+        raise ConversionError(
+            f"a picture takes {found} positions of a prompt, the model {num_positions}."
+        )
     return [_check_ids(processor), f"the processor fits the model: {found} positions for a picture"]
 
 
@@ -139,14 +169,20 @@ def _check_ids(processor: MplugOwl2Processor) -> str:
     is_llama2 = tokenizer(piece.strip("▁"), add_special_tokens=False).input_ids == ids
     for text, expected in _LLAMA2_IDS.items() if is_llama2 else ():
         if (found := tokenizer(text).input_ids) != expected:
-            raise ConversionError(f"the tokenizer gives {found} for {text!r}, expected {expected} as LLaMA-2's.")
+            raise ConversionError(
+                f"the tokenizer gives {found} for {text!r}, expected {expected} as LLaMA-2's."
+            )
     for text in _PROBES:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         if tokenizer.unk_token_id not in ids and tokenizer.decode(ids).strip() != text.strip():
-            raise ConversionError(f"the tokenizer gives {tokenizer.decode(ids)!r} back for {text!r}.")
+            raise ConversionError(
+                f"the tokenizer gives {tokenizer.decode(ids)!r} back for {text!r}."
+            )
     if is_llama2:
         return f"the tokenizer gives LLaMA-2's ids for {len(_LLAMA2_IDS)} texts"
-    return f"the tokenizer gives back {len(_PROBES)} texts; it is not LLaMA-2's, so no ids are known"
+    return (
+        f"the tokenizer gives back {len(_PROBES)} texts; it is not LLaMA-2's, so no ids are known"
+    )
 
 
 def _compare_tensors(target: HuggingFaceSource, original: Source) -> str:
@@ -159,7 +195,9 @@ def _compare_tensors(target: HuggingFaceSource, original: Source) -> str:
                 continue  # a head that is tied
             found = expected.pop(name)
             if not torch.equal(found, tensor.to(found.dtype)):
-                raise ConversionError(f"{piece.where}: its values are not those of {name} in {target.folder}.")
+                raise ConversionError(
+                    f"{piece.where}: its values are not those of {name} in {target.folder}."
+                )
             compared += 1
     if left := [name for name in expected if not name.endswith("_pos_embed")]:
         raise ConversionError(f"{target.folder} has {left[0]}, which the source does not have.")
@@ -201,13 +239,19 @@ def _logits(folder: Path, processor: MplugOwl2Processor | None) -> Tensor:
     return logits
 
 
-def _compare_logits(logits: Tensor, against: Path | None, processor: MplugOwl2Processor | None) -> list[str]:
+def _compare_logits(
+    logits: Tensor, against: Path | None, processor: MplugOwl2Processor | None
+) -> list[str]:
     if against is None:
         return ["logits were not compared: transformers does not load the source as it is"]
     expected = _logits(against, processor)
     if expected.dtype != logits.dtype:
-        return [f"logits were not compared: the source is {expected.dtype}, the folder {logits.dtype}"]
+        return [
+            f"logits were not compared: the source is {expected.dtype}, the folder {logits.dtype}"
+        ]
     if not torch.equal(logits, expected):
         error = (logits.float() - expected.float()).abs().max().item()
-        raise ConversionError(f"the logits of a prompt with a picture differ from the source's by up to {error:.3g}.")
+        raise ConversionError(
+            f"the logits of a prompt with a picture differ from the source's by up to {error:.3g}."
+        )
     return ["the logits of a prompt with a picture equal the source's, bit for bit"]

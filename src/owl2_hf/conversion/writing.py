@@ -72,9 +72,15 @@ class ShardWriter:
         for key in ordered:
             tensor = self.plan[key]
             if tensor.dtype not in _DTYPES:
-                raise ValueError(f"tensor {key!r} has dtype {tensor.dtype}, which safetensors cannot hold.")
+                raise ValueError(
+                    f"tensor {key!r} has dtype {tensor.dtype}, which safetensors cannot hold."
+                )
             start, end = end, end + tensor.numel() * tensor.element_size()
-            header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+            header[key] = {
+                "dtype": _DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [start, end],
+            }
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         for key in ordered:
@@ -84,7 +90,9 @@ class ShardWriter:
     def write(self, key: str, tensor: Tensor) -> None:
         """Put one tensor, of the planned shape and dtype, in its place."""
         planned = self.plan[key]
-        assert tensor.shape == planned.shape and tensor.dtype == planned.dtype, f"{key} is not as planned"
+        assert tensor.shape == planned.shape and tensor.dtype == planned.dtype, (
+            f"{key} is not as planned"
+        )
         name, start = self._places[key]
         file = self._files[name]
         file.seek(start)
@@ -104,4 +112,6 @@ class ShardWriter:
     def _write_index(self) -> None:
         if self.split.is_sharded:
             index = {"metadata": self.split.metadata, "weight_map": self.split.tensor_to_filename}
-            (self.folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            (self.folder / SAFE_WEIGHTS_INDEX_NAME).write_text(
+                json.dumps(index, indent=2, sort_keys=True) + "\n"
+            )

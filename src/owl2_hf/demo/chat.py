@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def to_messages(history: Sequence[dict[str, Any]], question: dict[str, Any]) -> list[dict[str, Any]]:
+def to_messages(
+    history: Sequence[dict[str, Any]], question: dict[str, Any]
+) -> list[dict[str, Any]]:
     """The chat so far and a new question, with paths at the places of pictures.
 
     Args:
@@ -22,9 +24,14 @@ def to_messages(history: Sequence[dict[str, Any]], question: dict[str, Any]) -> 
         if message["role"] == "user":
             waiting = parts
         elif waiting and parts and not (message.get("metadata") or {}).get("title"):
-            messages += [{"role": "user", "content": waiting}, {"role": "assistant", "content": parts}]
+            messages += [
+                {"role": "user", "content": waiting},
+                {"role": "assistant", "content": parts},
+            ]
             waiting = []
-    parts = _parts([*({"path": path} for path in question.get("files") or []), question.get("text") or ""])
+    parts = _parts(
+        [*({"path": path} for path in question.get("files") or []), question.get("text") or ""]
+    )
     if not parts:
         raise ValueError("the question is empty: write one, or add a picture.")
     return [*messages, {"role": "user", "content": parts}]
@@ -41,7 +48,9 @@ def _parts(content: Any) -> list[dict[str, Any]]:
     for part in content if isinstance(content, (list, tuple)) else [content]:
         text = part if isinstance(part, str) else part.get("text")
         if text is None:
-            parts.append({"type": "image", "image": part["path"] if "path" in part else part["file"]["path"]})
+            parts.append(
+                {"type": "image", "image": part["path"] if "path" in part else part["file"]["path"]}
+            )
         elif text.strip():
             parts.append({"type": "text", "text": text})
     return parts

@@ -40,7 +40,9 @@ LAUNCH_OPTIONS: dict[str, Any] = {
 }
 
 
-def build_page(model: Any, processor: Any, name: str, settings: DemoSettings | None = None) -> gr.Blocks:
+def build_page(
+    model: Any, processor: Any, name: str, settings: DemoSettings | None = None
+) -> gr.Blocks:
     """The page of a model; `show` opens it, or its own `launch(**LAUNCH_OPTIONS)`.
 
     Args:
@@ -53,7 +55,9 @@ def build_page(model: Any, processor: Any, name: str, settings: DemoSettings | N
     """
     worker = ModelWorker(model, processor, name, settings)
     with gr.Blocks(
-        title=f"{name} - mPLUG-Owl2", analytics_enabled=False, delete_cache=(CLEANING_SECONDS, UPLOAD_SECONDS)
+        title=f"{name} - mPLUG-Owl2",
+        analytics_enabled=False,
+        delete_cache=(CLEANING_SECONDS, UPLOAD_SECONDS),
     ) as page:
         gr.Markdown(f"# mPLUG-Owl2\nThe model is `{name}`.")
         with gr.Tab("Chat"):
@@ -92,13 +96,17 @@ def _show_plainly(chatbot: gr.Chatbot) -> gr.Chatbot:
 
     def preprocess(payload: Any) -> Any:
         messages = read(payload)
-        for part in (part for message in messages for part in message["content"] if part["type"] == "text"):
+        for part in (
+            part for message in messages for part in message["content"] if part["type"] == "text"
+        ):
             part["text"] = unescape(part["text"])
         return messages
 
     def postprocess(value: Any) -> Any:
         shown = show(value)
-        for part in (part for message in shown.root for part in message.content if part.type == "text"):
+        for part in (
+            part for message in shown.root for part in message.content if part.type == "text"
+        ):
             part.text = escape(part.text, quote=False)
         return shown
 
@@ -108,11 +116,17 @@ def _show_plainly(chatbot: gr.Chatbot) -> gr.Chatbot:
 
 def _add_chat(worker: ModelWorker) -> None:
     def chat(
-        question: dict[str, Any], history: list[dict[str, Any]], max_new_tokens: int, temperature: float, top_p: float
+        question: dict[str, Any],
+        history: list[dict[str, Any]],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
     ) -> Iterator[str | dict[str, Any]]:
         """Answer a question about pictures."""
         try:
-            yield from worker.answer(to_messages(history, question), int(max_new_tokens), temperature, top_p)
+            yield from worker.answer(
+                to_messages(history, question), int(max_new_tokens), temperature, top_p
+            )
         except Exception as error:
             yield problem(_reason(error))
 
@@ -120,16 +134,28 @@ def _add_chat(worker: ModelWorker) -> None:
     with gr.Accordion("Settings", open=False):
         sliders = [
             gr.Slider(1, limit, min(256, limit), step=1, label="Longest answer, in tokens"),
-            gr.Slider(0, 2, 0, step=0.05, label="Temperature: 0 for the likeliest token every time"),
-            gr.Slider(0.05, 1, 1, step=0.05, label="Top p: share of the probability to sample from"),
+            gr.Slider(
+                0, 2, 0, step=0.05, label="Temperature: 0 for the likeliest token every time"
+            ),
+            gr.Slider(
+                0.05, 1, 1, step=0.05, label="Top p: share of the probability to sample from"
+            ),
         ]
-    examples = [[{"text": "What is this?", "files": [str(path)]}] for path in list(default_pictures().values())[:3]]
+    examples = [
+        [{"text": "What is this?", "files": [str(path)]}]
+        for path in list(default_pictures().values())[:3]
+    ]
     gr.ChatInterface(
         chat,
         multimodal=True,
-        chatbot=_show_plainly(gr.Chatbot(height="60vh", render_markdown=False, buttons=[], label="Chat")),
+        chatbot=_show_plainly(
+            gr.Chatbot(height="60vh", render_markdown=False, buttons=[], label="Chat")
+        ),
         textbox=gr.MultimodalTextbox(
-            file_count="multiple", file_types=PICTURES, placeholder="Ask, with pictures or without", stop_btn=True
+            file_count="multiple",
+            file_types=PICTURES,
+            placeholder="Ask, with pictures or without",
+            stop_btn=True,
         ),
         additional_inputs=sliders,
         examples=examples,
@@ -142,16 +168,27 @@ def _add_chat(worker: ModelWorker) -> None:
 
 def _add_scores(worker: ModelWorker) -> None:
     def score(
-        pictures: list[tuple[str, str | None]] | None, preset: str, task: str, scale: str, prompt: str, levels: str
+        pictures: list[tuple[str, str | None]] | None,
+        preset: str,
+        task: str,
+        scale: str,
+        prompt: str,
+        levels: str,
     ) -> Iterator[dict[str, Any]]:
         """Score pictures by the probabilities of level words."""
         with _told_to_visitor():
             if not pictures:
                 raise ValueError("there is no picture: upload one or more.")
-            chosen = custom_preset(preset, task, prompt.strip() or None, levels.split(",") if levels.strip() else None)
+            chosen = custom_preset(
+                preset, task, prompt.strip() or None, levels.split(",") if levels.strip() else None
+            )
             rows: list[list[Any]] = []
-            words: list[str] = [level if isinstance(level, str) else level[0] for level in chosen.levels]
-            for name, found in worker.score([path for path, _ in pictures], chosen, task, SCALES[scale]):
+            words: list[str] = [
+                level if isinstance(level, str) else level[0] for level in chosen.levels
+            ]
+            for name, found in worker.score(
+                [path for path, _ in pictures], chosen, task, SCALES[scale]
+            ):
                 rows.append(_row(name, found, len(words)))
                 yield {"headers": ["picture", "score", "std", *words, "problem"], "data": rows}
 
@@ -162,19 +199,36 @@ def _add_scores(worker: ModelWorker) -> None:
         prompt, levels = OWN_QUESTION, OWN_LEVELS
     presets = list(PRESETS)
     with gr.Row():
-        pictures = gr.Gallery(type="filepath", file_types=PICTURES, sources=["upload"], label="Pictures", height=300)
+        pictures = gr.Gallery(
+            type="filepath", file_types=PICTURES, sources=["upload"], label="Pictures", height=300
+        )
         with gr.Column():
             with gr.Row():
                 preset = gr.Dropdown(presets, value=presets[0], label="Preset", min_width=100)
-                task = gr.Dropdown(_tasks(presets[0]), value=_tasks(presets[0])[0], label="Task", min_width=100)
-                scale = gr.Dropdown(list(SCALES), value=next(iter(SCALES)), label="Scale", min_width=100)
+                task = gr.Dropdown(
+                    _tasks(presets[0]), value=_tasks(presets[0])[0], label="Task", min_width=100
+                )
+                scale = gr.Dropdown(
+                    list(SCALES), value=next(iter(SCALES)), label="Scale", min_width=100
+                )
             with gr.Accordion("Prompt and levels of your own", open=bool(levels)):
-                own_prompt = gr.Textbox(prompt, label="Prompt, with <|image|> at the place of the picture")
-                own_levels = gr.Textbox(levels, label="Level words, best first and separated by commas")
+                own_prompt = gr.Textbox(
+                    prompt, label="Prompt, with <|image|> at the place of the picture"
+                )
+                own_levels = gr.Textbox(
+                    levels, label="Level words, best first and separated by commas"
+                )
     with gr.Row():
         start, stop = gr.Button("Score", variant="primary"), gr.Button("Stop")
-    table = gr.Dataframe(headers=["picture", "score", "std"], label="Scores", interactive=False, buttons=["copy"])
-    preset.change(lambda name: gr.Dropdown(_tasks(name), value=_tasks(name)[0]), preset, task, api_visibility="private")
+    table = gr.Dataframe(
+        headers=["picture", "score", "std"], label="Scores", interactive=False, buttons=["copy"]
+    )
+    preset.change(
+        lambda name: gr.Dropdown(_tasks(name), value=_tasks(name)[0]),
+        preset,
+        task,
+        api_visibility="private",
+    )
     inputs = [pictures, preset, task, scale, own_prompt, own_levels]
     scoring = start.click(score, inputs, table, concurrency_limit=1, api_name="score")
     stop.click(None, cancels=scoring, api_visibility="private")
@@ -196,7 +250,12 @@ def _add_analysis(worker: ModelWorker) -> None:
         with _told_to_visitor():
             lines, figures = worker.analyze(question.get("files") or [], question.get("text") or "")
         attention, norms = figures.pop("attention"), figures.pop("norms")
-        return "\n".join(lines), attention, norms, [(maps, name.replace("_", " ")) for name, maps in figures.items()]
+        return (
+            "\n".join(lines),
+            attention,
+            norms,
+            [(maps, name.replace("_", " ")) for name, maps in figures.items()],
+        )
 
     gr.Markdown(
         "How much of the answer's attention text and visual tokens get in each layer, and what each learnable query "
@@ -209,16 +268,33 @@ def _add_analysis(worker: ModelWorker) -> None:
         show_label=False,
         placeholder="Ask about a picture",
     )
-    summary = gr.Textbox(label="What the model answers, and its attention on visual tokens", lines=3, buttons=["copy"])
-    figure = {"format": "png", "interactive": False, "show_label": False, "buttons": ["download", "fullscreen"]}
+    summary = gr.Textbox(
+        label="What the model answers, and its attention on visual tokens",
+        lines=3,
+        buttons=["copy"],
+    )
+    figure = {
+        "format": "png",
+        "interactive": False,
+        "show_label": False,
+        "buttons": ["download", "fullscreen"],
+    }
     with gr.Row():
         attention = gr.Image(**figure)
         maps = gr.Gallery(**figure, columns=1, object_fit="contain", height="auto")
     norms = gr.Image(**figure)
-    question.submit(analyze, question, [summary, attention, norms, maps], concurrency_limit=1, api_name="analyze")
+    question.submit(
+        analyze,
+        question,
+        [summary, attention, norms, maps],
+        concurrency_limit=1,
+        api_name="analyze",
+    )
 
 
-def show(page: gr.Blocks, sock: socket.socket, share: bool, on_ready: Callable[[str], None]) -> None:
+def show(
+    page: gr.Blocks, sock: socket.socket, share: bool, on_ready: Callable[[str], None]
+) -> None:
     """Show the page until SIGTERM or SIGINT; what is under way is cut off.
 
     Args:

@@ -52,19 +52,30 @@ class ModelWorker:
         ValueError: It is another family's model.
     """
 
-    def __init__(self, model: Any, processor: Any, name: str, settings: DemoSettings | None = None) -> None:
+    def __init__(
+        self, model: Any, processor: Any, name: str, settings: DemoSettings | None = None
+    ) -> None:
         if not isinstance(model, MplugOwl2ForConditionalGeneration):
             raise ValueError(
                 f"expected an MplugOwl2ForConditionalGeneration to show, {name} is a {type(model).__name__}."
             )
-        self.model, self.processor, self.name, self.settings = model, processor, name, settings or DemoSettings()
+        self.model, self.processor, self.name, self.settings = (
+            model,
+            processor,
+            name,
+            settings or DemoSettings(),
+        )
         self.context = Context(model, processor)
         # An analysis changes the model while it runs: nothing else may run then.
         self._turn = threading.Lock()
         self._is_closed = threading.Event()
 
     def answer(
-        self, messages: Sequence[dict[str, Any]], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+        self,
+        messages: Sequence[dict[str, Any]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
     ) -> Iterator[str]:
         """The answer so far, again and again while it grows; closing the iterator ends the generation.
 
@@ -79,12 +90,17 @@ class ModelWorker:
         """
         inputs = self._prepare(messages)
         room = self.context.room(inputs["input_ids"].shape[1])
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+        )
         options: dict[str, Any] = {"do_sample": False, **sampling, "num_beams": 1}
         options["max_new_tokens"] = min(max_new_tokens, self.settings.max_new_tokens, room)
         is_left = threading.Event()
         streamer = TextIteratorStreamer(
-            self.processor.tokenizer, skip_prompt=True, timeout=POLL_SECONDS, skip_special_tokens=True
+            self.processor.tokenizer,
+            skip_prompt=True,
+            timeout=POLL_SECONDS,
+            skip_special_tokens=True,
         )
         failures: list[Exception] = []
 
@@ -95,7 +111,9 @@ class ModelWorker:
             try:
                 with self._turn:
                     if not self._ends(is_left):
-                        self.model.generate(**inputs, **options, streamer=streamer, stopping_criteria=[stops])
+                        self.model.generate(
+                            **inputs, **options, streamer=streamer, stopping_criteria=[stops]
+                        )
             except Exception as error:
                 failures.append(error)
             finally:
@@ -110,7 +128,11 @@ class ModelWorker:
             raise failures[0]
 
     def score(
-        self, paths: Sequence[str], preset: Preset, task: str, scale: tuple[float, float] | None = None
+        self,
+        paths: Sequence[str],
+        preset: Preset,
+        task: str,
+        scale: tuple[float, float] | None = None,
     ) -> Iterator[tuple[str, Score | ValueError]]:
         """Name and score of each picture, or what is wrong with it.
 
@@ -131,7 +153,9 @@ class ModelWorker:
                 found = error
             yield Path(path).name, found
 
-    def analyze(self, paths: Sequence[str], question: str) -> tuple[list[str], dict[str, Image.Image]]:
+    def analyze(
+        self, paths: Sequence[str], question: str
+    ) -> tuple[list[str], dict[str, Image.Image]]:
         """What the model attends to, as `owl2-hf analyze` finds it.
 
         Args:
@@ -144,7 +168,9 @@ class ModelWorker:
             ValueError: There are more or fewer pictures, one cannot be used, or there is no question.
         """
         if len(paths) not in (1, 2):
-            raise ValueError(f"expected one picture, or a second one that is unrelated, got {len(paths)}.")
+            raise ValueError(
+                f"expected one picture, or a second one that is unrelated, got {len(paths)}."
+            )
         if not question.strip():
             raise ValueError("the question is empty: write one about the picture.")
         self.context.check(len(paths[:1]), len(question))
@@ -161,7 +187,9 @@ class ModelWorker:
                 max_new_tokens=min(MAX_ANALYZED_TOKENS, self.settings.max_new_tokens),
                 name=self.name,
             )
-            return found.summary(), {Path(file).stem: _image(figure) for file, figure in draw(found).items()}
+            return found.summary(), {
+                Path(file).stem: _image(figure) for file, figure in draw(found).items()
+            }
 
     def close(self, seconds: float) -> bool:
         """End answers under way; `False` if the model is still at work when the time is over."""
@@ -175,18 +203,27 @@ class ModelWorker:
         try:
             files = [Path(path).read_bytes() for path in paths]
         except OSError:
-            raise ValueError("a picture is not here any more: upload it again, in a new chat.") from None
-        return open_pictures(files, self.settings.max_image_pixels, [Path(path).name for path in paths])
+            raise ValueError(
+                "a picture is not here any more: upload it again, in a new chat."
+            ) from None
+        return open_pictures(
+            files, self.settings.max_image_pixels, [Path(path).name for path in paths]
+        )
 
     def _prepare(self, messages: Sequence[dict[str, Any]]) -> Any:
         """The model's inputs."""
         parts = [part for message in messages for part in message["content"]]
         paths = [part["image"] for part in parts if part["type"] == "image"]
-        self.context.check(len(paths), sum(len(part["text"]) for part in parts if part["type"] == "text"))
+        self.context.check(
+            len(paths), sum(len(part["text"]) for part in parts if part["type"] == "text")
+        )
         pictures = iter(self._open(paths))
         opened: list[dict[str, Any]] = []
         for message in messages:
-            content = [{**part, "image": next(pictures)} if "image" in part else part for part in message["content"]]
+            content = [
+                {**part, "image": next(pictures)} if "image" in part else part
+                for part in message["content"]
+            ]
             opened.append({**message, "content": content})
         inputs = self.processor.apply_chat_template(
             opened, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -43,7 +43,11 @@ class Evaluation:
 
     def picture_numbers(self, **values: str) -> list[int]:
         """Which pictures `fill` gives a place to, in their order: of `<image 2>` and `<image 1>`, [2, 1]."""
-        return [] if IMAGE_TOKEN in self.prompt else [int(number) for number in _NUMBERED.findall(self._fill(values))]
+        return (
+            []
+            if IMAGE_TOKEN in self.prompt
+            else [int(number) for number in _NUMBERED.findall(self._fill(values))]
+        )
 
     @property
     def ending(self) -> str:
@@ -53,7 +57,10 @@ class Evaluation:
     def _fill(self, values: dict[str, str]) -> str:
         try:
             return self.prompt.format(
-                **{name: value.replace(self.dropped, "") if self.dropped else value for name, value in values.items()}
+                **{
+                    name: value.replace(self.dropped, "") if self.dropped else value
+                    for name, value in values.items()
+                }
             )
         except KeyError as error:
             raise ValueError(f"the prompt needs {error.args[0]!r}, got {sorted(values)}.") from None

@@ -48,7 +48,9 @@ class Owl2(lmms):
     ):
         super().__init__()
         if kwargs:
-            raise ValueError(f"expected pretrained, device, dtype, batch_size and prompt, got also {sorted(kwargs)}.")
+            raise ValueError(
+                f"expected pretrained, device, dtype, batch_size and prompt, got also {sorted(kwargs)}."
+            )
         if prompt is not None and prompt not in EVALUATIONS:
             raise ValueError(f"expected a prompt of {', '.join(EVALUATIONS)}, got {prompt!r}.")
         if pretrained == "default":
@@ -64,7 +66,9 @@ class Owl2(lmms):
         answers: dict[int, str] = {}
         for batch in _batches(requests, self.batch_size):
             kwargs = batch[0][1].args[1]
-            for (index, _), answer in zip(batch, self._answers([request for _, request in batch], kwargs), strict=True):
+            for (index, _), answer in zip(
+                batch, self._answers([request for _, request in batch], kwargs), strict=True
+            ):
                 answers[index] = answer
         return [answers[index] for index in range(len(requests))]
 
@@ -77,19 +81,29 @@ class Owl2(lmms):
             padding_side="left",
             return_tensors="pt",
         ).to(self.model.device)
-        until, generation = _generation(kwargs, self.settings.generation_kwargs() if self.settings else {})
+        until, generation = _generation(
+            kwargs, self.settings.generation_kwargs() if self.settings else {}
+        )
         room = Context(self.model, self.processor).room(inputs["input_ids"].shape[1])
         generation["max_new_tokens"] = min(generation["max_new_tokens"], room)
         output = self.model.generate(**inputs, **generation)
         new = output[:, inputs["input_ids"].shape[1] :]
-        return [_cut(text, until) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        return [
+            _cut(text, until) for text in self.processor.batch_decode(new, skip_special_tokens=True)
+        ]
 
     def _prompt(self, request: Any) -> tuple[str, list[Any]]:
         """A question with its pictures in front, or where it marks them."""
         context, _, doc_to_visual, doc_id, task, split = request.args
-        pictures = [picture.convert("RGB") for picture in doc_to_visual(self.task_dict[task][split][doc_id]) or []]
+        pictures = [
+            picture.convert("RGB")
+            for picture in doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        ]
         question, pictures = _place(context, pictures, self.processor.image_token)
-        return f"USER: {question} {self.settings.ending if self.settings else 'ASSISTANT:'}", pictures
+        return (
+            f"USER: {question} {self.settings.ending if self.settings else 'ASSISTANT:'}",
+            pictures,
+        )
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         return [self._loglikelihood(request) for request in requests]
@@ -105,7 +119,9 @@ class Owl2(lmms):
         start = self.processor(**{**whole, "text": prompt})["input_ids"].shape[1]
         logits = self.model(**inputs).logits[0, start - 1 : -1].float().log_softmax(-1)
         ids = inputs["input_ids"][0, start:]
-        return float(logits.gather(1, ids.unsqueeze(1)).sum()), bool((logits.argmax(-1) == ids).all())
+        return float(logits.gather(1, ids.unsqueeze(1)).sum()), bool(
+            (logits.argmax(-1) == ids).all()
+        )
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise NotImplementedError("tasks of several rounds are not supported")
@@ -137,7 +153,9 @@ def _place(question: str, pictures: list[Any], image_token: str) -> tuple[str, l
     return re.sub(r"<image(?: \d+)?>", image_token, question), pictures
 
 
-def _generation(kwargs: dict[str, Any], defaults: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def _generation(
+    kwargs: dict[str, Any], defaults: dict[str, Any]
+) -> tuple[list[str], dict[str, Any]]:
     """Strings that end an answer, and arguments of `generate`; the task's win over the defaults."""
     until = kwargs.get("until") or []
     kept = ("max_new_tokens", "do_sample", "num_beams", "temperature", "top_p")

@@ -48,7 +48,9 @@ class MplugOwl2MultiModalProcessor(MultiModalProcessor):
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    MplugOwl2MultiModalProcessor, info=MplugOwl2ProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
+    MplugOwl2MultiModalProcessor,
+    info=MplugOwl2ProcessingInfo,
+    dummy_inputs=MultiModalDummyInputsBuilder,
 )
 class MplugOwl2ForVllm(TransformersMultiModalForCausalLM):
     """vLLM's wrapper of any transformers model, with the modality indicators of this one.
@@ -102,7 +104,11 @@ class MplugOwl2ForVllm(TransformersMultiModalForCausalLM):
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """(T, D) -> (T, V), with the ids that are never predicted made unreachable."""
         logits = super().compute_logits(hidden_states)
-        return None if logits is None else MplugOwl2ForConditionalGeneration._suppress_reserved_ids(self, logits)
+        return (
+            None
+            if logits is None
+            else MplugOwl2ForConditionalGeneration._suppress_reserved_ids(self, logits)
+        )
 
 
 def _check_settings(vllm_config: VllmConfig) -> None:

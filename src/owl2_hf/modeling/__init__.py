@@ -10,7 +10,11 @@ from .configuration_mplug_owl2 import (
     MplugOwl2VisionConfig,
     MplugOwl21Config,
 )
-from .modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration, MplugOwl2Model, MplugOwl2PreTrainedModel
+from .modeling_mplug_owl2 import (
+    MplugOwl2ForConditionalGeneration,
+    MplugOwl2Model,
+    MplugOwl2PreTrainedModel,
+)
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
 from .modeling_mplug_owl2_classification import MplugOwl2ForSequenceClassification
 from .modeling_mplug_owl2_h_reducer import MplugOwl2HReducer

@@ -21,8 +21,18 @@ from .weight_files_mplug_owl2 import read_weights
 # What was trained beside the adapter in a fine-tune of the original: parameters of the base model, under our names.
 NON_LORA_FILE = "non_lora_trainables.safetensors"
 
-_HUB_KEYS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
-_ORIGINAL_NAME = re.compile(r"\bmultiway\b|^(base_model\.model\.)?model\.layers\.|\btransformer\.h\.|\bvision_model\.")
+_HUB_KEYS = (
+    "cache_dir",
+    "force_download",
+    "proxies",
+    "token",
+    "revision",
+    "local_files_only",
+    "subfolder",
+)
+_ORIGINAL_NAME = re.compile(
+    r"\bmultiway\b|^(base_model\.model\.)?model\.layers\.|\btransformer\.h\.|\bvision_model\."
+)
 
 
 class Adapter(NamedTuple):
@@ -89,7 +99,9 @@ def read_non_lora(source: str | Path, hub: dict[str, Any]) -> dict[str, Tensor]:
     return _read_tensors(source, NON_LORA_FILE, hub) or {}
 
 
-def read_adapter(source: str | Path, hub: dict[str, Any], use_safetensors: bool | None = None) -> dict[str, Tensor]:
+def read_adapter(
+    source: str | Path, hub: dict[str, Any], use_safetensors: bool | None = None
+) -> dict[str, Tensor]:
     """An adapter's tensors under the names in its file.
 
     Args:
@@ -110,7 +122,10 @@ def whole_dora_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     PEFT saves `lora_magnitude_vector.weight` without its last part; transformers, unlike PEFT, does not put it back.
     """
-    return {re.sub("lora_magnitude_vector$", r"\g<0>.weight", name): tensor for name, tensor in tensors.items()}
+    return {
+        re.sub("lora_magnitude_vector$", r"\g<0>.weight", name): tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def find_file(source: str | Path, name: str, hub: dict[str, Any]) -> Path | None:
@@ -142,7 +157,10 @@ def check_adapter_keys(source: Any, missing: Collection[str], unexpected: Collec
         raise ValueError(_original_error(source))
     problems = [
         f"{len(keys)} tensors {what}, the first is {min(keys)}"
-        for keys, what in ((missing, "that the model needs are not in it"), (unexpected, "have no place in the model"))
+        for keys, what in (
+            (missing, "that the model needs are not in it"),
+            (unexpected, "have no place in the model"),
+        )
         if keys
     ]
     if problems:
@@ -164,7 +182,9 @@ class NotPlacedError(ValueError):
     """An adapter fits its model, but is not in it."""
 
 
-def place_adapter(source: Any, model: PreTrainedModel, adapter_name: str, saved: dict[str, Tensor]) -> None:
+def place_adapter(
+    source: Any, model: PreTrainedModel, adapter_name: str, saved: dict[str, Tensor]
+) -> None:
     """Check an adapter that transformers has loaded, and let PEFT put in what transformers left out.
 
     Before 5.19 that is all but the layers of the adapter itself: whole modules and single tokens that were trained.
@@ -180,7 +200,9 @@ def place_adapter(source: Any, model: PreTrainedModel, adapter_name: str, saved:
         check_adapter(source, model, adapter_name, saved)
 
 
-def check_adapter(source: Any, model: PreTrainedModel, adapter_name: str, saved: dict[str, Tensor]) -> None:
+def check_adapter(
+    source: Any, model: PreTrainedModel, adapter_name: str, saved: dict[str, Tensor]
+) -> None:
     """An adapter that is in a model is the one that was saved: all of it, and nothing else.
 
     What belongs to it is PEFT's to say; parts of names are not enough, for an adapter may have any name.
@@ -196,11 +218,17 @@ def check_adapter(source: Any, model: PreTrainedModel, adapter_name: str, saved:
         name = name.removeprefix("base_model.model.").removeprefix(f"{model.base_model_prefix}.")
         return ".".join(part for part in name.split(".") if part != adapter_name)
 
-    placed, given = ({plain(name): tensor for name, tensor in state.items()} for state in (found, saved))
+    placed, given = (
+        {plain(name): tensor for name, tensor in state.items()} for state in (found, saved)
+    )
     # PEFT saves a whole embedding beside the update of one.
     known = set(map(plain, model.state_dict()))
     check_adapter_keys(source, placed.keys() - given.keys(), given.keys() - placed.keys() - known)
-    different = [name for name, tensor in placed.items() if not tensor.is_meta and not _is_same(tensor, given[name])]
+    different = [
+        name
+        for name, tensor in placed.items()
+        if not tensor.is_meta and not _is_same(tensor, given[name])
+    ]
     if different:
         raise NotPlacedError(
             f"The adapter {source} was not loaded whole: the model has other values of {len(different)} tensors, the "
@@ -210,7 +238,9 @@ def check_adapter(source: Any, model: PreTrainedModel, adapter_name: str, saved:
 
 def _is_same(tensor: Tensor, saved: Tensor) -> bool:
     expected = saved.to(tensor.device, tensor.dtype)
-    return tensor.shape == expected.shape and torch.equal(tensor.nan_to_num(), expected.nan_to_num())
+    return tensor.shape == expected.shape and torch.equal(
+        tensor.nan_to_num(), expected.nan_to_num()
+    )
 
 
 def _original_error(source: Any) -> str:

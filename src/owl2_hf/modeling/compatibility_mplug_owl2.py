@@ -72,7 +72,9 @@ def takes_past_key_values(forward: Callable) -> Callable:
 
     # `generate` looks here for the names that it may pass on.
     signature = inspect.signature(forward)
-    parameters = [p.replace(name=CACHE) if p.name == "cache" else p for p in signature.parameters.values()]
+    parameters = [
+        p.replace(name=CACHE) if p.name == "cache" else p for p in signature.parameters.values()
+    ]
     renamed.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return renamed
 
@@ -87,7 +89,9 @@ def create_causal_mask(*, cache: Cache | None, **kwargs: Any) -> Any:
     return masking_utils.create_causal_mask(**kwargs, **named_cache(cache))
 
 
-def update_cache(cache: Any, key: Tensor, value: Tensor, layer_idx: int, kwargs: dict) -> tuple[Tensor, Tensor]:
+def update_cache(
+    cache: Any, key: Tensor, value: Tensor, layer_idx: int, kwargs: dict
+) -> tuple[Tensor, Tensor]:
     """Add the keys and values of a layer to the cache.
 
     Before 5.24 the paged cache of continuous batching is updated by the attention function, which finds it in `kwargs`.
@@ -159,7 +163,9 @@ else:
         def __post_init__(self, **kwargs):
             for name, spec in self.sub_configs_defaults.items():
                 given = getattr(self, name)
-                if not isinstance(given, PreTrainedConfig) and not (given is None and spec.optional):
+                if not isinstance(given, PreTrainedConfig) and not (
+                    given is None and spec.optional
+                ):
                     setattr(self, name, spec.config_class(**(given or {})))
             super().__post_init__(**kwargs)
 
@@ -204,7 +210,9 @@ class ImagesInGeneration(GenerationMixin):
     5.18 encodes them before the first step, 5.23 also cuts them up for chunked prefill. Before that it is done here.
     """
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
+    ):
         """As in transformers: each prompt `expand_size` times, with its images."""
         if not hasattr(GenerationMixin, "_expand_multimodal_outputs"):
             encoded = model_kwargs.pop("mm_encoder_outputs", None) or {}
@@ -212,10 +220,19 @@ class ImagesInGeneration(GenerationMixin):
                 encoded = {"image": self.get_image_features(pixel_values, return_dict=True)}
             if encoded:
                 model_kwargs["mm_encoder_outputs"] = encoded
-            if encoded and expand_size > 1 and (indicators := model_kwargs.get("mm_token_type_ids")) is not None:
-                encoded["image"].pooler_output = _expand(encoded["image"].pooler_output, indicators, expand_size)
+            if (
+                encoded
+                and expand_size > 1
+                and (indicators := model_kwargs.get("mm_token_type_ids")) is not None
+            ):
+                encoded["image"].pooler_output = _expand(
+                    encoded["image"].pooler_output, indicators, expand_size
+                )
         return super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
         )
 
 
@@ -255,7 +272,9 @@ def take_chunk(tokens: Tensor, mm_token_type_ids: Tensor, start: int, end: int) 
             "conversation. This release of transformers cannot continue a conversation with images in chunks: leave "
             "prefill_chunk_size out, or install transformers 5.23 or newer."
         )
-    rows = is_visual.flatten().cumsum(0).view_as(is_visual) - 1  # (B, L), which token stands at a visual position
+    rows = (
+        is_visual.flatten().cumsum(0).view_as(is_visual) - 1
+    )  # (B, L), which token stands at a visual position
     rows = rows[:, start:end][is_visual[:, start:end]]
     return tokens[rows].unsqueeze(0) if len(rows) else None
 

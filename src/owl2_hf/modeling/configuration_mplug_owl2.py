@@ -66,7 +66,9 @@ class MplugOwl2VisionConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         _check_sizes(self)
-        _check_divisible("vision hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        _check_divisible(
+            "vision hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads
+        )
         _check_divisible("image_size", self.image_size, "patch_size", self.patch_size)
         if self.use_cls_token and self.position_table_side != self.grid_size:
             raise ValueError(
@@ -119,10 +121,20 @@ class MplugOwl2AbstractorConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         _check_sizes(self)
-        _check_divisible("abstractor hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
-        _check_divisible("abstractor hidden_size", self.hidden_size, "sin-cos halves of rows and columns", 4)
+        _check_divisible(
+            "abstractor hidden_size",
+            self.hidden_size,
+            "num_attention_heads",
+            self.num_attention_heads,
+        )
+        _check_divisible(
+            "abstractor hidden_size", self.hidden_size, "sin-cos halves of rows and columns", 4
+        )
         _check_equal(
-            "abstractor hidden_size", self.hidden_size, "abstractor encoder_hidden_size", self.encoder_hidden_size
+            "abstractor hidden_size",
+            self.hidden_size,
+            "abstractor encoder_hidden_size",
+            self.encoder_hidden_size,
         )
 
     @property
@@ -193,7 +205,10 @@ class MplugOwl2TextConfig(LlamaConfig):
     def __post_init__(self, **kwargs):
         _check_sizes(self)
         # Of this configuration alone: a rule that fits no layer of a model makes transformers warn.
-        own = {f"layers.*.self_attn.visual_{name}_proj": "colwise" for name in self.modality_specific_projections}
+        own = {
+            f"layers.*.self_attn.visual_{name}_proj": "colwise"
+            for name in self.modality_specific_projections
+        }
         self.base_model_tp_plan = {**LlamaConfig.base_model_tp_plan, **own}
         super().__post_init__(**kwargs)
 
@@ -227,7 +242,10 @@ class MplugOwl2TextConfig(LlamaConfig):
             if (length := getattr(self, name)) is not None and length < 2:
                 raise ValueError(f"{name} must be at least 2 positions, got {length}.")
         _check_divisible(
-            "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads or 1
+            "num_attention_heads",
+            self.num_attention_heads,
+            "num_key_value_heads",
+            self.num_key_value_heads or 1,
         )
 
 
@@ -258,7 +276,12 @@ class MplugOwl2Config(ComposedConfig):
         "text_config": SubConfigSpec(config_class=MplugOwl2TextConfig),
     }
     # Outputs that a Trainer does not gather: they are large, or differ in shape from batch to batch.
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache",
+        "image_hidden_states",
+        "image_outputs",
+    ]
     attribute_map = {"image_token_index": "image_token_id"}
 
     # Dictionaries on the way in, configurations from then on.
@@ -298,7 +321,9 @@ class MplugOwl2Config(ComposedConfig):
         """
         if isinstance(value, dict) and (unknown := sorted(set(value) - {"", *self.sub_configs})):
             parts = ", ".join(map(repr, self.sub_configs))
-            raise ValueError(f"attn_implementation: expected parts of {parts} or '', got {unknown}; correct them.")
+            raise ValueError(
+                f"attn_implementation: expected parts of {parts} or '', got {unknown}; correct them."
+            )
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
@@ -325,21 +350,29 @@ class MplugOwl2Config(ComposedConfig):
         vision = self._read_visual_config(visual_config)
         if kwargs.get("model_type") == MplugOwl21Config.model_type:
             kwargs = _from_qwen(kwargs)
-        text_fields = (_own_fields(MplugOwl2TextConfig) | {"rope_theta", "rope_scaling"}) - {"tie_word_embeddings"}
+        text_fields = (_own_fields(MplugOwl2TextConfig) | {"rope_theta", "rope_scaling"}) - {
+            "tie_word_embeddings"
+        }
         text = {key: kwargs.pop(key) for key in list(kwargs) if key in text_fields}
         num_text_tokens = text.get("vocab_size", 32000)
         self.text_config = {**text, "vocab_size": padded_vocab_size(num_text_tokens)}
         self.image_token_id = self.output_vocab_size = num_text_tokens
         self.vision_config = _known_fields(MplugOwl2VisionConfig, vision)
         if "deepmlp_hidden_dims" in kwargs:
-            kwargs.setdefault("num_labels", 1)  # Upstream: Q-Scorer has one score, and does not say so
+            kwargs.setdefault(
+                "num_labels", 1
+            )  # Upstream: Q-Scorer has one score, and does not say so
         # The names of the original's classes; ours are written on saving.
         self.architectures: list[str] | None = None
         return kwargs
 
     def _read_visual_config(self, visual_config: Any) -> dict[str, Any]:
         """Take the connector from the original's vision side; returns its vision encoder."""
-        found = sorted(visual_config) if isinstance(visual_config, dict) else type(visual_config).__name__
+        found = (
+            sorted(visual_config)
+            if isinstance(visual_config, dict)
+            else type(visual_config).__name__
+        )
         if "visual_hrcompressor" in found or "mPLUGDocOwl2" in (self.architectures or ()):
             raise ValueError(
                 "This is DocOwl2, whose high-resolution compressor is not supported; of the documents' models DocOwl "
@@ -353,7 +386,9 @@ class MplugOwl2Config(ComposedConfig):
             return {**_as_dict(MplugOwl2VisionConfig, visual_config["visual_model"]), **fixed}
         if {"visual_model", "visual_abstractor"} <= set(found):
             self.connector_type = "abstractor"
-            self.abstractor_config = _known_fields(MplugOwl2AbstractorConfig, visual_config["visual_abstractor"])
+            self.abstractor_config = _known_fields(
+                MplugOwl2AbstractorConfig, visual_config["visual_abstractor"]
+            )
             return visual_config["visual_model"]
         raise ValueError(
             "visual_config must hold 'visual_model' and 'visual_abstractor', the components of mPLUG-Owl2, or "
@@ -364,7 +399,9 @@ class MplugOwl2Config(ComposedConfig):
     def _complete_connector_config(self):
         """Sizes that the connector shares with its neighbours are taken from them unless given."""
         if self.connector_type not in CONNECTOR_TYPES:
-            raise ValueError(f"connector_type must be one of {CONNECTOR_TYPES}, got {self.connector_type!r}.")
+            raise ValueError(
+                f"connector_type must be one of {CONNECTOR_TYPES}, got {self.connector_type!r}."
+            )
         name = f"{self.connector_type}_config"
         given = getattr(self, name)
         if given is not None and not isinstance(given, dict):
@@ -376,7 +413,9 @@ class MplugOwl2Config(ComposedConfig):
             self.text_config = MplugOwl2TextConfig(**(self.text_config or {}))
         shared = {"grid_size": vision.grid_size, "projection_dim": self.text_config.hidden_size}
         if self.connector_type == "abstractor":
-            shared.update(encoder_hidden_size=vision.hidden_size, use_cls_token=vision.use_cls_token)
+            shared.update(
+                encoder_hidden_size=vision.hidden_size, use_cls_token=vision.use_cls_token
+            )
         else:
             shared.update(hidden_size=vision.hidden_size)
         setattr(self, name, {**shared, **(given or {})})
@@ -391,7 +430,12 @@ class MplugOwl2Config(ComposedConfig):
                 )
         name = "H-Reducer" if self.connector_type == "h_reducer" else "abstractor"
         if self.connector_type == "h_reducer":
-            _check_equal("vision hidden_size", vision.hidden_size, "H-Reducer hidden_size", connector.hidden_size)
+            _check_equal(
+                "vision hidden_size",
+                vision.hidden_size,
+                "H-Reducer hidden_size",
+                connector.hidden_size,
+            )
         else:
             _check_equal(
                 "vision hidden_size",
@@ -400,12 +444,20 @@ class MplugOwl2Config(ComposedConfig):
                 connector.encoder_hidden_size,
             )
             _check_equal(
-                "vision use_cls_token", vision.use_cls_token, "abstractor use_cls_token", connector.use_cls_token
+                "vision use_cls_token",
+                vision.use_cls_token,
+                "abstractor use_cls_token",
+                connector.use_cls_token,
             )
         _check_equal(
-            "patches per side (image_size // patch_size)", vision.grid_size, f"{name} grid_size", connector.grid_size
+            "patches per side (image_size // patch_size)",
+            vision.grid_size,
+            f"{name} grid_size",
+            connector.grid_size,
         )
-        _check_equal("text hidden_size", text.hidden_size, f"{name} projection_dim", connector.projection_dim)
+        _check_equal(
+            "text hidden_size", text.hidden_size, f"{name} projection_dim", connector.projection_dim
+        )
         if not 0 <= self.image_token_id < text.vocab_size:
             raise ValueError(
                 f"image_token_id ({self.image_token_id}) must be a row of the embedding table: text vocab_size is "
@@ -479,7 +531,12 @@ _BEYOND_LLAMA = (
     "log_n_length",
 )
 # Qwen's settings that mPLUG-Owl2.1 leaves no choice in.
-QWEN_FIXED = {"multiway": True, "rotary_pct": 1.0, "scale_attn_weights": True, "emb_dropout_prob": 0.0}
+QWEN_FIXED = {
+    "multiway": True,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "emb_dropout_prob": 0.0,
+}
 # Upstream: the published config.json leaves the vocabulary out. It is Qwen's: ranks, then three control tokens, the
 # first of which ends a text, then 205 extra ones.
 QWEN_VOCAB_SIZE = 151851
@@ -547,7 +604,9 @@ def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) 
 
 def _as_dict(config_class: type[PreTrainedConfig], values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise ValueError(f"{config_class.base_config_key} must be a dictionary, got {type(values).__name__}.")
+        raise ValueError(
+            f"{config_class.base_config_key} must be a dictionary, got {type(values).__name__}."
+        )
     return values
 
 

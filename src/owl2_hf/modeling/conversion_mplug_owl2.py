@@ -57,9 +57,13 @@ RENAMED: dict[str, str | None] = {
     _VIT + "embeddings.position_embedding": _OUR_VIT + "embeddings.position_embedding",
     _VIT + "embeddings.patch_embed.weight": _OUR_VIT + "embeddings.patch_embedding.weight",
     **_with_bias(_VIT + "embeddings.pre_layernorm", _OUR_VIT + "embeddings.pre_layernorm"),
-    **_with_bias(_VIT + "encoder.layers.{}.self_attn.dense", _OUR_VIT + "layers.{}.self_attn.out_proj"),
+    **_with_bias(
+        _VIT + "encoder.layers.{}.self_attn.dense", _OUR_VIT + "layers.{}.self_attn.out_proj"
+    ),
     **_with_bias(_VIT + "encoder.layers.{}.input_layernorm", _OUR_VIT + "layers.{}.layer_norm1"),
-    **_with_bias(_VIT + "encoder.layers.{}.post_attention_layernorm", _OUR_VIT + "layers.{}.layer_norm2"),
+    **_with_bias(
+        _VIT + "encoder.layers.{}.post_attention_layernorm", _OUR_VIT + "layers.{}.layer_norm2"
+    ),
     **_with_bias(_VIT + "encoder.layers.{}.mlp.fc1", _OUR_VIT + "layers.{}.mlp.fc1"),
     **_with_bias(_VIT + "encoder.layers.{}.mlp.fc2", _OUR_VIT + "layers.{}.mlp.fc2"),
     **_with_bias(_VIT + "post_layernorm", _OUR_VIT + "post_layernorm"),
@@ -120,7 +124,11 @@ QWEN_RENAMED: dict[str, str | None] = {
     **_with_bias(_QWEN_LAYER + "mlp.w2", _OUR_LAYER + "mlp.gate_proj"),
     **_with_bias(_QWEN_LAYER + "mlp.c_proj", _OUR_LAYER + "mlp.down_proj"),
     _QWEN + "rotary_emb.inv_freq": None,
-    **{_under_qwen(key): target for key, target in RENAMED.items() if key.startswith((_VIT, _ABSTRACTOR))},
+    **{
+        _under_qwen(key): target
+        for key, target in RENAMED.items()
+        if key.startswith((_VIT, _ABSTRACTOR))
+    },
 }
 QWEN_FUSED = {_under_qwen(key): targets for key, targets in FUSED.items()}
 # Upstream: one projection of each modality holds all queries, then all keys, then all values.
@@ -162,12 +170,21 @@ def _names_of(config) -> _Names:
 
 def _inverse(names: _Names) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Our template -> the original's, and all of ours that go into it."""
-    whole = {target: (source, (target,)) for source, target in names.renamed.items() if target is not None}
+    whole = {
+        target: (source, (target,))
+        for source, target in names.renamed.items()
+        if target is not None
+    }
     parts = {**names.fused, **names.stacked}
-    return {**whole, **{target: (source, targets) for source, targets in parts.items() for target in targets}}
+    return {
+        **whole,
+        **{target: (source, targets) for source, targets in parts.items() for target in targets},
+    }
 
 
-_LAYER_NUMBER = re.compile(r"(?:(?<=\.layers\.)|(?<=^transformer\.h\.)|(?<=^deepmlp\.model\.))\d+(?=\.)")
+_LAYER_NUMBER = re.compile(
+    r"(?:(?<=\.layers\.)|(?<=^transformer\.h\.)|(?<=^deepmlp\.model\.))\d+(?=\.)"
+)
 _ORIGINAL = _inverse(_OWL2)
 _ORIGINAL_OWL21 = _inverse(_OWL21)
 
@@ -207,23 +224,35 @@ def to_ours(key: str, tensor: Tensor, config) -> Iterator[tuple[str, Tensor]]:
     if template in names.stacked:
         width = config.text_config.num_attention_heads * config.text_config.head_dim
         if tensor.ndim == 0 or tensor.shape[0] != 3 * width:
-            raise ValueError(f"expected {3 * width} rows (queries, keys, values), got {_rows(tensor)}")
+            raise ValueError(
+                f"expected {3 * width} rows (queries, keys, values), got {_rows(tensor)}"
+            )
         targets = names.stacked[template]
-        yield from ((target.format(number), part) for target, part in zip(targets, tensor.chunk(3), strict=True))
+        yield from (
+            (target.format(number), part)
+            for target, part in zip(targets, tensor.chunk(3), strict=True)
+        )
         return
     if template in names.fused:
         vision = config.vision_config
         if tensor.ndim == 0 or tensor.shape[0] != 3 * vision.hidden_size:
-            raise ValueError(f"expected {3 * vision.hidden_size} rows (queries, keys, values), got {_rows(tensor)}")
+            raise ValueError(
+                f"expected {3 * vision.hidden_size} rows (queries, keys, values), got {_rows(tensor)}"
+            )
         parts = split_query_key_value(tensor, vision.num_attention_heads)
-        yield from ((target.format(number), part) for target, part in zip(names.fused[template], parts, strict=True))
+        yield from (
+            (target.format(number), part)
+            for target, part in zip(names.fused[template], parts, strict=True)
+        )
         return
     target = names.renamed[template]
     if target is None:
         return
     if template in names.padded:
         if tensor.ndim == 0 or tensor.shape[0] != config.output_vocab_size:
-            raise ValueError(f"expected {config.output_vocab_size} rows (vocab_size), got {_rows(tensor)}")
+            raise ValueError(
+                f"expected {config.output_vocab_size} rows (vocab_size), got {_rows(tensor)}"
+            )
         tensor = resize_rows(tensor, config.text_config.vocab_size)
     yield target.format(number), tensor
 
@@ -286,7 +315,9 @@ class SplitQueryKeyValue(ConversionOps):
     """transformers' step from the vision encoder's fused projection to ours."""
 
     @torch.no_grad()
-    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs) -> dict[str, Tensor]:
+    def convert(
+        self, input_dict, source_patterns, target_patterns, config=None, **kwargs
+    ) -> dict[str, Tensor]:
         (fused,) = map(_single, input_dict.values())
         vision = getattr(config, "vision_config", config)
         head_dim = vision.hidden_size // vision.num_attention_heads
@@ -302,7 +333,9 @@ class MergeQueryKeyValue(ConversionOps):
     """Inverse of `SplitQueryKeyValue`."""
 
     @torch.no_grad()
-    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs) -> dict[str, Tensor]:
+    def convert(
+        self, input_dict, source_patterns, target_patterns, config=None, **kwargs
+    ) -> dict[str, Tensor]:
         vision = getattr(config, "vision_config", config)
         head_dim = vision.hidden_size // vision.num_attention_heads
         parts = [_single(input_dict[pattern]) for pattern in source_patterns]
@@ -317,7 +350,9 @@ class PadVocabulary(ConversionOps):
     """transformers' step from a table with a row for each token to ours; a table that is ours already stays."""
 
     @torch.no_grad()
-    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs) -> dict[str, Tensor]:
+    def convert(
+        self, input_dict, source_patterns, target_patterns, config=None, **kwargs
+    ) -> dict[str, Tensor]:
         (table,) = map(_single, input_dict.values())
         if config.is_owl21 and table.shape[0] < (config.output_vocab_size or 0):
             # Upstream: the released mPLUG-Owl2.1 has fewer rows than its configuration says.
@@ -335,9 +370,15 @@ class TrimVocabulary(ConversionOps):
     """Inverse of `PadVocabulary`."""
 
     @torch.no_grad()
-    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs) -> dict[str, Tensor]:
+    def convert(
+        self, input_dict, source_patterns, target_patterns, config=None, **kwargs
+    ) -> dict[str, Tensor]:
         (table,) = map(_single, input_dict.values())
-        return {target_patterns[0]: resize_rows(table, config.output_vocab_size or table.shape[0]).clone()}
+        return {
+            target_patterns[0]: resize_rows(
+                table, config.output_vocab_size or table.shape[0]
+            ).clone()
+        }
 
     @property
     def reverse_op(self) -> PadVocabulary:
@@ -366,11 +407,15 @@ def _stacked_name(source: str) -> str:
 def _renamings(names: _Names) -> list[WeightRenaming]:
     targets = {
         # A table keeps its last name until it is padded.
-        source: target.removesuffix(_last_name(target)) + _last_name(source) if source in names.padded else target
+        source: target.removesuffix(_last_name(target)) + _last_name(source)
+        if source in names.padded
+        else target
         for source, target in names.renamed.items()
         if target
     }
-    renamings = [_renaming(source, target) for source, target in targets.items() if source != target]
+    renamings = [
+        _renaming(source, target) for source, target in targets.items() if source != target
+    ]
     renamings += [_renaming(source, _fused_name(source)) for source in names.fused]
     return renamings + [_renaming(source, _stacked_name(source)) for source in names.stacked]
 
@@ -411,7 +456,9 @@ _stacks = [
 ]
 # Remote code may be imported more than once.
 for _model_type in ("mplug_owl2", "mplug_docowl"):
-    register_checkpoint_conversion_mapping(_model_type, [*_renamings(_OWL2), *_paddings(_OWL2)], overwrite=True)
+    register_checkpoint_conversion_mapping(
+        _model_type, [*_renamings(_OWL2), *_paddings(_OWL2)], overwrite=True
+    )
 register_checkpoint_conversion_mapping(
     "mplug_owl2_1", [*_renamings(_OWL21), *_paddings(_OWL21), *_stacks], overwrite=True
 )

@@ -35,7 +35,9 @@ from .adapters_mplug_owl2 import (
     whole_dora_names,
 )
 from .compatibility_mplug_owl2 import AdapterMethods
-from .conversion_mplug_owl2 import owner_of  # importing it also teaches transformers the original's layout
+from .conversion_mplug_owl2 import (
+    owner_of,
+)  # importing it also teaches transformers the original's layout
 from .weight_files_mplug_owl2 import check_archive, read_weight_map, read_weights
 
 logger = logging.get_logger(__name__)
@@ -56,7 +58,11 @@ _GENERATION: dict[str, tuple[type, ...]] = {
     "do_sample": (bool,),
     "repetition_penalty": (int, float),
 }
-_SAMPLING: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,)}
+_SAMPLING: dict[str, tuple[type, ...]] = {
+    "temperature": (int, float),
+    "top_p": (int, float),
+    "top_k": (int,),
+}
 
 # Part of a name -> what has such tensors, where the model that config.json describes has not.
 _BELONGS_TO = {
@@ -74,7 +80,9 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
     """How the family's models are loaded, whole or with an adapter; the models themselves are elsewhere."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs
+    ):
         """As in transformers, also from the original's layout, and from an adapter, whose base model is loaded first.
 
         Quantisation leaves the vision encoder, the connector and the head as they are, unless its configuration names
@@ -90,7 +98,9 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
         if adapter is not None:
             kwargs.pop("adapter_kwargs", None)
             adapter_name = kwargs.pop("adapter_name", None)
-            loaded = cls.from_pretrained(adapter.base, *args, output_loading_info=output_loading_info, **kwargs)
+            loaded = cls.from_pretrained(
+                adapter.base, *args, output_loading_info=output_loading_info, **kwargs
+            )
             model = loaded[0] if output_loading_info else loaded
             model.load_adapter(str(adapter.source), adapter_name, adapter_kwargs=adapter.hub)
             return loaded
@@ -101,7 +111,9 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
             kwargs["quantization_config"] = spare_vision_side(kwargs["quantization_config"])
         if is_original and kwargs.get("generation_config") is None:
             settings = _read_json(pretrained_model_name_or_path, GENERATION_CONFIG_NAME, hub)
-            kwargs["generation_config"] = GenerationConfig()  # until there is a configuration to complete it with
+            kwargs["generation_config"] = (
+                GenerationConfig()
+            )  # until there is a configuration to complete it with
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -119,11 +131,19 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
                 f"{pretrained_model_name_or_path}: the weights have other shapes than config.json says, as the report "
                 "above shows: mend it. Of mPLUG-Owl2.1, `owl2-hf convert` takes vocab_size from the weights."
             ) from error
-        is_told = output_loading_info or pretrained_model_name_or_path is None or kwargs.get("state_dict") is not None
+        is_told = (
+            output_loading_info
+            or pretrained_model_name_or_path is None
+            or kwargs.get("state_dict") is not None
+        )
         if not is_told:
-            _check_keys(pretrained_model_name_or_path, model, info["missing_keys"], info["unexpected_keys"])
+            _check_keys(
+                pretrained_model_name_or_path, model, info["missing_keys"], info["unexpected_keys"]
+            )
         if settings is not None and model.can_generate():
-            model.generation_config = _generation_config(model.config, settings, pretrained_model_name_or_path, hub)
+            model.generation_config = _generation_config(
+                model.config, settings, pretrained_model_name_or_path, hub
+            )
         return (model, info) if output_loading_info else model
 
     @staticmethod
@@ -132,9 +152,13 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
         for file in checkpoint_files or ():
             if not str(file).endswith(".safetensors"):  # whose header transformers checks
                 check_archive(Path(file))
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, *args, **kwargs
+        )
 
-    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs):
+    def load_adapter(
+        self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs
+    ):
         """As in transformers; what was trained beside a converted adapter goes into the model as well.
 
         Raises:
@@ -150,7 +174,9 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
                 kwargs["adapter_state_dict"] = whole_dora_names(saved)
             others = read_non_lora(peft_model_id, hub)
             check_adapter_keys(peft_model_id, [], others.keys() - self.state_dict().keys())
-        before = {name: tensor.clone() for name, tensor in self.state_dict().items() if name in others}
+        before = {
+            name: tensor.clone() for name, tensor in self.state_dict().items() if name in others
+        }
         self.load_state_dict(others, strict=False)
         adapter_name = adapter_name or "default"
         is_new = adapter_name not in getattr(self, "peft_config", {})
@@ -174,10 +200,16 @@ def _is_original(source: Any, hub: dict[str, Any]) -> bool:
     return source is not None and "visual_config" in _read_json(source, CONFIG_NAME, hub)
 
 
-def _generation_config(config, given: dict[str, Any], source: Any, hub: dict[str, Any]) -> GenerationConfig:
+def _generation_config(
+    config, given: dict[str, Any], source: Any, hub: dict[str, Any]
+) -> GenerationConfig:
     """As a converted folder has it: mostly the ids that end and pad."""
     settings = original_generation_config(config, given)
-    vocabulary = find_file(source, "qwen.tiktoken", hub) if config.is_owl21 and settings.eos_token_id is None else None
+    vocabulary = (
+        find_file(source, "qwen.tiktoken", hub)
+        if config.is_owl21 and settings.eos_token_id is None
+        else None
+    )
     if vocabulary is not None:
         # Upstream: no configuration names the token that ends a text. It stands behind the pieces of the vocabulary.
         pieces = vocabulary.read_bytes().split(b"\n")
@@ -250,7 +282,9 @@ def _check_index(source: Any, hub: dict[str, Any]) -> None:
             continue
         for entry in {str(value) for value in read_weight_map(path).values()}:
             if entry != Path(entry).name or "\\" in entry:
-                raise ValueError(f"{path} names {entry!r}, which is not a weight file of this folder.")
+                raise ValueError(
+                    f"{path} names {entry!r}, which is not a weight file of this folder."
+                )
 
 
 def _check_files(source: Any, hub: dict[str, Any]) -> None:
@@ -265,15 +299,23 @@ def _check_files(source: Any, hub: dict[str, Any]) -> None:
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         if (path := find_file(source, name, hub)) is None:
             continue
-        names = {str(entry) for entry in read_weight_map(path).values()} if path.suffix == ".json" else {name}
+        names = (
+            {str(entry) for entry in read_weight_map(path).values()}
+            if path.suffix == ".json"
+            else {name}
+        )
         for file in filter(None, (find_file(source, name, hub) for name in sorted(names))):
             read_weights(file)
 
 
-def _check_keys(source: Any, model: PreTrainedModel, missing: Collection[str], unexpected: Collection[str]) -> None:
+def _check_keys(
+    source: Any, model: PreTrainedModel, missing: Collection[str], unexpected: Collection[str]
+) -> None:
     """Each parameter below the head is in the checkpoint, and each tensor of the checkpoint in the model."""
     is_base = not hasattr(model, model.base_model_prefix)
-    lost = sorted(key for key in missing if is_base or key.startswith(f"{model.base_model_prefix}."))
+    lost = sorted(
+        key for key in missing if is_base or key.startswith(f"{model.base_model_prefix}.")
+    )
     kind = "mPLUG-Owl2.1" if model.config.is_owl21 else "mPLUG-Owl2"
     for key in sorted(unexpected):
         owner = owner_of(key)

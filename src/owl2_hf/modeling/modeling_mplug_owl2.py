@@ -35,7 +35,9 @@ from .modeling_mplug_owl2_h_reducer import MplugOwl2HReducer
 from .modeling_mplug_owl2_text import MplugOwl2TextModel, match_indicators
 from .modeling_mplug_owl2_vision import MplugOwl2VisionModel
 
-if TYPE_CHECKING:  # a folder that names the classifier needs its file: those named here are saved with this one
+if (
+    TYPE_CHECKING
+):  # a folder that names the classifier needs its file: those named here are saved with this one
     from .modeling_mplug_owl2_classification import MplugOwl2ForSequenceClassification  # noqa: F401
 
 logger = logging.get_logger(__name__)
@@ -110,7 +112,9 @@ class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
         """As in transformers; rows of ids that no text has are zeros, as they come from the original's layout."""
         super().initialize_weights()
         for embeddings in (self.get_input_embeddings(), self.get_output_embeddings()):
-            if embeddings is not None and not getattr(embeddings.weight, "_is_hf_initialized", False):
+            if embeddings is not None and not getattr(
+                embeddings.weight, "_is_hf_initialized", False
+            ):
                 embeddings.weight[self.config.image_token_id] = 0
                 embeddings.weight[self.config.output_vocab_size or len(embeddings.weight) :] = 0
 
@@ -120,11 +124,18 @@ class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
         return super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @classmethod
-    def maybe_distribute_model(cls, model: "MplugOwl2PreTrainedModel", distributed_config, mesh_manager):
+    def maybe_distribute_model(
+        cls, model: "MplugOwl2PreTrainedModel", distributed_config, mesh_manager
+    ):
         """As in transformers; attention whose heads the processes cannot share evenly stays whole in each of them."""
-        text, size = model.config.get_text_config(), getattr(distributed_config, "tp_size", None) or 1
+        text, size = (
+            model.config.get_text_config(),
+            getattr(distributed_config, "tp_size", None) or 1,
+        )
         if text.num_attention_heads % size or text.num_key_value_heads % size:
-            model._tp_plan = {rule: style for rule, style in model.tp_plan.items() if ".self_attn." not in rule}
+            model._tp_plan = {
+                rule: style for rule, style in model.tp_plan.items() if ".self_attn." not in rule
+            }
             logger.warning_once(
                 f"{text.num_attention_heads} attention and {text.num_key_value_heads} key-value heads cannot be shared "
                 f"evenly by {size} tensor-parallel processes: each of them computes the whole attention, and its part "
@@ -132,7 +143,9 @@ class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
             )
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args, **kwargs
+    ) -> nn.Embedding:
         """As in transformers; from then on every id below `new_num_tokens` but the placeholder may be predicted."""
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         if new_num_tokens is not None:
@@ -151,8 +164,12 @@ class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
                 "one: save MplugOwl2ForConditionalGeneration, or leave save_original_format out."
             )
         if save_original_format:
-            self._weight_conversions = None  # transformers takes the whole mapping, not what loading needed of it
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+            self._weight_conversions = (
+                None  # transformers takes the whole mapping, not what loading needed of it
+            )
+        super().save_pretrained(
+            save_directory, *args, save_original_format=save_original_format, **kwargs
+        )
 
 
 class MplugOwl2Model(MplugOwl2PreTrainedModel):
@@ -166,14 +183,18 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         if config.connector_type == "h_reducer":
             self.h_reducer = MplugOwl2HReducer._from_config(config.h_reducer_config)
         else:
-            self.visual_abstractor = MplugOwl2VisualAbstractor._from_config(config.abstractor_config)
+            self.visual_abstractor = MplugOwl2VisualAbstractor._from_config(
+                config.abstractor_config
+            )
         self.language_model = MplugOwl2TextModel._from_config(config.text_config)
         self.post_init()
 
     @property
     def connector(self) -> MplugOwl2VisualAbstractor | MplugOwl2HReducer:
         """What turns encoded pictures into visual tokens."""
-        return self.h_reducer if self.config.connector_type == "h_reducer" else self.visual_abstractor
+        return (
+            self.h_reducer if self.config.connector_type == "h_reducer" else self.visual_abstractor
+        )
 
     @merge_with_config_defaults
     @can_return_tuple
@@ -265,7 +286,9 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         encoder_output = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and encoder_output is not None:
-            raise ValueError("Give pixel_values or mm_encoder_outputs, not both: they are the same pictures.")
+            raise ValueError(
+                "Give pixel_values or mm_encoder_outputs, not both: they are the same pictures."
+            )
         if pixel_values is not None:
             encoder_output = self.get_image_features(pixel_values, return_dict=True)
         elif self.training and encoder_output is None:
@@ -279,7 +302,9 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         image_features = None
         if encoder_output is not None:
             image_features = visual_tokens(encoder_output).to(inputs_embeds)  # (N * (Q + 1), D)
-            image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features, mm_token_type_ids)
+            image_mask = self.get_placeholder_mask(
+                input_ids, inputs_embeds, image_features, mm_token_type_ids
+            )
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
             if mm_token_type_ids is None:
                 mm_token_type_ids = image_mask.squeeze(-1).long()
@@ -332,7 +357,10 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             "came: pass pixel_values, or leave the placeholders out."
         )
         per_image = self.config.num_image_tokens
-        is_run = placeholders.shape[1] >= per_image and placeholders.unfold(1, per_image, 1).all(-1).any()
+        is_run = (
+            placeholders.shape[1] >= per_image
+            and placeholders.unfold(1, per_image, 1).all(-1).any()
+        )
         if is_run and (self.training or cache is not None):
             raise ValueError(message)
         logger.warning_once(message)
@@ -340,11 +368,15 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
     def _untouched_vision_side(self) -> Tensor:
         """Zero that depends on the vision side, so that ranks with and without pictures run the same collectives."""
         vision = self.config.vision_config
-        picture = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=self.device)
+        picture = torch.zeros(
+            1, vision.num_channels, vision.image_size, vision.image_size, device=self.device
+        )
         return 0.0 * visual_tokens(self.get_image_features(picture, return_dict=True)).sum()
 
 
-class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, ImagesInGeneration, GenerationMixin):
+class MplugOwl2ForConditionalGeneration(
+    MplugOwl2PreTrainedModel, ImagesInGeneration, GenerationMixin
+):
     """mPLUG-Owl2 with the language-model head: text from text and pictures."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -354,7 +386,9 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, ImagesInGenera
     def __init__(self, config: MplugOwl2Config):
         super().__init__(config)
         self.model = MplugOwl2Model(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(
+            config.text_config.hidden_size, config.text_config.vocab_size, bias=False
+        )
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> MplugOwl2ImageFeatures:
@@ -408,7 +442,9 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, ImagesInGenera
                 num_labels = kwargs.get("shift_labels", labels[..., 1:]).ne(-100).sum()
             # Without a single label the loss is 0; the mean of nothing would be NaN.
             kwargs["num_items_in_batch"] = torch.as_tensor(num_labels).clamp_min(1)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs
+            )
         return MplugOwl2CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -434,9 +470,13 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, ImagesInGenera
             ValueError: The prompt, with the `max_new_tokens` that are asked for, is longer than the context.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        prompts = [prompt for prompt in (input_ids, kwargs.get("inputs_embeds")) if prompt is not None]
+        prompts = [
+            prompt for prompt in (input_ids, kwargs.get("inputs_embeds")) if prompt is not None
+        ]
         if prompts:
-            self._check_context(max(prompt.shape[1] for prompt in prompts), kwargs.get("max_new_tokens") or 0)
+            self._check_context(
+                max(prompt.shape[1] for prompt in prompts), kwargs.get("max_new_tokens") or 0
+            )
         has_pictures = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
         if has_pictures and input_ids is not None and kwargs.get("mm_token_type_ids") is None:
             kwargs["mm_token_type_ids"] = input_ids.eq(self.config.image_token_id).long()
@@ -474,7 +514,11 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, ImagesInGenera
     def _check_context(self, num_prompt: int, max_new_tokens: int) -> None:
         context = self.config.get_text_config().max_position_embeddings
         if num_prompt + max(max_new_tokens, 1) > context:
-            asked, mend = (f" and max_new_tokens={max_new_tokens}", " or lower it") if max_new_tokens else ("", "")
+            asked, mend = (
+                (f" and max_new_tokens={max_new_tokens}", " or lower it")
+                if max_new_tokens
+                else ("", "")
+            )
             raise ValueError(
                 f"expected at most {context} positions, the context of the model, got a prompt of {num_prompt}{asked}; "
                 f"shorten the prompt (a picture takes {self.config.num_image_tokens}){mend}."
@@ -510,9 +554,13 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, ImagesInGenera
             **named_cache(cache),
             **kwargs,
         )
-        is_prompt = is_first_iteration or next_sequence_length is None or not kwargs.get("use_cache", True)
+        is_prompt = (
+            is_first_iteration or next_sequence_length is None or not kwargs.get("use_cache", True)
+        )
         if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
-            is_prompt = True  # the assistant of assisted decoding is never told that it reads a prompt
+            is_prompt = (
+                True  # the assistant of assisted decoding is never told that it reads a prompt
+            )
         if not is_prompt:
             check_step(model_inputs)
             # An answer is text, and reads the images from the cache: decoding runs the text branch alone.
@@ -524,7 +572,11 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, ImagesInGenera
             if mm_encoder_outputs and not is_first_iteration and cache is not None:
                 tokens = visual_tokens(mm_encoder_outputs["image"])
                 chunk = take_chunk(tokens, mm_token_type_ids, past, past + num_new)
-                mm_encoder_outputs = None if chunk is None else {"image": MplugOwl2ImageFeatures(pooler_output=chunk)}
+                mm_encoder_outputs = (
+                    None
+                    if chunk is None
+                    else {"image": MplugOwl2ImageFeatures(pooler_output=chunk)}
+                )
             if mm_token_type_ids.shape[1] != num_new:
                 # Candidate tokens of assisted decoding are text; transformers adds indicators of accepted ones alone.
                 missing = past + num_new - mm_token_type_ids.shape[1]

@@ -135,13 +135,20 @@ class MplugOwl2VisualAbstractor(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": MplugOwl2AbstractorLayer, "attentions": MplugOwl2AbstractorAttention}
+    _can_record_outputs = {
+        "hidden_states": MplugOwl2AbstractorLayer,
+        "attentions": MplugOwl2AbstractorAttention,
+    }
     _keys_to_ignore_on_load_missing = [r"[qk]_pos_embed$"]
 
     def __init__(self, config: MplugOwl2AbstractorConfig):
         super().__init__(config)
-        self.query_embeds = nn.Parameter(torch.empty(1, config.num_learnable_queries, config.hidden_size))
-        self.layers = nn.ModuleList(MplugOwl2AbstractorLayer(config) for _ in range(config.num_hidden_layers))
+        self.query_embeds = nn.Parameter(
+            torch.empty(1, config.num_learnable_queries, config.hidden_size)
+        )
+        self.layers = nn.ModuleList(
+            MplugOwl2AbstractorLayer(config) for _ in range(config.num_hidden_layers)
+        )
         self.visual_fc = nn.Linear(config.hidden_size, config.projection_dim)
         self.vit_eos = nn.Parameter(torch.empty(1, 1, config.projection_dim))
         self.gradient_checkpointing = False

@@ -49,7 +49,9 @@ class MplugOwl2QScorerHead(nn.Module):
 
     def __init__(self, hidden_size: int, widths: list[int], num_labels: int):
         super().__init__()
-        if not isinstance(widths, list) or not all(type(width) is int and width > 0 for width in widths):
+        if not isinstance(widths, list) or not all(
+            type(width) is int and width > 0 for width in widths
+        ):
             raise ValueError(
                 f"deepmlp_hidden_dims: expected a list of layer widths, got {widths!r}; correct config.json."
             )
@@ -61,7 +63,9 @@ class MplugOwl2QScorerHead(nn.Module):
         """(B, D) -> (B, K)."""
         for layer in self.layers:
             output = layer(hidden_states).relu()
-            hidden_states = output + hidden_states if output.shape == hidden_states.shape else output
+            hidden_states = (
+                output + hidden_states if output.shape == hidden_states.shape else output
+            )
         return self.out_proj(hidden_states)
 
 
@@ -133,7 +137,9 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
             inputs = self._with_answer(inputs)
         outputs = self.model(**inputs, **{**kwargs, "return_dict": True})
         hidden_states = outputs.last_hidden_state
-        last = self._last_tokens(hidden_states, inputs["input_ids"], inputs["attention_mask"])  # (B,)
+        last = self._last_tokens(
+            hidden_states, inputs["input_ids"], inputs["attention_mask"]
+        )  # (B,)
         rows = torch.arange(len(last), device=last.device)
         logits = self.score(hidden_states[rows, last])  # (B, K)
         loss = None if labels is None else self._loss(logits, labels)
@@ -153,17 +159,25 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
         """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if ids is None or inputs["cache"] is not None:
-            raise ValueError("Q-Scorer reads whole prompts and its own answer: expected input_ids, and no cache.")
+            raise ValueError(
+                "Q-Scorer reads whole prompts and its own answer: expected input_ids, and no cache."
+            )
         if inputs["pixel_values"] is not None:
             encoded = self.get_image_features(inputs["pixel_values"], return_dict=True)
             inputs = {**inputs, "pixel_values": None, "mm_encoder_outputs": {"image": encoded}}
         with torch.no_grad():
-            hidden_states = self.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+            hidden_states = self.model(
+                **inputs, use_cache=False, return_dict=True
+            ).last_hidden_state
             last = self._last_tokens(hidden_states, ids, mask).to(ids.device)  # (B,)
             rows = torch.arange(len(last), device=last.device)
             # Rows behind these are of ids that no text has.
-            tokens = self.lm_head(hidden_states[rows, last])[:, : self.config.output_vocab_size].argmax(-1)
-        mask = torch.arange(ids.shape[1], device=ids.device) <= last[:, None] if mask is None else mask
+            tokens = self.lm_head(hidden_states[rows, last])[
+                :, : self.config.output_vocab_size
+            ].argmax(-1)
+        mask = (
+            torch.arange(ids.shape[1], device=ids.device) <= last[:, None] if mask is None else mask
+        )
         extended = {"input_ids": (ids, tokens), "attention_mask": (mask, 1)}
         if inputs["mm_token_type_ids"] is not None:
             extended["mm_token_type_ids"] = (inputs["mm_token_type_ids"], 0)
@@ -176,7 +190,9 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
             inputs = {**inputs, name: values}
         return inputs
 
-    def _last_tokens(self, hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    def _last_tokens(
+        self, hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor:
         """(B,) positions of the last tokens that are no padding, by the mask or else by the padding's id.
 
         Raises:
@@ -185,7 +201,9 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
         num_rows, length = hidden_states.shape[:2]
         padding = self.config.get_text_config().pad_token_id
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            is_token = attention_mask[:, -length:].to(hidden_states.device).bool()  # (B, L), a mask has the cache's too
+            is_token = (
+                attention_mask[:, -length:].to(hidden_states.device).bool()
+            )  # (B, L), a mask has the cache's too
         elif input_ids is not None and padding is not None:
             is_token = input_ids.ne(padding).to(hidden_states.device)
         elif num_rows == 1 or input_ids is None:
@@ -205,10 +223,15 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """transformers' loss of sequence classifiers, in float32 whatever the model's dtype."""
-        if self.config.num_labels == 1 or self.config.problem_type in ("regression", "multi_label_classification"):
+        if self.config.num_labels == 1 or self.config.problem_type in (
+            "regression",
+            "multi_label_classification",
+        ):
             labels = labels.float()
         logits = logits.float()
-        return self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return self.loss_function(
+            logits=logits, labels=labels, pooled_logits=logits, config=self.config
+        )
 
 
 MplugOwl2ForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

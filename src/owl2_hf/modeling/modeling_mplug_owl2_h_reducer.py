@@ -58,7 +58,9 @@ class MplugOwl2HReducer(PreTrainedModel):
         """
         grid = self.config.grid_size
         # Contiguous: for the layout of other inputs, compiled graphs and convolutions disagree about the output's.
-        patches = image_features[:, -(grid**2) :].transpose(1, 2).contiguous().unflatten(2, (grid, grid))
+        patches = (
+            image_features[:, -(grid**2) :].transpose(1, 2).contiguous().unflatten(2, (grid, grid))
+        )
         mixed = nn.functional.gelu(self.reducer_before(patches))
         merged = self.reducer(self._spread(mixed)).flatten(2).transpose(1, 2)
         visual_tokens = self.visual_fc(merged)

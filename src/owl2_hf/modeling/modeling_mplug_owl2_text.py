@@ -92,7 +92,10 @@ class ModalityRouting(NamedTuple):
 
 
 def route(
-    text_branch: nn.Module, visual_branch: nn.Module | None, x: Tensor, routing: ModalityRouting | None
+    text_branch: nn.Module,
+    visual_branch: nn.Module | None,
+    x: Tensor,
+    routing: ModalityRouting | None,
 ) -> Tensor:
     """(B, L, D) -> (B, L, D'), each token through the branch of its modality; all through one where it stands alone."""
     if routing is None or visual_branch is None:
@@ -122,7 +125,9 @@ class MplugOwl2NtkRotaryEmbedding(LlamaRotaryEmbedding):
     """Rotary embedding whose base grows with the length of a prompt beyond `rope_dynamic_ntk_length`."""
 
     @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor, prompt_lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, position_ids: Tensor, prompt_lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, L, head_dim) at the positions (B, L) of prompts of the lengths (B, 1).
 
         Without lengths the base stays, as upstream in training.
@@ -153,7 +158,9 @@ def prompt_lengths(position_ids: Tensor, cache: Cache | None) -> Tensor:
         )
     known = getattr(cache, "prompt_lengths", None)
     if known is not None:
-        lengths = torch.where(position_ids.amin(-1, keepdim=True) > 0, known.to(lengths.device), lengths)
+        lengths = torch.where(
+            position_ids.amin(-1, keepdim=True) > 0, known.to(lengths.device), lengths
+        )
     cache.prompt_lengths = lengths
     return lengths
 
@@ -188,7 +195,9 @@ class MplugOwl2Attention(nn.Module):
         for name in ("q", "k", "v"):
             own = name in config.modality_specific_projections
             out_width = getattr(self, f"{name}_proj").out_features
-            setattr(self, f"visual_{name}_proj", nn.Linear(width, out_width, bias=bias) if own else None)
+            setattr(
+                self, f"visual_{name}_proj", nn.Linear(width, out_width, bias=bias) if own else None
+            )
         out_bias = bias if config.attention_out_bias is None else config.attention_out_bias
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=out_bias)
 
@@ -255,13 +264,24 @@ class MplugOwl2DecoderLayer(GradientCheckpointingLayer):
 
     @staticmethod
     def _visual_norm(config: MplugOwl2TextConfig) -> LlamaRMSNorm | None:
-        return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.modality_specific_norms else None
+        return (
+            LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            if config.modality_specific_norms
+            else None
+        )
 
-    def forward(self, hidden_states: Tensor, routing: ModalityRouting | None = None, **kwargs) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, routing: ModalityRouting | None = None, **kwargs
+    ) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         normed = route(self.input_layernorm, self.visual_input_layernorm, hidden_states, routing)
         hidden_states = hidden_states + self.self_attn(normed, routing=routing, **kwargs)[0]
-        normed = route(self.post_attention_layernorm, self.visual_post_attention_layernorm, hidden_states, routing)
+        normed = route(
+            self.post_attention_layernorm,
+            self.visual_post_attention_layernorm,
+            hidden_states,
+            routing,
+        )
         return hidden_states + self.mlp(normed)
 
 
@@ -283,10 +303,14 @@ class MplugOwl2TextModel(PreTrainedModel):
     def __init__(self, config: MplugOwl2TextConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(MplugOwl2DecoderLayer(config, idx) for idx in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            MplugOwl2DecoderLayer(config, idx) for idx in range(config.num_hidden_layers)
+        )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         has_ntk = config.rope_dynamic_ntk_length is not None
-        self.rotary_emb = (MplugOwl2NtkRotaryEmbedding if has_ntk else LlamaRotaryEmbedding)(config=config)
+        self.rotary_emb = (MplugOwl2NtkRotaryEmbedding if has_ntk else LlamaRotaryEmbedding)(
+            config=config
+        )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -327,7 +351,9 @@ class MplugOwl2TextModel(PreTrainedModel):
         check_positions(attention_mask, inputs_embeds.shape[1], cache)
         if position_ids is None:
             past_length = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = (
+                torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            )
             position_ids = position_ids.unsqueeze(0)
         attention_mask = create_causal_mask(
             config=self.config,
@@ -341,14 +367,21 @@ class MplugOwl2TextModel(PreTrainedModel):
         routing = None
         if mm_token_type_ids is not None and self.config.has_modality_adaptive_module:
             routing = ModalityRouting.from_indicators(mm_token_type_ids, self.training)
-        if routing is not None and routing.order is not None and not self.training and has_named_rows(self):
+        if (
+            routing is not None
+            and routing.order is not None
+            and not self.training
+            and has_named_rows(self)
+        ):
             # The adapted layers need the rows as they are.
             routing = routing._replace(order=None, inverse=None)
 
         hidden_states = inputs_embeds
         position_embeddings = self._position_embeddings(hidden_states, position_ids, cache)
         if self.config.log_n_length is not None and not self.training:
-            kwargs["query_scale"] = log_n_scale(position_ids, self.config.log_n_length, hidden_states.dtype)
+            kwargs["query_scale"] = log_n_scale(
+                position_ids, self.config.log_n_length, hidden_states.dtype
+            )
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -360,7 +393,9 @@ class MplugOwl2TextModel(PreTrainedModel):
                 **named_cache(cache),
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named_cache(cache))
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), **named_cache(cache)
+        )
 
     def _position_embeddings(
         self, hidden_states: Tensor, position_ids: Tensor, cache: Cache | None

@@ -30,14 +30,20 @@ class MplugOwl2VisionEmbeddings(nn.Module):
         else:
             self.register_parameter("cls_token", None)
         self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
+            config.num_channels,
+            config.hidden_size,
+            config.patch_size,
+            stride=config.patch_size,
+            bias=False,
         )
         num_positions = config.position_table_side**2 + int(config.use_cls_token)
         # The original stores the table without its leading axis where there is no class token.
         table_shape = (1, num_positions) if config.use_cls_token else (num_positions,)
         self.position_embedding = nn.Parameter(torch.empty(*table_shape, config.hidden_size))
         self.pre_layernorm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_pre_layernorm else nn.Identity()
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.use_pre_layernorm
+            else nn.Identity()
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -54,7 +60,9 @@ class MplugOwl2VisionEmbeddings(nn.Module):
         if source == target:
             return self.position_embedding
         table = self.position_embedding.float().reshape(1, source, source, -1).permute(0, 3, 1, 2)
-        table = nn.functional.interpolate(table, size=(target, target), mode="bicubic", align_corners=False)
+        table = nn.functional.interpolate(
+            table, size=(target, target), mode="bicubic", align_corners=False
+        )
         return table.flatten(2).transpose(1, 2).to(self.position_embedding.dtype)
 
 
@@ -129,14 +137,21 @@ class MplugOwl2VisionModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": MplugOwl2VisionLayer, "attentions": MplugOwl2VisionAttention}
+    _can_record_outputs = {
+        "hidden_states": MplugOwl2VisionLayer,
+        "attentions": MplugOwl2VisionAttention,
+    }
 
     def __init__(self, config: MplugOwl2VisionConfig):
         super().__init__(config)
         self.embeddings = MplugOwl2VisionEmbeddings(config)
-        self.layers = nn.ModuleList(MplugOwl2VisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            MplugOwl2VisionLayer(config) for _ in range(config.num_hidden_layers)
+        )
         self.post_layernorm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_post_layernorm else nn.Identity()
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.use_post_layernorm
+            else nn.Identity()
         )
         self.gradient_checkpointing = False
         self.post_init()

@@ -23,7 +23,9 @@ _LOCAL_HEADER = 30  # bytes of a record's own header, before its name
 # Bytes of one element of a storage, by the name that its class has in a pickle.
 _WIDTHS = {
     "UntypedStorage": 1,
-    **dict.fromkeys(("BoolStorage", "ByteStorage", "CharStorage", "QInt8Storage", "QUInt8Storage"), 1),
+    **dict.fromkeys(
+        ("BoolStorage", "ByteStorage", "CharStorage", "QInt8Storage", "QUInt8Storage"), 1
+    ),
     **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
     **dict.fromkeys(("FloatStorage", "IntStorage", "QInt32Storage"), 4),
     **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
@@ -54,7 +56,9 @@ def read_weights(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
     except MemoryError:
         raise ValueError(f"{path} does not fit in memory.") from None
     except Exception as error:  # whatever a broken file leads to
-        raise ValueError(f"{path} cannot be read as weights: {_why_unreadable(path, error)}.") from None
+        raise ValueError(
+            f"{path} cannot be read as weights: {_why_unreadable(path, error)}."
+        ) from None
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected a dictionary of tensors, got {type(loaded).__name__}.")
     return loaded
@@ -78,7 +82,9 @@ def read_weight_map(index: Path) -> dict[str, Any]:
     try:
         if index.stat().st_size > _MAX_INDEX_BYTES:
             raise ValueError(f"it is larger than {_MAX_INDEX_BYTES >> 20} MiB")
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)[
+            "weight_map"
+        ]
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("its weight_map is not an object with entries")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -104,23 +110,32 @@ def check_archive(path: Path) -> bool:
             if len({entry.filename for entry in entries}) < len(entries):
                 raise _DamageError(f"{path} holds a record twice: it was not written by PyTorch.")
             for entry in entries:
-                if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+                if (
+                    entry.compress_type != zipfile.ZIP_STORED
+                    or entry.compress_size != entry.file_size
+                ):
                     raise _DamageError(f"{path} is compressed: it was not written by PyTorch.")
             _check_places(path, file, entries, archive.start_dir)
             # PyTorch's rule: the first record's folder is that of all.
             folder = entries[0].filename.partition("/")[0]
             entry = archive.getinfo(f"{folder}/data.pkl")
-            file.seek(record_start(file, entry))  # not by zipfile: PyTorch may be told not to compute checksums
+            file.seek(
+                record_start(file, entry)
+            )  # not by zipfile: PyTorch may be told not to compute checksums
             storages = _StorageReader(file.read(entry.file_size)).read_sizes()
     except _DamageError:
         raise
     except Exception as error:  # whatever a broken directory or pickle leads to
-        raise _DamageError(f"{path} cannot be read as weights: {_why_unreadable(path, error)}.") from None
+        raise _DamageError(
+            f"{path} cannot be read as weights: {_why_unreadable(path, error)}."
+        ) from None
     sizes = {entry.filename: entry.file_size for entry in entries}
     for key, (count, width) in storages.items():
         name = f"{folder}/data/{key}"
         if name not in sizes:
-            raise _DamageError(f"{path} is damaged: it has no record {name!r}, which its tensors need.")
+            raise _DamageError(
+                f"{path} is damaged: it has no record {name!r}, which its tensors need."
+            )
         if sizes[name] // width != count:
             raise _DamageError(
                 f"{path} is damaged: its tensors need {count * width} bytes of the record {name!r}, which has "
@@ -193,7 +208,11 @@ class _StorageReader(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         kind, storage, key, _, count = pid
         size = (count, _WIDTHS[storage.__name__])
-        if kind not in ("storage", b"storage") or type(count) is not int or self.sizes.setdefault(key, size) != size:
+        if (
+            kind not in ("storage", b"storage")
+            or type(count) is not int
+            or self.sizes.setdefault(key, size) != size
+        ):
             raise pickle.UnpicklingError("no storage of PyTorch")
         return _Inert()
 

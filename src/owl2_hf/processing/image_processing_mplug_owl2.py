@@ -20,7 +20,13 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import BatchFeature
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling, SizeDict
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+)
 from transformers.processing_utils import ImagesKwargs
 
 ASPECT_RATIOS = ("resize", "pad", "crop")  # one square of each picture; "anchors" makes several
@@ -36,14 +42,70 @@ CROP_ANCHORS: dict[str, list[tuple[int, int]]] = {
     "grid_1": [(1, 1)],
     "grid_4": [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1)],
     "grid_9": [
-        *[(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1), (1, 5), (5, 1), (1, 6), (6, 1), (2, 3)],
+        *[
+            (1, 1),
+            (1, 2),
+            (2, 1),
+            (1, 3),
+            (3, 1),
+            (2, 2),
+            (1, 4),
+            (4, 1),
+            (1, 5),
+            (5, 1),
+            (1, 6),
+            (6, 1),
+            (2, 3),
+        ],
         *[(3, 2), (1, 7), (7, 1), (4, 2), (2, 4), (1, 8), (8, 1), (3, 3), (1, 9), (9, 1)],
     ],
     "grid_3x3": [(3, 3)],
     "grid_20": [
-        *[(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (2, 2), (4, 1), (1, 5), (5, 1), (1, 6), (2, 3), (3, 2)],
-        *[(6, 1), (1, 7), (7, 1), (1, 8), (2, 4), (4, 2), (8, 1), (1, 9), (3, 3), (9, 1), (1, 10), (2, 5), (5, 2)],
-        *[(10, 1), (1, 11), (11, 1), (2, 6), (3, 4), (4, 3), (6, 2), (2, 7), (7, 2), (3, 5), (5, 3), (2, 8), (4, 4)],
+        *[
+            (1, 1),
+            (1, 2),
+            (2, 1),
+            (1, 3),
+            (3, 1),
+            (1, 4),
+            (2, 2),
+            (4, 1),
+            (1, 5),
+            (5, 1),
+            (1, 6),
+            (2, 3),
+            (3, 2),
+        ],
+        *[
+            (6, 1),
+            (1, 7),
+            (7, 1),
+            (1, 8),
+            (2, 4),
+            (4, 2),
+            (8, 1),
+            (1, 9),
+            (3, 3),
+            (9, 1),
+            (1, 10),
+            (2, 5),
+            (5, 2),
+        ],
+        *[
+            (10, 1),
+            (1, 11),
+            (11, 1),
+            (2, 6),
+            (3, 4),
+            (4, 3),
+            (6, 2),
+            (2, 7),
+            (7, 2),
+            (3, 5),
+            (5, 3),
+            (2, 8),
+            (4, 4),
+        ],
         *[(8, 2), (2, 9), (3, 6), (6, 3), (9, 2), (2, 10), (4, 5), (5, 4), (10, 2)],
     ],
 }
@@ -115,14 +177,18 @@ class MplugOwl2ImageProcessor(PilBackend):
             )
         if kwargs.get("crop_anchors") not in CROP_ANCHORS:
             names = ", ".join(map(repr, CROP_ANCHORS))
-            raise ValueError(f"crop_anchors must be one of {names}, got {kwargs.get('crop_anchors')!r}.")
+            raise ValueError(
+                f"crop_anchors must be one of {names}, got {kwargs.get('crop_anchors')!r}."
+            )
         # The final picture is cut by `image_aspect_ratio` alone; CLIP's own switches say nothing more.
         kwargs.update(do_center_crop=None, crop_size=None)
         kwargs = super()._standardize_kwargs(size=size, **kwargs)
         size = kwargs["size"]
         side = size.shortest_edge or size.height
         if not side or (size.width or side) != side:
-            raise ValueError(f"size must be a square such as {{'height': 448, 'width': 448}}, got {dict(size)}.")
+            raise ValueError(
+                f"size must be a square such as {{'height': 448, 'width': 448}}, got {dict(size)}."
+            )
         kwargs["size"] = SizeDict(height=side, width=side)
         return kwargs
 
@@ -150,8 +216,12 @@ class MplugOwl2ImageProcessor(PilBackend):
             return 1
         side = dict(size or self.size)
         anchors = CROP_ANCHORS[crop_anchors or self.crop_anchors]
-        rows, columns = best_anchor(height, width, side.get("height") or side["shortest_edge"], anchors)
-        return rows * columns + int(self.add_global_image if add_global_image is None else add_global_image)
+        rows, columns = best_anchor(
+            height, width, side.get("height") or side["shortest_edge"], anchors
+        )
+        return rows * columns + int(
+            self.add_global_image if add_global_image is None else add_global_image
+        )
 
     def fetch_images(self, images: Any) -> Any:
         """The same nesting, with every path, URL, base64 string or bytes opened."""
@@ -166,7 +236,9 @@ class MplugOwl2ImageProcessor(PilBackend):
         if not flat:
             raise ValueError("No picture came: give at least one.")
         return [
-            _named(f"picture {index} of {len(flat)}", partial(self.process_image, picture, **kwargs))
+            _named(
+                f"picture {index} of {len(flat)}", partial(self.process_image, picture, **kwargs)
+            )
             for index, picture in enumerate(flat, start=1)
         ]
 
@@ -221,30 +293,43 @@ class MplugOwl2ImageProcessor(PilBackend):
             if not do_resize:
                 raise ValueError("'anchors' cuts pictures after resizing them; leave do_resize on.")
             anchors = CROP_ANCHORS[crop_anchors]
-            data["crop_grid"] = [best_anchor(image.height, image.width, size.height, anchors) for image in images]
+            data["crop_grid"] = [
+                best_anchor(image.height, image.width, size.height, anchors) for image in images
+            ]
         # A channel has 256 shades: they are computed once, (3, 256), and each pixel looks its own up.
         shades = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))
         values_of_shades = {}
         for rescale in {do_rescale or "is_rescaled" in image.info for image in images}:
-            values = self.rescale(shades, rescale_factor if do_rescale else 1 / 255) if rescale else shades
+            values = (
+                self.rescale(shades, rescale_factor if do_rescale else 1 / 255)
+                if rescale
+                else shades
+            )
             values = self.normalize(values, image_mean, image_std) if do_normalize else values
             values_of_shades[rescale] = values[:, 0]
         for index, image in enumerate(images):
             values_of_channels = values_of_shades[do_rescale or "is_rescaled" in image.info]
             squares: Iterable[Image.Image] = [image]
             if do_resize and image_aspect_ratio == "anchors":
-                squares = _cut(image, size.height, resample, data["crop_grid"][index], add_global_image)
+                squares = _cut(
+                    image, size.height, resample, data["crop_grid"][index], add_global_image
+                )
             elif do_resize:
                 make_square = {"resize": _stretch, "pad": _pad, "crop": _crop}[image_aspect_ratio]
                 squares = [make_square(image, size.height, resample, max_image_pixels, image_mean)]
             for square in squares:
                 channels = np.asarray(square).transpose(2, 0, 1)
-                pixels = [values[channel] for values, channel in zip(values_of_channels, channels, strict=True)]
+                pixels = [
+                    values[channel]
+                    for values, channel in zip(values_of_channels, channels, strict=True)
+                ]
                 data["pixel_values"].append(np.stack(pixels))
         return BatchFeature(data, tensor_type=return_tensors)
 
 
-def best_anchor(height: int, width: int, side: int, anchors: list[tuple[int, int]]) -> tuple[int, int]:
+def best_anchor(
+    height: int, width: int, side: int, anchors: list[tuple[int, int]]
+) -> tuple[int, int]:
     """Rows and columns of the grid that suits a picture: first by its shape, then by its size.
 
     Args:
@@ -279,27 +364,37 @@ def _cut(
             yield resized.crop((left, top, left + side, top + side))
 
 
-def _stretch(picture: Image.Image, side: int, resample: int, max_pixels: int, mean: list[float]) -> Image.Image:
+def _stretch(
+    picture: Image.Image, side: int, resample: int, max_pixels: int, mean: list[float]
+) -> Image.Image:
     edge = max(picture.size)
     if picture.size != (edge, edge) and edge**2 <= max_pixels:  # PIL would copy a square
         picture = picture.resize((edge, edge), BICUBIC)
     return picture.resize((side, side), resample)
 
 
-def _pad(picture: Image.Image, side: int, resample: int, max_pixels: int, mean: list[float]) -> Image.Image:
+def _pad(
+    picture: Image.Image, side: int, resample: int, max_pixels: int, mean: list[float]
+) -> Image.Image:
     edge = max(picture.size)
     if edge**2 > max_pixels:
         scale = side / edge
-        picture = picture.resize([max(1, round(length * scale)) for length in picture.size], resample)
+        picture = picture.resize(
+            [max(1, round(length * scale)) for length in picture.size], resample
+        )
         edge = side
     if picture.size == (edge, edge):
         return picture.resize((side, side), resample)
-    square = Image.new("RGB", (edge, edge), tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3)))
+    square = Image.new(
+        "RGB", (edge, edge), tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3))
+    )
     square.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
     return square.resize((side, side), resample)
 
 
-def _crop(picture: Image.Image, side: int, resample: int, max_pixels: int, mean: list[float]) -> Image.Image:
+def _crop(
+    picture: Image.Image, side: int, resample: int, max_pixels: int, mean: list[float]
+) -> Image.Image:
     width, height = picture.size
     short = min(width, height)
     longer = int(side * max(width, height) / short)
@@ -378,7 +473,9 @@ def _download(url: str) -> bytes:
         urllib.request.UnknownHandler,
     ):
         opener.add_handler(handler())
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (compatible; mplug-owl2)"})
+    request = urllib.request.Request(
+        url, headers={"User-Agent": "Mozilla/5.0 (compatible; mplug-owl2)"}
+    )
     deadline = time.monotonic() + URL_TIMEOUT
     content = bytearray()
     try:
@@ -399,7 +496,9 @@ def _decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise ValueError("expected a file, an http(s) URL, a data URL or base64, and it is none of them.") from None
+        raise ValueError(
+            "expected a file, an http(s) URL, a data URL or base64, and it is none of them."
+        ) from None
 
 
 def _decode(content: bytes, max_pixels: int, original_reading: bool) -> Image.Image:
@@ -408,9 +507,13 @@ def _decode(content: bytes, max_pixels: int, original_reading: bool) -> Image.Im
     try:
         picture = Image.open(BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError("it has more pixels than PIL opens; see PIL.Image.MAX_IMAGE_PIXELS.") from None
+        raise ValueError(
+            "it has more pixels than PIL opens; see PIL.Image.MAX_IMAGE_PIXELS."
+        ) from None
     except Image.UnidentifiedImageError:
-        raise ValueError(f"it is not a picture in one of the formats {', '.join(FORMATS)}.") from None
+        raise ValueError(
+            f"it is not a picture in one of the formats {', '.join(FORMATS)}."
+        ) from None
     except MemoryError:
         raise
     except Exception as error:  # a damaged file makes decoders raise almost anything
@@ -443,14 +546,18 @@ def _check_size(picture: Image.Image, max_pixels: int) -> None:
 
 
 def to_rgb(
-    image: Any, input_data_format: str | ChannelDimension | None = None, original_reading: bool = False
+    image: Any,
+    input_data_format: str | ChannelDimension | None = None,
+    original_reading: bool = False,
 ) -> Image.Image:
     """A PIL image, array or tensor as an RGB PIL image, which may be the very one that came."""
     if isinstance(image, Image.Image):
         read = partial(_pil_to_rgb, image, original_reading)
         name = getattr(image, "filename", None)  # of one that PIL has opened and not yet read
         return _named(repr(str(name)), read) if name else read()
-    if hasattr(image, "detach"):  # a tensor, which has channels first unless its shape says otherwise
+    if hasattr(
+        image, "detach"
+    ):  # a tensor, which has channels first unless its shape says otherwise
         try:
             image = image.detach().cpu()
             image = (image.float() if image.is_floating_point() else image).numpy()
@@ -460,7 +567,9 @@ def to_rgb(
         return _array_to_rgb(image, input_data_format, ambiguous=ChannelDimension.FIRST)
     if isinstance(image, np.ndarray):
         return _array_to_rgb(image, input_data_format, ambiguous=ChannelDimension.LAST)
-    raise ValueError(f"expected a PIL image, an array, a tensor, a path, a URL or base64, got {type(image).__name__}.")
+    raise ValueError(
+        f"expected a PIL image, an array, a tensor, a path, a URL or base64, got {type(image).__name__}."
+    )
 
 
 def _pil_to_rgb(image: Image.Image, original_reading: bool) -> Image.Image:
@@ -487,7 +596,9 @@ def _convert(image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
     except ValueError:
-        raise ValueError(f"pictures of mode {image.mode!r} cannot be turned into RGB; convert it first.") from None
+        raise ValueError(
+            f"pictures of mode {image.mode!r} cannot be turned into RGB; convert it first."
+        ) from None
 
 
 def _array_to_rgb(
@@ -503,9 +614,13 @@ def _array_to_rgb(
         first, last = array.shape[0] in (1, 3, 4), array.shape[2] in (1, 3, 4)
         if input_data_format is None:
             if not first and not last:
-                raise ValueError(f"expected 1, 3 or 4 channels first or last, got shape {array.shape}.")
+                raise ValueError(
+                    f"expected 1, 3 or 4 channels first or last, got shape {array.shape}."
+                )
             both = first and last
-            input_data_format = ambiguous if both else (ChannelDimension.FIRST if first else ChannelDimension.LAST)
+            input_data_format = (
+                ambiguous if both else (ChannelDimension.FIRST if first else ChannelDimension.LAST)
+            )
         if ChannelDimension(input_data_format) == ChannelDimension.FIRST:
             array = array.transpose(1, 2, 0)
     if array.size == 0:
@@ -540,7 +655,11 @@ def is_many(images: Any) -> bool:
 
 def flatten_images(images: Any) -> list[Any]:
     """Every single picture of nested lists and arrays, in order."""
-    return [picture for image in images for picture in flatten_images(image)] if is_many(images) else [images]
+    return (
+        [picture for image in images for picture in flatten_images(image)]
+        if is_many(images)
+        else [images]
+    )
 
 
 MplugOwl2ImageProcessor.register_for_auto_class("AutoImageProcessor")

@@ -15,7 +15,13 @@ from typing import Any
 
 from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+from transformers.processing_utils import (
+    MultiModalData,
+    ProcessingKwargs,
+    ProcessorMixin,
+    TextKwargs,
+    Unpack,
+)
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file, logging
 
 from .image_processing_mplug_owl2 import MplugOwl2ImageProcessor, flatten_images, is_many
@@ -83,7 +89,11 @@ class Decoded(str):
 
     def __getitem__(self, key):
         text = super().__getitem__(key)
-        is_answer = isinstance(key, slice) and text.startswith(" ") and str(self)[: key.start].endswith("ASSISTANT:")
+        is_answer = (
+            isinstance(key, slice)
+            and text.startswith(" ")
+            and str(self)[: key.start].endswith("ASSISTANT:")
+        )
         return Answer(text[1:]) if is_answer else text
 
     def __reduce__(self):
@@ -135,9 +145,14 @@ class MplugOwl2Processor(ProcessorMixin):
                 f"tokenizer.add_special_tokens({{'image_token': {image_token!r}}}), or name another as image_token."
             )
         super().__init__(
-            image_processor, tokenizer, chat_template=chat_template or _default_template(tokenizer), **kwargs
+            image_processor,
+            tokenizer,
+            chat_template=chat_template or _default_template(tokenizer),
+            **kwargs,
         )
-        self.auto_map = {"AutoProcessor": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
+        self.auto_map = {
+            "AutoProcessor": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        }
         if not legacy and not self._drops_noncharacters():
             raise ValueError(
                 "legacy=False needs a tokenizer whose normalizer deletes U+FDD0 and U+FDD1, as that of a converted "
@@ -190,7 +205,10 @@ class MplugOwl2Processor(ProcessorMixin):
             ValueError: There is no tokenizer, or it is neither LLaMA's kind nor Qwen's.
         """
         source = Path(source)
-        values, settings = read_json(source / CONFIG_NAME), read_json(source / "preprocessor_config.json")
+        values, settings = (
+            read_json(source / CONFIG_NAME),
+            read_json(source / "preprocessor_config.json"),
+        )
         legacy = read_json(source / "tokenizer_config.json").get("legacy")
         num_text_tokens = num_text_tokens or values.get("vocab_size")
         loaded, legacy = load_tokenizer(tokenizer or source, legacy, num_text_tokens, added_tokens)
@@ -204,14 +222,20 @@ class MplugOwl2Processor(ProcessorMixin):
         else:
             # Training writes how pictures became square into the model's configuration.
             mode = "pad" if values.get("image_aspect_ratio") == "pad" else "resize"
-            num_queries = visual_config.get("visual_abstractor", {}).get("num_learnable_queries", 64)
+            num_queries = visual_config.get("visual_abstractor", {}).get(
+                "num_learnable_queries", 64
+            )
         names = ("image_mean", "image_std", "resample")
         kept: dict[str, Any] = {name: settings[name] for name in names if name in settings}
         _check_preprocessing(source / "preprocessor_config.json", kept)
-        image_processor = MplugOwl2ImageProcessor(size={"height": side, "width": side}, image_aspect_ratio=mode, **kept)
+        image_processor = MplugOwl2ImageProcessor(
+            size={"height": side, "width": side}, image_aspect_ratio=mode, **kept
+        )
         template = CHAT_TEMPLATE if loaded.eos_token == "</s>" else QWEN_CHAT_TEMPLATE
         num_image_tokens = num_image_tokens or num_queries + 1
-        return cls(image_processor, loaded, template, num_image_tokens=num_image_tokens, legacy=legacy)
+        return cls(
+            image_processor, loaded, template, num_image_tokens=num_image_tokens, legacy=legacy
+        )
 
     @property
     def model_input_names(self) -> list[str]:
@@ -222,7 +246,10 @@ class MplugOwl2Processor(ProcessorMixin):
         return ["crop_grid"]
 
     def __call__(
-        self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Unpack[ProcessingKwargs]
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """Prompts (B) and their pictures (N) -> the model's inputs.
 
@@ -233,7 +260,9 @@ class MplugOwl2Processor(ProcessorMixin):
                 text that begins with a space goes on where another ended, and gets no further space in front.
         """
         for name in (kwargs.get("text_kwargs") or {}).keys() - TextKwargs.__annotations__.keys():
-            logger.warning_once(f"{type(self).__name__} ignores {name!r} of text_kwargs, which it does not know.")
+            logger.warning_once(
+                f"{type(self).__name__} ignores {name!r} of text_kwargs, which it does not know."
+            )
         settings: dict[str, Any] = {**(kwargs.get("text_kwargs") or {}), **kwargs}
         has_special = settings.get("add_special_tokens", True)
         if text is not None:
@@ -241,7 +270,10 @@ class MplugOwl2Processor(ProcessorMixin):
         if "return_mm_token_type_ids" not in (kwargs.get("text_kwargs") or {}):
             kwargs.setdefault("return_mm_token_type_ids", True)
         inputs = super().__call__(images=images, text=text, **kwargs)
-        if not MASKS_FOLLOW_IMAGES and {"offset_mapping", "text_replacement_offsets"} <= inputs.keys():
+        if (
+            not MASKS_FOLLOW_IMAGES
+            and {"offset_mapping", "text_replacement_offsets"} <= inputs.keys()
+        ):
             inputs["offset_mapping"] = list(
                 map(_unexpand, inputs["offset_mapping"], inputs["text_replacement_offsets"])
             )
@@ -269,13 +301,17 @@ class MplugOwl2Processor(ProcessorMixin):
         # Upstream: with several pictures each place gets the names of all their crops; here those of its own.
         rows, columns = map(int, grids[image_idx])
         tags = ["<global_img>"] if add_global else []
-        tags += [f"<crop_img_row{row}_col{column}>" for row in range(rows) for column in range(columns)]
+        tags += [
+            f"<crop_img_row{row}_col{column}>" for row in range(rows) for column in range(columns)
+        ]
         return "".join((tag if add_tags else "") + run for tag in tags)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Prompts as a list; pictures as one list for each prompt, or as one list where there is no prompt."""
         if videos is not None:
-            raise ValueError("Give a video as its frames: as pictures, or as a chat part of type 'video' with a list.")
+            raise ValueError(
+                "Give a video as its frames: as pictures, or as a chat part of type 'video' with a list."
+            )
         if audio is not None:
             raise ValueError("Got audio, which this model cannot hear: give text and images.")
         if text is not None:
@@ -291,7 +327,11 @@ class MplugOwl2Processor(ProcessorMixin):
             return [flatten_images(images)]
         if any(map(is_many, images)):
             if len(images) != len(text):
-                raise ValueError(self._count_error(f"Got lists of pictures for {len(images)} prompts, but {len(text)}"))
+                raise ValueError(
+                    self._count_error(
+                        f"Got lists of pictures for {len(images)} prompts, but {len(text)}"
+                    )
+                )
             return [[] if own is None else flatten_images(own) for own in images]
         counts = [prompt.count(self.image_token) for prompt in text]
         if len(images) != sum(counts):
@@ -307,7 +347,11 @@ class MplugOwl2Processor(ProcessorMixin):
             expected, got = prompt.count(self.image_token), len(images[index]) if images else 0
             if expected != got:
                 where = "The text" if len(text) == 1 else f"Prompt {index} of the batch"
-                raise ValueError(self._count_error(f"{where} has {expected} {self.image_token} but {got} pictures"))
+                raise ValueError(
+                    self._count_error(
+                        f"{where} has {expected} {self.image_token} but {got} pictures"
+                    )
+                )
 
     def _count_error(self, got: str) -> str:
         return f"{got}: {self.image_token} tokens in the prompts should be the same as the number of pictures."
@@ -315,7 +359,9 @@ class MplugOwl2Processor(ProcessorMixin):
     def _process_images(self, images: list[list[Any]], **kwargs):
         flat = flatten_images(images)
         processed = self.image_processor(flat, **kwargs)
-        return processed, [self.replace_image_token(processed, index, **kwargs) for index in range(len(flat))]
+        return processed, [
+            self.replace_image_token(processed, index, **kwargs) for index in range(len(flat))
+        ]
 
     def get_text_with_replacements(
         self, text, images_replacements=(), videos_replacements=(), audio_replacements=()
@@ -323,7 +369,10 @@ class MplugOwl2Processor(ProcessorMixin):
         """As in transformers; without `legacy`, texts behind control tokens also get `NO_PREFIX`."""
         if self.legacy:
             return super().get_text_with_replacements(text, list(images_replacements))
-        images, pattern = iter(images_replacements), re.compile("|".join(map(re.escape, self._control_tokens())))
+        images, pattern = (
+            iter(images_replacements),
+            re.compile("|".join(map(re.escape, self._control_tokens()))),
+        )
         expanded, all_offsets = [], []
         for prompt in text:
             pieces: list[str] = []
@@ -332,7 +381,9 @@ class MplugOwl2Processor(ProcessorMixin):
             for match in pattern.finditer(prompt):
                 is_image = match[0] == self.image_token
                 is_first = not match.start() and match[0] == self.tokenizer.bos_token
-                replacement = next(images) if is_image else match[0] + ("" if is_first else NO_PREFIX)
+                replacement = (
+                    next(images) if is_image else match[0] + ("" if is_first else NO_PREFIX)
+                )
                 start, end = match.span()
                 new_span = (start + shift, start + shift + len(replacement))
                 offsets.append(
@@ -350,9 +401,13 @@ class MplugOwl2Processor(ProcessorMixin):
             all_offsets.append(offsets)
         return expanded, all_offsets
 
-    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
+    def post_process_image_text_to_text(
+        self, generated_outputs, skip_special_tokens=True, **kwargs
+    ):
         """As in transformers; an answer that a pipeline cuts off behind `ASSISTANT:` begins without its space."""
-        texts = super().post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
+        texts = super().post_process_image_text_to_text(
+            generated_outputs, skip_special_tokens, **kwargs
+        )
         return Decoded(texts) if isinstance(texts, str) else [Decoded(text) for text in texts]
 
     def create_mm_token_type_ids(self, input_ids: Iterable) -> list[list[int]]:
@@ -360,7 +415,9 @@ class MplugOwl2Processor(ProcessorMixin):
         rows = (row if isinstance(row, list) else row.tolist() for row in input_ids)
         return [[int(token == self.image_token_id) for token in row] for row in rows]
 
-    def apply_chat_template(self, conversation, *args, sanitize_control_tokens: bool = True, **kwargs):
+    def apply_chat_template(
+        self, conversation, *args, sanitize_control_tokens: bool = True, **kwargs
+    ):
         """As in transformers, with the text of every message taken as text, and lists of frames as `video` parts.
 
         `sanitize_control_tokens` is always in force.
@@ -372,7 +429,9 @@ class MplugOwl2Processor(ProcessorMixin):
         template = given.get("chat_template") or self.chat_template
         for name in ("tools", "documents"):
             if given.get(name) and name not in str(template):
-                raise ValueError(f"The chat template has no place for {name}: leave them out, or write a message.")
+                raise ValueError(
+                    f"The chat template has no place for {name}: leave them out, or write a message."
+                )
         if kwargs.get("return_assistant_tokens_mask") and not MASKS_FOLLOW_IMAGES:
             wanted = {"return_text_replacement_offsets": True}
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **wanted}
@@ -381,7 +440,11 @@ class MplugOwl2Processor(ProcessorMixin):
             raise ValueError("The conversation is empty: give at least one message.")
         first = conversation[0]
         is_batch = isinstance(first, (list, tuple)) or hasattr(first, "messages")
-        chats = [getattr(chat, "messages", chat) for chat in conversation] if is_batch else [conversation]
+        chats = (
+            [getattr(chat, "messages", chat) for chat in conversation]
+            if is_batch
+            else [conversation]
+        )
         chats = [self._plain(_as_data(chat)) for chat in chats]
         if (images := (kwargs.get("processor_kwargs") or {}).get("images")) is not None:
             kwargs["processor_kwargs"] = _fill_places(chats, images, kwargs["processor_kwargs"])
@@ -395,7 +458,9 @@ class MplugOwl2Processor(ProcessorMixin):
         for message in conversation:
             role = message.get("role") if isinstance(message, dict) else type(message).__name__
             if role not in ("system", "user", "assistant"):
-                raise ValueError(f"A message must be a dict with role 'system', 'user' or 'assistant', got {role!r}.")
+                raise ValueError(
+                    f"A message must be a dict with role 'system', 'user' or 'assistant', got {role!r}."
+                )
             content = message.get("content")
             if isinstance(content, str) or (content is None and role == "assistant"):
                 content = self._escape(content or "")
@@ -403,7 +468,9 @@ class MplugOwl2Processor(ProcessorMixin):
                 content = [plain for part in content for plain in self._plain_part(part)]
             else:
                 got = type(content).__name__
-                raise ValueError(f"The content of a message must be a string or a list of parts, got {got}.")
+                raise ValueError(
+                    f"The content of a message must be a string or a list of parts, got {got}."
+                )
             messages.append({**message, "content": content})
         return messages
 
@@ -415,19 +482,33 @@ class MplugOwl2Processor(ProcessorMixin):
             url = part.get("image_url")
             part = {"url": url.get("url") if isinstance(url, dict) else url}
         elif kind not in ("image", "video"):
-            raise ValueError(f"A part must be of type 'text' with a string, 'image' or 'video', got {kind!r}.")
-        given = [(key, part[key]) for key in ("image", "video", "url", "path", "base64") if part.get(key) is not None]
+            raise ValueError(
+                f"A part must be of type 'text' with a string, 'image' or 'video', got {kind!r}."
+            )
+        given = [
+            (key, part[key])
+            for key in ("image", "video", "url", "path", "base64")
+            if part.get(key) is not None
+        ]
         if not given:
             return [{"type": "image"}]  # only a place, for a picture that comes some other way
         key, value = given[0]
         is_list = is_many(value)
         if is_list != (kind == "video") or (is_list and len(value) == 0):
             expected = "a list of at least one frame" if kind == "video" else "a single picture"
-            raise ValueError(f"A part of type {kind!r} must hold {expected}, got {type(value).__name__}.")
-        return [{"type": "image", "image": frame} for frame in value] if is_list else [{"type": "image", key: value}]
+            raise ValueError(
+                f"A part of type {kind!r} must hold {expected}, got {type(value).__name__}."
+            )
+        return (
+            [{"type": "image", "image": frame} for frame in value]
+            if is_list
+            else [{"type": "image", key: value}]
+        )
 
     def _control_tokens(self) -> list[str]:
-        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return [
+            token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
+        ]
 
     def _escape(self, text: str) -> str:
         """The text with `ESCAPE` in control tokens, also in the beginning of one that the next part could complete."""
@@ -451,12 +532,16 @@ class MplugOwl2Processor(ProcessorMixin):
         normalizer = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
         return normalizer is not None and normalizer.normalize_str(f"{NO_PREFIX}a{ESCAPE}b") == "ab"
 
-    def _get_num_multimodal_tokens(self, image_sizes: Sequence | None = None, **kwargs) -> MultiModalData:
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence | None = None, **kwargs
+    ) -> MultiModalData:
         """Placeholders and crops of each picture of (height, width); its size matters where it is cut by its shape."""
         if image_sizes is None:
             return MultiModalData()
         crops = [self.image_processor.num_crops(*size, **kwargs) for size in image_sizes]
-        return MultiModalData(num_image_tokens=[self.num_image_tokens * num for num in crops], num_image_patches=crops)
+        return MultiModalData(
+            num_image_tokens=[self.num_image_tokens * num for num in crops], num_image_patches=crops
+        )
 
 
 def _as_data(value: Any) -> Any:
@@ -485,18 +570,28 @@ def _writes_bos(tokenizer: Any) -> bool:
 def _check_preprocessing(path: Path, settings: dict[str, Any]) -> None:
     for key in ("image_mean", "image_std"):
         value = settings.get(key, [0.5, 0.5, 0.5])
-        is_sound = isinstance(value, list) and len(value) == 3 and all(type(x) in (int, float) for x in value)
-        if not is_sound or not all(math.isfinite(x) and (x > 0 or key == "image_mean") for x in value):
+        is_sound = (
+            isinstance(value, list)
+            and len(value) == 3
+            and all(type(x) in (int, float) for x in value)
+        )
+        if not is_sound or not all(
+            math.isfinite(x) and (x > 0 or key == "image_mean") for x in value
+        ):
             raise ValueError(f"{path}: expected three numbers in {key}, got {str(value)[:60]}.")
     if settings.get("resample", 3) not in range(6):
-        raise ValueError(f"{path}: expected a resample from 0 to 5, got {str(settings['resample'])[:60]}.")
+        raise ValueError(
+            f"{path}: expected a resample from 0 to 5, got {str(settings['resample'])[:60]}."
+        )
 
 
 def _original_folder(name: str | Path, kwargs: dict[str, Any]) -> Path | None:
     """Folder of a checkpoint in the original's layout, from the disk or the Hub; `None` for any other checkpoint."""
     names = ("cache_dir", "force_download", "token", "revision", "subfolder", "local_files_only")
     hub: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
-    hub.update(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    hub.update(
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
     if cached_file(name, PROCESSOR_NAME, **hub) is not None:
         return None
     config = cached_file(name, CONFIG_NAME, **hub)
@@ -510,7 +605,13 @@ def _original_folder(name: str | Path, kwargs: dict[str, Any]) -> Path | None:
 def _unexpand(offsets: Iterable, replacements: list[dict[str, Any]]) -> list[tuple[int, int]]:
     """Spans of tokens in the expanded prompt -> in the prompt as it was, with one placeholder for each image."""
     ends = [replacement["new_span"][1] for replacement in replacements]
-    gains = [0, *(end - replacement["span"][1] for end, replacement in zip(ends, replacements, strict=True))]
+    gains = [
+        0,
+        *(
+            end - replacement["span"][1]
+            for end, replacement in zip(ends, replacements, strict=True)
+        ),
+    ]
     spans, last = [], -1
     for start, end in offsets:
         shift = gains[bisect.bisect_right(ends, start)]
@@ -520,13 +621,21 @@ def _unexpand(offsets: Iterable, replacements: list[dict[str, Any]]) -> list[tup
     return spans
 
 
-def _fill_places(chats: list[list[dict[str, Any]]], images: Any, processor_kwargs: dict[str, Any]) -> dict[str, Any]:
+def _fill_places(
+    chats: list[list[dict[str, Any]]], images: Any, processor_kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """Put images that came beside the messages into the parts that only hold their places.
 
     Returns:
         What is left of `processor_kwargs`; all of it if the template places images in some other way.
     """
-    parts = [part for chat in chats for message in chat for part in message["content"] if isinstance(part, dict)]
+    parts = [
+        part
+        for chat in chats
+        for message in chat
+        for part in message["content"]
+        if isinstance(part, dict)
+    ]
     places = [part for part in parts if part == {"type": "image"}]
     images = flatten_images(list(images) if is_many(images) else [images])
     if len(places) != len(images):
@@ -546,7 +655,9 @@ def _to_prompts(text: Any) -> list[str]:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"Prompt {index} is not Unicode at character {error.start}: {error.reason}.") from None
+            raise ValueError(
+                f"Prompt {index} is not Unicode at character {error.start}: {error.reason}."
+            ) from None
     return prompts
 
 

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -24,7 +32,12 @@ NO_PREFIX = "\ufdd1"
 CONTROL_TOKENS = ("<unk>", "<s>", "</s>")
 IMAGE_TOKEN = "<|image|>"
 QWEN_END_OF_TEXT = "<|endoftext|>"
-QWEN_CONTROL_TOKENS = (QWEN_END_OF_TEXT, "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+QWEN_CONTROL_TOKENS = (
+    QWEN_END_OF_TEXT,
+    "<|im_start|>",
+    "<|im_end|>",
+    *(f"<|extra_{i}|>" for i in range(205)),
+)
 
 SENTENCEPIECE_VOCABULARY, QWEN_VOCABULARY = "tokenizer.model", "qwen.tiktoken"
 TOKENIZER_FILES = (SENTENCEPIECE_VOCABULARY, QWEN_VOCABULARY, "tokenizer.json")
@@ -47,7 +60,9 @@ def llama_tokenizer(
         added: Tokens that a fine-tune has behind the pieces; the placeholder stands behind them.
     """
     vocab = {**vocab, **{token: index for index, token in enumerate(added, len(vocab))}}
-    tokenizer = Tokenizer(BPE(vocab, list(merges), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(
+        BPE(vocab, list(merges), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Prepend("▁"),
@@ -59,14 +74,23 @@ def llama_tokenizer(
     # As in sentencepiece, an ASCII byte stands for itself even beside bytes that are no UTF-8.
     ascii_bytes = [decoders.Replace(f"<0x{byte:02X}>", chr(byte)) for byte in range(128)]
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), *ascii_bytes, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            *ascii_bytes,
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]
     )
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (*special.values(), *added, IMAGE_TOKEN)]
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token in (*special.values(), *added, IMAGE_TOKEN)
+        ]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -99,9 +123,13 @@ def qwen_tokenizer(
     vocab = {name(piece): rank for piece, rank in ranks.items()}
     vocab.update({token: len(ranks) + index for index, token in enumerate(QWEN_CONTROL_TOKENS)})
     # Ids that no text has are names that no text can be split into.
-    vocab.update({f"<|reserved_{index}|>": index for index in range(len(vocab), num_text_tokens or 0)})
+    vocab.update(
+        {f"<|reserved_{index}|>": index for index in range(len(vocab), num_text_tokens or 0)}
+    )
     vocab[IMAGE_TOKEN] = len(vocab)
-    tokenizer = Tokenizer(BPE(vocab, [(name(a), name(b)) for a, b in _merges(ranks)], ignore_merges=True))
+    tokenizer = Tokenizer(
+        BPE(vocab, [(name(a), name(b)) for a, b in _merges(ranks)], ignore_merges=True)
+    )
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(ESCAPE, ""), normalizers.Replace(NO_PREFIX, ""), normalizers.NFC()]
     )
@@ -114,7 +142,10 @@ def qwen_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (*QWEN_CONTROL_TOKENS, IMAGE_TOKEN)]
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token in (*QWEN_CONTROL_TOKENS, IMAGE_TOKEN)
+        ]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -166,12 +197,16 @@ def load_tokenizer(
         paths = [source / name for name in TOKENIZER_FILES]
         source = next((path for path in paths if path.is_file()), paths[-1])
     if not source.is_file():
-        raise ValueError(f"{source} is missing: expected a {', a '.join(TOKENIZER_FILES[:-1])} or a tokenizer.json.")
+        raise ValueError(
+            f"{source} is missing: expected a {', a '.join(TOKENIZER_FILES[:-1])} or a tokenizer.json."
+        )
     if source.suffix == ".tiktoken":
         return _load_qwen(source, folder, num_text_tokens), True
     vocab, merges = _read_json(source) if source.suffix == ".json" else _read_sentencepiece(source)
     if [vocab.get(token) for token in CONTROL_TOKENS] != [0, 1, 2] or IMAGE_TOKEN in vocab:
-        raise ValueError(f"{source} is not LLaMA's kind: expected {', '.join(CONTROL_TOKENS)} as ids 0, 1, 2.")
+        raise ValueError(
+            f"{source} is not LLaMA's kind: expected {', '.join(CONTROL_TOKENS)} as ids 0, 1, 2."
+        )
     if set(vocab.values()) != set(range(len(vocab))):
         raise ValueError(
             f"{source}: expected ids from 0 to {len(vocab) - 1} for {len(vocab)} pieces, some are missing."
@@ -180,21 +215,33 @@ def load_tokenizer(
     max_length = settings.get("model_max_length")
     if not isinstance(max_length, int) or max_length >= 10**6:
         max_length = 2048
-    ids = {token: index for token, index in read_json(folder / "added_tokens.json").items() if token not in vocab}
+    ids = {
+        token: index
+        for token, index in read_json(folder / "added_tokens.json").items()
+        if token not in vocab
+    }
     ids = ids or {token: index for index, token in enumerate(added_tokens, len(vocab))}
     by_id = {index: token for token, index in ids.items() if isinstance(index, int)}
     num_rows = num_text_tokens if isinstance(num_text_tokens, int) else 0
     rows = range(len(vocab), num_rows)  # of the weights, behind those of the pieces
-    added = [by_id[row] for row in rows] if len(rows) == len(ids) and all(row in by_id for row in rows) else []
+    added = (
+        [by_id[row] for row in rows]
+        if len(rows) == len(ids) and all(row in by_id for row in rows)
+        else []
+    )
     try:
         tokenizer = llama_tokenizer(vocab, merges, max_length, added)
     except Exception as error:  # tokenizers raises bare ones
-        raise ValueError(f"{source} is not a byte-pair encoding that fits together: {error}") from None
+        raise ValueError(
+            f"{source} is not a byte-pair encoding that fits together: {error}"
+        ) from None
     if source.suffix != ".json":
         _check_against_sentencepiece(tokenizer, source)
     legacy = settings.get("legacy") if legacy is None else legacy
     if legacy not in (None, True, False):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: legacy must be true or false, got {legacy!r}.")
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: legacy must be true or false, got {legacy!r}."
+        )
     return tokenizer, legacy is not False
 
 
@@ -219,7 +266,9 @@ def _read_tiktoken(path: Path) -> dict[bytes, int]:
                 f"{path}, line {number}: expected a piece in base64 and its rank, got {line[:40]!r}."
             ) from None
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"{path}: expected each rank from 0 to {len(ranks) - 1} for one of {len(ranks)} pieces.")
+        raise ValueError(
+            f"{path}: expected each rank from 0 to {len(ranks) - 1} for one of {len(ranks)} pieces."
+        )
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(f"{path}: expected every byte as a piece, {missing[0]:#04x} is missing.")
     return ranks
@@ -242,7 +291,9 @@ def _read_sentencepiece(path: Path) -> tuple[dict[str, int], list[tuple[str, str
     try:
         vocab, _, merges = SentencePieceExtractor(str(path)).extract()
     except ImportError:
-        raise ValueError(f"{path} needs the package sentencepiece: pip install 'owl2_hf[convert]'.") from None
+        raise ValueError(
+            f"{path} needs the package sentencepiece: pip install 'owl2_hf[convert]'."
+        ) from None
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path} is not a sentencepiece model ({type(error).__name__}).") from None
     return vocab, merges
@@ -253,7 +304,8 @@ def _check_against_sentencepiece(tokenizer: PreTrainedTokenizerFast, path: Path)
     from sentencepiece import SentencePieceProcessor
 
     probe = (
-        "  Two  spaces,\ttab\n \ufb01 \uff11\uff12 \u2581 and \u7f8a\u99dd \U0001f999, then words unlike one another: "
+        "  Two  spaces,\ttab\n \ufb01 \uff11\uff12 \u2581 and \u7f8a\u99dd \U0001f999, "
+        "then words unlike one another: "
     )
     expected = SentencePieceProcessor(model_file=str(path)).encode(probe)
     if (got := tokenizer(probe, add_special_tokens=False).input_ids) != expected:
@@ -271,11 +323,19 @@ def _read_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     if not model.get("byte_fallback"):
         raise ValueError(f"{path} is not LLaMA's kind: expected byte_fallback.")
     try:
-        added = {token["content"] for token in values.get("added_tokens", [])} - {*model["vocab"], IMAGE_TOKEN}
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+        added = {token["content"] for token in values.get("added_tokens", [])} - {
+            *model["vocab"],
+            IMAGE_TOKEN,
+        }
+        merges = [
+            merge.split(" ") if isinstance(merge, str) else merge
+            for merge in model.get("merges", [])
+        ]
         pairs = [(left, right) for left, right in merges]
     except (TypeError, ValueError, KeyError):
-        raise ValueError(f"{path}: merges must be pairs of pieces, and added tokens have content.") from None
+        raise ValueError(
+            f"{path}: merges must be pairs of pieces, and added tokens have content."
+        ) from None
     if added:
         raise ValueError(f"{path} has tokens that the original does not have: {sorted(added)}.")
     return model["vocab"], pairs

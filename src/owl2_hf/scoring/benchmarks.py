@@ -62,7 +62,9 @@ def read_benchmark(name: str, root: str | Path, split: str | None = None) -> Opi
                 raise ValueError(f"{name}: row {row.row}: {error} {_LAYOUTS[name]}") from None
             missing += 1
     if missing and rows:
-        logger.warning(f"{name}: {missing:,} of {missing + len(rows):,} files are not in {folder}, and left out.")
+        logger.warning(
+            f"{name}: {missing:,} of {missing + len(rows):,} files are not in {folder}, and left out."
+        )
     if not rows:
         raise ValueError(f"{name}: {folder} holds none of its {missing:,} files; {_LAYOUTS[name]}")
     return opinions_of(f"{name} ({folder})", rows).select(split)
@@ -70,12 +72,18 @@ def read_benchmark(name: str, root: str | Path, split: str | None = None) -> Opi
 
 def _koniq(root: Path) -> Iterator[Opinion]:
     """KonIQ-10k: mean and deviation of the five counts, from 1 to 5; its own parts where the file has them."""
-    path = _find(root, "koniq", "koniq10k_distributions_sets.csv", "koniq10k_scores_and_distributions.csv")
+    path = _find(
+        root, "koniq", "koniq10k_distributions_sets.csv", "koniq10k_scores_and_distributions.csv"
+    )
     images = _find(root, "koniq", "1024x768", "512x384", "images")
     for number, row in _csv(path):
-        mos, std = _of_counts([_number(path, number, row, f"c{level}") for level in range(1, 6)], path, number)
+        mos, std = _of_counts(
+            [_number(path, number, row, f"c{level}") for level in range(1, 6)], path, number
+        )
         part = _KONIQ_SETS.get(row.get("set") or "")
-        yield Opinion(str(images / _text(path, number, row, "image_name")), mos, std, part, "koniq", number)
+        yield Opinion(
+            str(images / _text(path, number, row, "image_name")), mos, std, part, "koniq", number
+        )
 
 
 def _spaq(root: Path) -> Iterator[Opinion]:
@@ -92,7 +100,9 @@ def _spaq(root: Path) -> Iterator[Opinion]:
     images = _find(root, "spaq", "TestImage", "img", "images")
     for number, row in _table(path, "Image name", "MOS"):
         name = _text(path, number, row, "Image name")
-        yield Opinion(str(images / name), _number(path, number, row, "MOS"), None, None, "spaq", number)
+        yield Opinion(
+            str(images / name), _number(path, number, row, "MOS"), None, None, "spaq", number
+        )
 
 
 def _kadid(root: Path) -> Iterator[Opinion]:
@@ -101,7 +111,9 @@ def _kadid(root: Path) -> Iterator[Opinion]:
     for number, row in _csv(path):
         mos = _number(path, number, row, "dmos")
         std = math.sqrt(_number(path, number, row, "var"))
-        yield Opinion(str(images / _text(path, number, row, "dist_img")), mos, std, None, "kadid", number)
+        yield Opinion(
+            str(images / _text(path, number, row, "dist_img")), mos, std, None, "kadid", number
+        )
 
 
 def _livec(root: Path) -> Iterator[Opinion]:
@@ -117,7 +129,9 @@ def _livec(root: Path) -> Iterator[Opinion]:
         try:
             columns.append(loadmat(path)[name].ravel())
         except Exception as error:  # what is damaged raises anything
-            raise ValueError(f"{path} is no MATLAB file with {name} ({type(error).__name__}).") from None
+            raise ValueError(
+                f"{path} is no MATLAB file with {name} ({type(error).__name__})."
+            ) from None
     for number, (image, mos, std) in enumerate(zip(*columns, strict=True), 1):
         name = str(image.ravel()[0]) if hasattr(image, "ravel") else str(image)
         if not re.match(r"t\d+\.", name):
@@ -129,8 +143,13 @@ def _agiqa(root: Path) -> Iterator[Opinion]:
     path = _find(root, "agiqa", "data.csv")
     images = _find(root, "agiqa", "images", "AGIQA-3K", ".")
     for number, row in _csv(path):
-        mos, std = _number(path, number, row, "mos_quality"), _number(path, number, row, "std_quality")
-        yield Opinion(str(images / _text(path, number, row, "name")), mos, std, None, "agiqa", number)
+        mos, std = (
+            _number(path, number, row, "mos_quality"),
+            _number(path, number, row, "std_quality"),
+        )
+        yield Opinion(
+            str(images / _text(path, number, row, "name")), mos, std, None, "agiqa", number
+        )
 
 
 def _csiq(root: Path) -> Iterator[Opinion]:
@@ -140,7 +159,9 @@ def _csiq(root: Path) -> Iterator[Opinion]:
     for number, row in _table(path, "image", "dst_type", "dst_lev", "dmos_std", "dmos"):
         kind = re.sub(r"\s", "", _text(path, number, row, "dst_type")).lower()
         if kind not in _CSIQ:
-            raise ValueError(f"{path}: row {number}: expected a dst_type of {', '.join(_CSIQ)}, got {kind!r}.")
+            raise ValueError(
+                f"{path}: row {number}: expected a dst_type of {', '.join(_CSIQ)}, got {kind!r}."
+            )
         folder, part = _CSIQ[kind]
         source = _text(path, number, row, "image").removesuffix(".0")
         name = f"{source}.{part}.{int(_number(path, number, row, 'dst_lev'))}.png"
@@ -181,7 +202,9 @@ def _lsvq(root: Path) -> Iterator[Opinion]:
         for number, row in _csv(path):
             name = _text(path, number, row, "name")
             video = root / (name if name.endswith(".mp4") else f"{name}.mp4")
-            own = part or ("test" if row.get("is_test", "").lower() in ("true", "1", "1.0") else "train")
+            own = part or (
+                "test" if row.get("is_test", "").lower() in ("true", "1", "1.0") else "train"
+            )
             yield Opinion(str(video), _number(path, number, row, "mos"), None, own, "lsvq", number)
 
 
@@ -223,7 +246,10 @@ def _csv(path: Path) -> Iterator[tuple[int, Row]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             for row in reader:
-                yield reader.line_num, {str(key).strip(): str(value).strip() for key, value in row.items()}
+                yield (
+                    reader.line_num,
+                    {str(key).strip(): str(value).strip() for key, value in row.items()},
+                )
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no CSV in UTF-8: {error}.") from None
 
@@ -236,8 +262,17 @@ def _table(path: Path, *names: str) -> Iterator[tuple[int, Row]]:
     try:
         with zipfile.ZipFile(path) as archive:
             sheets = list(_sheets(archive))
-    except (zipfile.BadZipFile, KeyError, IndexError, ValueError, ElementTree.ParseError, OSError) as error:
-        raise ValueError(f"{path} is no workbook that can be read ({type(error).__name__}).") from None
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        IndexError,
+        ValueError,
+        ElementTree.ParseError,
+        OSError,
+    ) as error:
+        raise ValueError(
+            f"{path} is no workbook that can be read ({type(error).__name__})."
+        ) from None
     for rows in sheets:
         for place, (_, head) in enumerate(rows):
             if set(names) <= set(head.values()):
@@ -257,9 +292,13 @@ def _sheets(archive: zipfile.ZipFile) -> Iterator[list[tuple[int, dict[str, str]
     if "xl/sharedStrings.xml" in archive.namelist():
         items = ElementTree.fromstring(archive.read("xl/sharedStrings.xml")).findall(f"{_SHEET}si")
         shared = ["".join(text.text or "" for text in item.iter(f"{_SHEET}t")) for item in items]
-    for name in sorted(name for name in archive.namelist() if re.fullmatch(r"xl/worksheets/[^/]+\.xml", name)):
+    for name in sorted(
+        name for name in archive.namelist() if re.fullmatch(r"xl/worksheets/[^/]+\.xml", name)
+    ):
         rows = []
-        for index, row in enumerate(ElementTree.fromstring(archive.read(name)).iter(f"{_SHEET}row"), 1):
+        for index, row in enumerate(
+            ElementTree.fromstring(archive.read(name)).iter(f"{_SHEET}row"), 1
+        ):
             cells = {}
             for cell in row.findall(f"{_SHEET}c"):
                 value = "".join(text.text or "" for text in cell.iter(f"{_SHEET}v"))
@@ -274,7 +313,9 @@ def _sheets(archive: zipfile.ZipFile) -> Iterator[list[tuple[int, dict[str, str]
 
 def _text(path: Path, number: int, row: Row, name: str) -> str:
     if not row.get(name):
-        raise ValueError(f"{path}: row {number}: expected a value of {name!r}, got columns: {', '.join(row)}.")
+        raise ValueError(
+            f"{path}: row {number}: expected a value of {name!r}, got columns: {', '.join(row)}."
+        )
     return row[name]
 
 
@@ -295,4 +336,6 @@ def _of_counts(counts: list[float], path: Path, number: int) -> tuple[float, flo
     if not total > 0:
         raise ValueError(f"{path}: row {number}: expected votes, got {counts}.")
     mean = sum(value * count for value, count in enumerate(counts, 1)) / total
-    return mean, math.sqrt(sum(count * (value - mean) ** 2 for value, count in enumerate(counts, 1)) / total)
+    return mean, math.sqrt(
+        sum(count * (value - mean) ** 2 for value, count in enumerate(counts, 1)) / total
+    )

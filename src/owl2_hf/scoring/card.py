@@ -50,7 +50,9 @@ Before you publish this card, say what the model was trained on, and choose its 
 """
 
 
-def write_score_card(file: str | Path, report: Evaluation, preset: Preset, data: str, task: str = "quality") -> None:
+def write_score_card(
+    file: str | Path, report: Evaluation, preset: Preset, data: str, task: str = "quality"
+) -> None:
     """Write a model card with the results, as text and as the Hub reads them.
 
     Args:
@@ -93,7 +95,9 @@ def write_score_card(file: str | Path, report: Evaluation, preset: Preset, data:
         low=preset.scale[0],
         high=preset.scale[1],
         prompt=preset.prompts[task],
-        levels=", ".join(level if isinstance(level, str) else "/".join(level) for level in preset.levels),
+        levels=", ".join(
+            level if isinstance(level, str) else "/".join(level) for level in preset.levels
+        ),
         aspect=preset.image_aspect_ratio,
         data=data,
         table=_table(report),
@@ -118,11 +122,17 @@ def check_new(file: str | Path) -> None:
 def _table(report: Evaluation) -> str:
     names = list(dict.fromkeys(name for one in report.judgements for name in one.statistics))
     rows = [
-        "| | " + " | ".join(f"{one.dataset or 'opinions'} ({one.images:,} images)" for one in report.judgements) + " |"
+        "| | "
+        + " | ".join(
+            f"{one.dataset or 'opinions'} ({one.images:,} images)" for one in report.judgements
+        )
+        + " |"
     ]
     rows.append("| --- |" + " --- |" * len(report.judgements))
     for name in names:
         found = [one.statistics.get(name) for one in report.judgements]
-        values = [f"{own.value:.4f} ({own.low:.4f} to {own.high:.4f})" if own else "" for own in found]
+        values = [
+            f"{own.value:.4f} ({own.low:.4f} to {own.high:.4f})" if own else "" for own in found
+        ]
         rows.append(f"| {_NAMES[name]} | " + " | ".join(values) + " |")
     return "\n".join(rows)

@@ -15,7 +15,18 @@ from torch import Tensor
 from .presets import IMAGE_TOKEN, Preset
 from .scorer import Scorer
 
-_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+_ORDINALS = (
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "fifth",
+    "sixth",
+    "seventh",
+    "eighth",
+    "ninth",
+    "tenth",
+)
 
 COMPARE2SCORE = Preset(
     prompts={
@@ -48,7 +59,9 @@ class Comparator:
         batch_size: int = 4,
         original_reading: bool = False,
     ):
-        self._scorer = Scorer(model, processor, preset, batch_size=batch_size, original_reading=original_reading)
+        self._scorer = Scorer(
+            model, processor, preset, batch_size=batch_size, original_reading=original_reading
+        )
         (self._task,) = preset.prompts
 
     def __call__(self, pairs: Sequence[tuple[Any, Any]]) -> list[float]:
@@ -89,7 +102,9 @@ class Comparator:
         """(M, M) preferences of the model, in both orders of each pair."""
         pairs = list(permutations(range(len(anchors)), 2))
         table = torch.full((len(anchors),) * 2, 0.5, dtype=torch.float64)
-        for (first, second), preference in zip(pairs, self([(anchors[i], anchors[j]) for i, j in pairs]), strict=True):
+        for (first, second), preference in zip(
+            pairs, self([(anchors[i], anchors[j]) for i, j in pairs]), strict=True
+        ):
             table[second, first] = preference
         return table
 
@@ -117,7 +132,11 @@ def thurstone_map(preferences: Tensor) -> Tensor:
     counts = preferences.double().clone().fill_diagonal_(0)
     qualities = torch.zeros(len(counts), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [qualities], max_iter=500, tolerance_grad=1e-10, tolerance_change=0.0, line_search_fn="strong_wolfe"
+        [qualities],
+        max_iter=500,
+        tolerance_grad=1e-10,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
     )
 
     def loss() -> Tensor:

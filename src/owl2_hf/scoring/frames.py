@@ -9,7 +9,19 @@ from PIL import Image, ImageSequence
 
 from ..processing.image_processing_mplug_owl2 import FORMATS, open_image
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mpg",
+    ".mpeg",
+    ".wmv",
+    ".flv",
+    ".3gp",
+)
 
 
 def is_video_path(source: Any) -> bool:
@@ -45,7 +57,9 @@ def _decode(path: Path) -> list[Image.Image]:
     from transformers.video_utils import load_video
 
     if not is_av_available():
-        raise ValueError(f"{str(path)!r} is no picture; to read videos, install PyAV: pip install 'owl2_hf[video]'.")
+        raise ValueError(
+            f"{str(path)!r} is no picture; to read videos, install PyAV: pip install 'owl2_hf[video]'."
+        )
     path = path.resolve()  # whatever its name, no protocol of FFmpeg's
     try:
         frames, _ = load_video(str(path), sample_indices_fn=partial(_every_second, path=path))
@@ -53,14 +67,19 @@ def _decode(path: Path) -> list[Image.Image]:
         raise
     except Exception as error:  # as above
         kind = type(error).__name__
-        raise ValueError(f"{str(path)!r} is neither a picture nor a video that can be read ({kind}).") from None
+        raise ValueError(
+            f"{str(path)!r} is neither a picture nor a video that can be read ({kind})."
+        ) from None
     return [Image.fromarray(frame) for frame in frames]
 
 
 def _every_second(metadata: Any, path: Path, **kwargs) -> list[int]:
     """Places of the first frame of each whole second, as Q-Align takes them; of a shorter video the first frame."""
     num_frames = metadata.total_num_frames or _count_frames(path)
-    return [math.floor(metadata.fps * second) for second in range(max(1, int(num_frames / metadata.fps)))]
+    return [
+        math.floor(metadata.fps * second)
+        for second in range(max(1, int(num_frames / metadata.fps)))
+    ]
 
 
 def _count_frames(path: Path) -> int:

@@ -88,9 +88,14 @@ class Evaluation:
     def means(self) -> dict[str, float]:
         """Mean of each statistic that all data sets have."""
         names = [
-            name for name in self.judgements[0].statistics if all(name in one.statistics for one in self.judgements)
+            name
+            for name in self.judgements[0].statistics
+            if all(name in one.statistics for one in self.judgements)
         ]
-        return {name: float(np.mean([one.statistics[name].value for one in self.judgements])) for name in names}
+        return {
+            name: float(np.mean([one.statistics[name].value for one in self.judgements]))
+            for name in names
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; NaN becomes `None`."""
@@ -128,8 +133,14 @@ class Evaluation:
         for one in self.judgements:
             lines.append(f"{one.dataset or 'opinions'}: {one.images:,} images")
             for name, own in one.statistics.items():
-                median = "" if own.median is None else f"   median of {self.splits} splits {own.median:.4f}"
-                lines.append(f"  {name:12} {own.value:8.4f}   {own.low:.4f} to {own.high:.4f}{median}")
+                median = (
+                    ""
+                    if own.median is None
+                    else f"   median of {self.splits} splits {own.median:.4f}"
+                )
+                lines.append(
+                    f"  {name:12} {own.value:8.4f}   {own.low:.4f} to {own.high:.4f}{median}"
+                )
         if len(self.judgements) > 1:
             lines.append(f"mean of {len(self.judgements)} data sets")
             lines += [f"  {name:12} {value:8.4f}" for name, value in self.means.items()]
@@ -148,14 +159,22 @@ class Evaluation:
         figure = Figure(figsize=(5 * min(count, 3), 4.2 * -(-count // 3)), layout="constrained")
         panels = figure.subplots(-(-count // 3), min(count, 3), squeeze=False).flat
         for axes, one in zip(panels, self.judgements, strict=False):
-            pairs = [(score.score, opinion.mos) for opinion, score in self.scored if opinion.dataset == one.dataset]
+            pairs = [
+                (score.score, opinion.mos)
+                for opinion, score in self.scored
+                if opinion.dataset == one.dataset
+            ]
             scores, mos = map(np.array, zip(*pairs, strict=True))
             axes.scatter(scores, mos, s=10, alpha=0.5, linewidths=0)
             line = np.linspace(scores.min(), scores.max(), 200)
             axes.plot(line, logistic_fit(scores, mos)(line), color="black")
             found = {name: one.statistics[name].value for name in ("srcc", "plcc_fitted")}
             title = f"SRCC {found['srcc']:.3f}, PLCC after the fit {found['plcc_fitted']:.3f}"
-            axes.set_title(f"{one.dataset}\n{title}" if one.dataset else title, fontsize="medium", parse_math=False)
+            axes.set_title(
+                f"{one.dataset}\n{title}" if one.dataset else title,
+                fontsize="medium",
+                parse_math=False,
+            )
             axes.set_xlabel("score")
             axes.set_ylabel("mean opinion score")
         for axes in list(panels):
@@ -186,7 +205,9 @@ def evaluate(
         ValueError: The opinions cannot be read, or too few images can be scored.
     """
     if splits < 0 or samples < 1:
-        raise ValueError(f"expected splits of at least 0 and samples of at least 1, got {splits} and {samples}.")
+        raise ValueError(
+            f"expected splits of at least 0 and samples of at least 1, got {splits} and {samples}."
+        )
     krcc([0.0, 1.0], [0.0, 1.0])  # scipy may be missing: say so before the images are scored
     if not isinstance(opinions, Opinions):
         opinions = load_opinions(opinions)
@@ -202,9 +223,15 @@ def evaluate(
         pairs = [(opinion, score) for opinion, score in report.scored if opinion.dataset == dataset]
         if len(pairs) < 2:
             name = f"data set {dataset!r}" if dataset else opinions.name
-            first = f"; row {report.failed[0][0].row}: {report.failed[0][1]}" if report.failed else ""
-            raise ValueError(f"{name}: expected two or more images that can be scored, got {len(pairs)}{first}")
-        report.judgements.append(_judge(dataset, pairs, opinions.ranges[dataset], splits, samples, seed))
+            first = (
+                f"; row {report.failed[0][0].row}: {report.failed[0][1]}" if report.failed else ""
+            )
+            raise ValueError(
+                f"{name}: expected two or more images that can be scored, got {len(pairs)}{first}"
+            )
+        report.judgements.append(
+            _judge(dataset, pairs, opinions.ranges[dataset], splits, samples, seed)
+        )
     return report
 
 
@@ -222,7 +249,9 @@ def check_plot(file: str | Path) -> None:
     if not Path(file).parent.is_dir():
         raise ValueError(f"there is no folder {str(Path(file).parent)!r} to write the plot to.")
     if Path(file).suffix.lower()[1:] not in kinds:
-        raise ValueError(f"expected a plot named as one of {', '.join(sorted(kinds))}, got {str(file)!r}.")
+        raise ValueError(
+            f"expected a plot named as one of {', '.join(sorted(kinds))}, got {str(file)!r}."
+        )
 
 
 def _judge(
@@ -233,24 +262,37 @@ def _judge(
     samples: int,
     seed: int,
 ) -> Judgement:
-    images = [opinion.image if isinstance(opinion.image, str) else index for index, (opinion, _) in enumerate(pairs)]
+    images = [
+        opinion.image if isinstance(opinion.image, str) else index
+        for index, (opinion, _) in enumerate(pairs)
+    ]
     estimate = partial(_estimate, splits=splits, samples=samples, seed=seed)
     scores, mos = [score.score for _, score in pairs], [opinion.mos for opinion, _ in pairs]
-    statistics = {name: estimate(statistic, [scores, mos], images) for name, statistic in AGREEMENT.items()}
+    statistics = {
+        name: estimate(statistic, [scores, mos], images) for name, statistic in AGREEMENT.items()
+    }
     fitted = logistic_fit(scores, mos)(scores)
     for name, (statistic, of_fitted) in FITTED.items():
-        statistics[name] = estimate(statistic, [scores, mos], images, drawn=(of_fitted, [fitted, mos]))
-    spread = [(image, *pair) for image, pair in zip(images, pairs, strict=True) if pair[0].std is not None]
+        statistics[name] = estimate(
+            statistic, [scores, mos], images, drawn=(of_fitted, [fitted, mos])
+        )
+    spread = [
+        (image, *pair) for image, pair in zip(images, pairs, strict=True) if pair[0].std is not None
+    ]
     if spread and bounds[0] < bounds[1]:
         known = [image for image, _, _ in spread]
-        given = np.array([_of_people(opinion, bounds, len(score.levels)) for _, opinion, score in spread])
+        given = np.array(
+            [_of_people(opinion, bounds, len(score.levels)) for _, opinion, score in spread]
+        )
         predicted = np.array([_of_model(score) for _, _, score in spread])
         for name, distance in DISTANCES.items():
             statistics[name] = estimate(_mean, [distance(*given.T, *predicted.T)], known)
     return Judgement(dataset, len(pairs), statistics)
 
 
-def _of_people(opinion: Opinion, bounds: tuple[float, float], num_levels: int) -> tuple[float, float]:
+def _of_people(
+    opinion: Opinion, bounds: tuple[float, float], num_levels: int
+) -> tuple[float, float]:
     assert opinion.std is not None
     return normalize_opinion(opinion.mos, opinion.std, *bounds, num_levels)
 
@@ -281,7 +323,10 @@ def _estimate(
     median = None
     if splits:
         arrays = [np.asarray(column, dtype=np.float64) for column in columns]
-        found = [statistic(*(array[rows] for array in arrays)) for rows in _test_parts(images, splits, seed)]
+        found = [
+            statistic(*(array[rows] for array in arrays))
+            for rows in _test_parts(images, splits, seed)
+        ]
         median = float(np.median(found))
     return Estimate(statistic(*columns), low, high, median)
 
@@ -293,7 +338,10 @@ def _test_parts(images: Sequence[Any], splits: int, seed: int) -> list[np.ndarra
     of_rows = np.array([place[image] for image in images])
     generator = np.random.default_rng(seed)
     count = max(round(TEST_SHARE * len(names)), 2)
-    return [np.flatnonzero(np.isin(of_rows, generator.permutation(len(names))[:count])) for _ in range(splits)]
+    return [
+        np.flatnonzero(np.isin(of_rows, generator.permutation(len(names))[:count]))
+        for _ in range(splits)
+    ]
 
 
 def _finite(value: float | None) -> float | None:

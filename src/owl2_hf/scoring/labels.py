@@ -15,7 +15,9 @@ MAX_SHIFT = 0.1  # in levels: how far the mean of a soft label may be off
 DENSITIES = ("pdf", "cdf")
 
 
-def normalize_opinion(mos: float, std: float, low: float, high: float, num_levels: int = 5) -> tuple[float, float]:
+def normalize_opinion(
+    mos: float, std: float, low: float, high: float, num_levels: int = 5
+) -> tuple[float, float]:
     """Mean and standard deviation on the levels' scale, from 1 to K.
 
     m = (K - 1) (MOS - low) / (high - low) + 1 and s = (K - 1) std / (high - low).
@@ -72,7 +74,10 @@ def soft_label(
     if density == "pdf":
         raw = [_density((value - mean) / deviation) / deviation for value in values]
     else:
-        raw = [_mass((value + 0.5 - mean) / deviation) - _mass((value - 0.5 - mean) / deviation) for value in values]
+        raw = [
+            _mass((value + 0.5 - mean) / deviation) - _mass((value - 0.5 - mean) / deviation)
+            for value in values
+        ]
     middle = (num_levels + 1) / 2
     total = sum(raw)
     alpha = (mean - middle) / (_mean(raw) - middle * total + 1e-9)
@@ -106,6 +111,8 @@ def _check(mos: float, low: float, high: float, num_levels: int) -> None:
     if num_levels < 2:
         raise ValueError(f"expected two or more levels, got {num_levels}.")
     if not low < high:
-        raise ValueError(f"expected a range of MOS from low to high, got {low:g} to {high:g}: all opinions are alike.")
+        raise ValueError(
+            f"expected a range of MOS from low to high, got {low:g} to {high:g}: all opinions are alike."
+        )
     if not low - _WIDER <= mos <= high + _WIDER:
         raise ValueError(f"expected a MOS from {low:g} to {high:g}, got {mos:g}.")

@@ -33,7 +33,9 @@ def level_positions(labels: Tensor, prefix: Sequence[int]) -> Tensor:
     """
     length = max(len(prefix), 1)
     if length >= labels.shape[1]:
-        raise ValueError(f"expected labels longer than the {length} tokens before the level, got {labels.shape[1]}.")
+        raise ValueError(
+            f"expected labels longer than the {length} tokens before the level, got {labels.shape[1]}."
+        )
     windows = labels[:, :-1].unfold(1, length, 1)  # (B, windows, length)
     if prefix:
         found = windows.eq(torch.tensor(prefix, device=labels.device)).all(-1)
@@ -90,7 +92,10 @@ def rest_loss(logits: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
 
 
 def level_scores(
-    logits: Tensor, level_ids: Sequence[int], values: Tensor | None = None, over_vocabulary: bool = False
+    logits: Tensor,
+    level_ids: Sequence[int],
+    values: Tensor | None = None,
+    over_vocabulary: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Expected value of the level and its standard deviation.
 
@@ -182,7 +187,9 @@ def pair_loss(
     if mos_stds is not None:
         first, second = (one.to(predicted) for one in mos)
         stds = [one.to(predicted) for one in mos_stds]
-        return fidelity_loss(predicted, preference(first, second, stds[0] ** 2 + stds[1] ** 2 + _TINY).detach())
+        return fidelity_loss(
+            predicted, preference(first, second, stds[0] ** 2 + stds[1] ** 2 + _TINY).detach()
+        )
     is_better = mos[0].gt(mos[1]).to(predicted.device)
     if kind == "bce":
         return F.binary_cross_entropy(predicted, is_better.to(predicted))

@@ -87,7 +87,10 @@ class Opinions:
             return self
         rows = tuple(row for row in self.rows if row.split == split)
         if not rows:
-            known = ", ".join(sorted({repr(row.split) for row in self.rows if row.split is not None})) or "none"
+            known = (
+                ", ".join(sorted({repr(row.split) for row in self.rows if row.split is not None}))
+                or "none"
+            )
             raise ValueError(f"{self.name}: no row has split {split!r}; the file has {known}.")
         return replace(self, rows=rows)
 
@@ -146,7 +149,9 @@ def opinions_of(name: str, rows: Sequence[Opinion]) -> Opinions:
     moses: dict[str, list[float]] = {}
     for row in rows:
         moses.setdefault(row.dataset, []).append(row.mos)
-    return Opinions(name, tuple(rows), {dataset: (min(found), max(found)) for dataset, found in moses.items()})
+    return Opinions(
+        name, tuple(rows), {dataset: (min(found), max(found)) for dataset, found in moses.items()}
+    )
 
 
 def is_opinions(source: str | Path) -> bool:
@@ -158,7 +163,9 @@ def is_opinions(source: str | Path) -> bool:
         first = [row for _, row in islice(_rows(source), 10)] if path.exists() else []
     except ValueError:
         return False
-    return any(row.get(key) is not None for row in first if isinstance(row, Mapping) for key in _MOS)
+    return any(
+        row.get(key) is not None for row in first if isinstance(row, Mapping) for key in _MOS
+    )
 
 
 @dataclass
@@ -192,7 +199,9 @@ class OpinionReport:
 
     def summary(self) -> str:
         """The counts, in lines."""
-        lines = [f"{self.rows:,} rows of opinions, {len(self.bad):,} bad, {len(self.duplicates):,} duplicates"]
+        lines = [
+            f"{self.rows:,} rows of opinions, {len(self.bad):,} bad, {len(self.duplicates):,} duplicates"
+        ]
         for name, own in self.datasets.items():
             parts = ", ".join(f"{count:,} {split}" for split, count in own.splits.items())
             lines.append(
@@ -221,7 +230,11 @@ def check_opinions(
     Raises:
         ValueError: The source as a whole cannot be read.
     """
-    place, name, report = _place(source, image_folder, allow_outside), _name(source), OpinionReport()
+    place, name, report = (
+        _place(source, image_folder, allow_outside),
+        _name(source),
+        OpinionReport(),
+    )
     good: list[Opinion] = []
     seen: dict[tuple[str, Any], Opinion] = {}
     for number, row in _rows(source):
@@ -243,7 +256,11 @@ def check_opinions(
                 )
             if first is not opinion:
                 report.duplicates.append(
-                    BadRow(number, _id(row), f"its image {_shown(opinion.image)} is that of row {first.row}.")
+                    BadRow(
+                        number,
+                        _id(row),
+                        f"its image {_shown(opinion.image)} is that of row {first.row}.",
+                    )
                 )
             good.append(opinion)
         except (ValueError, OSError) as error:
@@ -251,8 +268,14 @@ def check_opinions(
         on_row(report.rows)
     for dataset, own in opinions_of(name, good).by_dataset().items() if good else ():
         report.datasets[dataset] = _count(own)
-    if len(good) > 1 and not any(low < high for low, high in opinions_of(name, good).ranges.values()):
-        report.bad.append(BadRow(good[0].row, None, "every MOS is the same: there is nothing to learn or to judge."))
+    if len(good) > 1 and not any(
+        low < high for low, high in opinions_of(name, good).ranges.values()
+    ):
+        report.bad.append(
+            BadRow(
+                good[0].row, None, "every MOS is the same: there is nothing to learn or to judge."
+            )
+        )
     return report
 
 
@@ -263,7 +286,15 @@ def _count(rows: Sequence[Opinion]) -> Counts:
             splits[row.split] = splits.get(row.split, 0) + 1
     moses = [row.mos for row in rows]
     stds = [row.std for row in rows]
-    return Counts(len(rows), min(moses), max(moses), sum(moses) / len(moses), stds.count(None), stds.count(0.0), splits)
+    return Counts(
+        len(rows),
+        min(moses),
+        max(moses),
+        sum(moses) / len(moses),
+        stds.count(None),
+        stds.count(0.0),
+        splits,
+    )
 
 
 def _opinion(row: Row, number: int, place: Place) -> Opinion:
@@ -277,7 +308,9 @@ def _opinion(row: Row, number: int, place: Place) -> Opinion:
     image, mos = _first(row, _IMAGE), _first(row, _MOS)
     if image is None or mos is None:
         missing = "image" if image is None else "mos"
-        raise ValueError(f"expected a value of {missing!r}, got keys: {', '.join(map(str, row)) or 'none'}.")
+        raise ValueError(
+            f"expected a value of {missing!r}, got keys: {', '.join(map(str, row)) or 'none'}."
+        )
     std = row.get("std")
     std = None if std in (None, "") else _number(std, "std")
     if std is not None and std < 0:
@@ -318,7 +351,9 @@ def _level_probs(value: Any) -> tuple[float, ...] | None:
     if not isinstance(value, (list, tuple)) or len(value) < 2:
         raise ValueError(f"expected a list of probabilities as 'level_probs', got {value!r}.")
     probs = tuple(_number(prob, "level_probs") for prob in value)
-    if min(probs) < 0 or not 0.9 < sum(probs) < 1.1:  # DeQA-Score cuts off negative shares: some sums are 0.97
+    if (
+        min(probs) < 0 or not 0.9 < sum(probs) < 1.1
+    ):  # DeQA-Score cuts off negative shares: some sums are 0.97
         raise ValueError(f"expected 'level_probs' of at least 0 that sum to 1, got {value!r}.")
     return probs
 
@@ -326,7 +361,11 @@ def _level_probs(value: Any) -> tuple[float, ...] | None:
 def _answer(turns: Any) -> str | None:
     """The last turn of LLaVA's conversation, if there is one."""
     last = turns[-1] if isinstance(turns, (list, tuple)) and turns else None
-    return _text(last.get("value")) if isinstance(last, Mapping) and last.get("from") == "gpt" else None
+    return (
+        _text(last.get("value"))
+        if isinstance(last, Mapping) and last.get("from") == "gpt"
+        else None
+    )
 
 
 def _id(row: Any) -> str | None:
@@ -414,7 +453,9 @@ def _rows_of_csv(path: Path) -> Iterator[Numbered]:
             reader = csv.DictReader(file, strict=True)
             names = [name.strip() for name in reader.fieldnames or ()]
             if not set(names) & set(_IMAGE) or not set(names) & set(_MOS):
-                raise ValueError(f"{path}: expected the columns image and mos, got {', '.join(names) or 'none'}.")
+                raise ValueError(
+                    f"{path}: expected the columns image and mos, got {', '.join(names) or 'none'}."
+                )
             reader.fieldnames = names
             last = reader.line_num
             for row in reader:
@@ -454,13 +495,19 @@ def _rows_of_two_files(path: Path) -> Iterator[Numbered]:
     parts: dict[str, str] = {}
     for split, names in (splits or {}).items():
         if not isinstance(names, list):
-            raise ValueError(f"{split_file}: expected a list of files as {split!r}, got {type(names).__name__}.")
+            raise ValueError(
+                f"{split_file}: expected a list of files as {split!r}, got {type(names).__name__}."
+            )
         for name in names:
             if parts.setdefault(str(name), split) != split:
-                raise ValueError(f"{split_file}: {str(name)!r} is in {parts[str(name)]!r} and in {split!r}.")
+                raise ValueError(
+                    f"{split_file}: {str(name)!r} is in {parts[str(name)]!r} and in {split!r}."
+                )
     for number, (image, opinion) in enumerate(moses.items(), 1):
         part = parts.get(image, parts.get(image.rpartition("/")[2]))
-        if splits is None or part is not None:  # as in the released code, images of no part are left out
+        if (
+            splits is None or part is not None
+        ):  # as in the released code, images of no part are left out
             own = opinion if isinstance(opinion, Mapping) else {"mos": opinion}
             yield number, {**own, "image": image, "split": part}
 
@@ -482,7 +529,11 @@ def _rows_of_datasets(path: Path, source: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"{source} needs the package datasets: pip install 'owl2_hf[train]'.") from None
-    if any((path / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json")):
+        raise ValueError(
+            f"{source} needs the package datasets: pip install 'owl2_hf[train]'."
+        ) from None
+    if any(
+        (path / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json")
+    ):
         return datasets.load_from_disk(str(path))
     return datasets.load_dataset(source)

@@ -12,7 +12,9 @@ from .frames import is_video_path, read_frames
 from .scorer import Score, Scorer
 
 
-def score_each(scorer: Scorer, images: Sequence[Any], task: str = "quality") -> Iterator[Score | ValueError]:
+def score_each(
+    scorer: Scorer, images: Sequence[Any], task: str = "quality"
+) -> Iterator[Score | ValueError]:
     """Scores in order, with the error of a picture that cannot be read in its place.
 
     Args:
@@ -90,7 +92,11 @@ def expand_paths(paths: Sequence[str], is_video: bool = False) -> tuple[list[str
     for path in paths:
         files: list[Any] = [path]
         if Path(path).is_dir():
-            videos = sorted(file for file in Path(path).iterdir() if is_video_path(file)) if is_video else []
+            videos = (
+                sorted(file for file in Path(path).iterdir() if is_video_path(file))
+                if is_video
+                else []
+            )
             files = videos or ([_pictures(Path(path))] if is_video else _pictures(Path(path)))
         names += [path if isinstance(file, list) else str(file) for file in files]
         sources += files
@@ -101,5 +107,7 @@ def _pictures(folder: Path) -> list[Path]:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
     if not files:
-        raise ValueError(f"{folder} holds no images: expected files named {', '.join(sorted(suffixes)[:6])}, ...")
+        raise ValueError(
+            f"{folder} holds no images: expected files named {', '.join(sorted(suffixes)[:6])}, ..."
+        )
     return files

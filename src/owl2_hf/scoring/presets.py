@@ -15,7 +15,8 @@ IMAGE_TOKEN = "<|image|>"
 # Beside the weights of a model that was trained to score.
 PRESET_FILE = "scorer.json"
 _ALIGN_PROMPT = (
-    "USER: How would you rate the {aspect} of this {medium}?\n{image}\nASSISTANT: The {aspect} of the {medium} is"
+    "USER: How would you rate the {aspect} of this {medium}?\n{image}\n"
+    "ASSISTANT: The {aspect} of the {medium} is"
 )
 _ALIGN_LEVELS = ("excellent", "good", "fair", "poor", "bad")
 _ALIGN_VALUES = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -45,11 +46,15 @@ class Preset:
 
     def __post_init__(self):
         if len(self.levels) != len(self.values) or len(self.levels) < 2:
-            raise ValueError(f"expected a value for each of two or more levels, got {self.levels} and {self.values}.")
+            raise ValueError(
+                f"expected a value for each of two or more levels, got {self.levels} and {self.values}."
+            )
         for task, prompt in self.prompts.items():
             if prompt.count(IMAGE_TOKEN) != self.images_per_prompt:
                 times = "once" if self.images_per_prompt == 1 else f"{self.images_per_prompt} times"
-                raise ValueError(f"the prompt of task {task!r} must hold {IMAGE_TOKEN} {times}, got {prompt!r}.")
+                raise ValueError(
+                    f"the prompt of task {task!r} must hold {IMAGE_TOKEN} {times}, got {prompt!r}."
+                )
 
     def to_json(self) -> str:
         """The preset as a file for the model's folder, which `load_preset` reads."""
@@ -72,7 +77,11 @@ PRESETS: dict[str, Preset] = {
     ),
     "deqa": Preset({"quality": _align("quality", "image")}),
     "q-instruct": Preset(
-        {"quality": _Q_INSTRUCT_PROMPT}, ("good", "average", "poor"), (1.0, 0.5, 0.0), "crop", scale=(0.0, 1.0)
+        {"quality": _Q_INSTRUCT_PROMPT},
+        ("good", "average", "poor"),
+        (1.0, 0.5, 0.0),
+        "crop",
+        scale=(0.0, 1.0),
     ),
     "q-instruct-boost": Preset(
         {"quality": _Q_INSTRUCT_PROMPT},
@@ -104,8 +113,14 @@ def load_preset(model: str) -> Preset | None:
         return None
     try:
         values = json.loads(Path(found).read_text(encoding="utf-8"))
-        levels = tuple(level if isinstance(level, str) else tuple(level) for level in values["levels"])
-        plain = {"values": tuple(values["values"]), "scale": tuple(values["scale"]), "levels": levels}
+        levels = tuple(
+            level if isinstance(level, str) else tuple(level) for level in values["levels"]
+        )
+        plain = {
+            "values": tuple(values["values"]),
+            "scale": tuple(values["scale"]),
+            "levels": levels,
+        }
         return Preset(**{**values, **plain})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{found} is no preset of a scorer: {error}") from None
@@ -141,5 +156,9 @@ def custom_preset(
     if levels is not None:
         words = tuple(word.strip() for word in levels)
         steps = max(len(words) - 1, 1)
-        preset = replace(preset, levels=words, values=tuple(1 - index / steps for index in range(len(words))))
-    return preset if prompt is None else replace(preset, prompts={task: prompt.replace("\\n", "\n")})
+        preset = replace(
+            preset, levels=words, values=tuple(1 - index / steps for index in range(len(words)))
+        )
+    return (
+        preset if prompt is None else replace(preset, prompts={task: prompt.replace("\\n", "\n")})
+    )

@@ -120,7 +120,9 @@ class Scorer:
         if task not in self.preset.prompts:
             raise ValueError(f"expected a task of {', '.join(self.preset.prompts)}, got {task!r}.")
         if self.crops and task == "video":
-            raise ValueError("expected crops of images, got task 'video': score its frames by another task.")
+            raise ValueError(
+                "expected crops of images, got task 'video': score its frames by another task."
+            )
         images = _to_list(images, is_video=task == "video")
         scores: list[Score] = []
         if self.crops:
@@ -128,8 +130,13 @@ class Scorer:
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
             if task == "video":
-                batch = [read_frames(video) if isinstance(video, (str, Path)) else video for video in batch]
-            scores += [self._score(levels) for levels in self._levels(batch, self.preset.prompts[task])]
+                batch = [
+                    read_frames(video) if isinstance(video, (str, Path)) else video
+                    for video in batch
+                ]
+            scores += [
+                self._score(levels) for levels in self._levels(batch, self.preset.prompts[task])
+            ]
         return scores
 
     def open_image(self, image: Any) -> Image.Image:
@@ -138,7 +145,9 @@ class Scorer:
         Raises:
             ValueError: It cannot be read.
         """
-        return self.processor.image_processor.process_image(image, original_reading=self.original_reading)
+        return self.processor.image_processor.process_image(
+            image, original_reading=self.original_reading
+        )
 
     def _score_crops(self, image: Any, prompt: str) -> Score:
         """The score by the mean of all crops' probabilities."""
@@ -170,10 +179,17 @@ class Scorer:
             return_tensors="pt",
         ).to(self.model.device)
         with torch.no_grad():
-            logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float().cpu()
-        levels = torch.stack([logits[:, ids].mean(-1) for ids in self._ids], -1) / self.preset.temperature
+            logits = (
+                self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float().cpu()
+            )
+        levels = (
+            torch.stack([logits[:, ids].mean(-1) for ids in self._ids], -1)
+            / self.preset.temperature
+        )
         if not levels.isfinite().all():
-            raise ValueError(f"the model's logits are not finite ({levels.tolist()}): try another dtype, or verify it.")
+            raise ValueError(
+                f"the model's logits are not finite ({levels.tolist()}): try another dtype, or verify it."
+            )
         return levels
 
     def _score(self, levels: Tensor) -> Score:
@@ -183,14 +199,18 @@ class Scorer:
         values = low + (high - low) * torch.tensor(self.preset.values)
         mean = float(probs @ values)
         std = math.sqrt(max(0.0, float(probs @ (values - mean) ** 2)))
-        return Score(mean, std, tuple(probs.tolist()), self._names, tuple(levels.tolist()), self.preset.scale)
+        return Score(
+            mean, std, tuple(probs.tolist()), self._names, tuple(levels.tolist()), self.preset.scale
+        )
 
 
 def _to_list(images: Any, is_video: bool) -> Any:
     """What is to be scored one by one; a list of pictures is one video."""
     if not is_video:
         return images if is_many(images) else [images]
-    is_several = isinstance(images, (list, tuple)) and all(is_many(one) or is_video_path(one) for one in images)
+    is_several = isinstance(images, (list, tuple)) and all(
+        is_many(one) or is_video_path(one) for one in images
+    )
     return images if is_several else [images]
 
 
@@ -203,7 +223,11 @@ def crop_boxes(width: int, height: int, side: int) -> list[tuple[int, int, int, 
 
     def starts(length: int) -> list[int]:
         steps = math.ceil(length / side) - 1
-        return [round(step * (length - side) / steps) for step in range(steps + 1)] if steps > 0 else [0]
+        return (
+            [round(step * (length - side) / steps) for step in range(steps + 1)]
+            if steps > 0
+            else [0]
+        )
 
     return [
         (left, top, min(left + side, width), min(top + side, height))
@@ -218,8 +242,12 @@ def level_id(tokenizer: Any, word: str) -> int:
     ids = tokenizer(f"a {word}", add_special_tokens=False).input_ids[len(before) :]
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         pieces = tokenizer.convert_ids_to_tokens(ids)
-        raise ValueError(f"the level {word!r} is not one token of this vocabulary but {pieces}: choose another word.")
+        raise ValueError(
+            f"the level {word!r} is not one token of this vocabulary but {pieces}: choose another word."
+        )
     expected = _LLAMA2_IDS.get(word)
     if expected is not None and len(tokenizer) == _LLAMA2_SIZE + 1 and ids[0] != expected:
-        raise ValueError(f"the level {word!r} has id {ids[0]}, LLaMA-2's vocabulary has {expected}: it is damaged.")
+        raise ValueError(
+            f"the level {word!r} has id {ids[0]}, LLaMA-2's vocabulary has {expected}: it is damaged."
+        )
     return ids[0]

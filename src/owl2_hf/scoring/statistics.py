@@ -118,7 +118,9 @@ def rmse_fitted(scores: ArrayLike, mos: ArrayLike) -> float:
     return rmse(logistic_fit(scores, mos)(scores), mos)
 
 
-def gaussian_kl(mean: ArrayLike, std: ArrayLike, other_mean: ArrayLike, other_std: ArrayLike) -> Values:
+def gaussian_kl(
+    mean: ArrayLike, std: ArrayLike, other_mean: ArrayLike, other_std: ArrayLike
+) -> Values:
     """KL(N(mean, std) || N(other)), of each image.
 
     DeQA-Score puts the opinions first and the prediction second. The small numbers are those of its code.
@@ -132,7 +134,9 @@ def gaussian_kl(mean: ArrayLike, std: ArrayLike, other_mean: ArrayLike, other_st
         return np.log(other_std / (std + _TINY)) + scaled - 0.5
 
 
-def gaussian_js(mean: ArrayLike, std: ArrayLike, other_mean: ArrayLike, other_std: ArrayLike) -> Values:
+def gaussian_js(
+    mean: ArrayLike, std: ArrayLike, other_mean: ArrayLike, other_std: ArrayLike
+) -> Values:
     """Mean KL to the Gaussian between the two, whose variance is the mean of theirs; of each image.
 
     Args:
@@ -143,7 +147,9 @@ def gaussian_js(mean: ArrayLike, std: ArrayLike, other_mean: ArrayLike, other_st
     return (gaussian_kl(mean, std, *middle) + gaussian_kl(other_mean, other_std, *middle)) / 2
 
 
-def gaussian_wasserstein(mean: ArrayLike, std: ArrayLike, other_mean: ArrayLike, other_std: ArrayLike) -> Values:
+def gaussian_wasserstein(
+    mean: ArrayLike, std: ArrayLike, other_mean: ArrayLike, other_std: ArrayLike
+) -> Values:
     """2-Wasserstein distance of two Gaussians, of each image.
 
     Args:
@@ -175,7 +181,11 @@ def bootstrap_interval(
         Lower and upper end; NaN where the statistic is NaN in every draw.
     """
     arrays = _arrays(*columns)
-    rows = _rows_of_images(images) if images is not None else [np.array([row]) for row in range(len(arrays[0]))]
+    rows = (
+        _rows_of_images(images)
+        if images is not None
+        else [np.array([row]) for row in range(len(arrays[0]))]
+    )
     is_single = all(len(own) == 1 for own in rows)
     firsts = np.concatenate(rows)
     generator = np.random.default_rng(seed)
@@ -218,7 +228,9 @@ def _arrays(*columns: ArrayLike) -> list[Values]:
 def _pair(scores: ArrayLike, mos: ArrayLike) -> tuple[Values, Values]:
     first, second = _arrays(scores, mos)
     if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
-        raise ValueError(f"expected as many scores as opinions, two or more, got {first.shape} and {second.shape}.")
+        raise ValueError(
+            f"expected as many scores as opinions, two or more, got {first.shape} and {second.shape}."
+        )
     return first, second
 
 

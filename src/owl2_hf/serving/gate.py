@@ -14,22 +14,40 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-METHODS = {"/health": "GET", "/v1/models": "GET", "/v1/chat/completions": "POST", "/load_model": "POST"}
+METHODS = {
+    "/health": "GET",
+    "/v1/models": "GET",
+    "/v1/chat/completions": "POST",
+    "/load_model": "POST",
+}
 MAX_WAITING = 64  # requests that are answered or wait for it
 BODY_SECONDS = 60.0
 DRAIN_SECONDS = 5.0
-TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+TYPES = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
 
 
 def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
     """OpenAI's error object."""
-    return {"error": {"message": message, "type": TYPES.get(status, "invalid_request_error"), "code": code}}
+    return {
+        "error": {
+            "message": message,
+            "type": TYPES.get(status, "invalid_request_error"),
+            "code": code,
+        }
+    }
 
 
 class Refusal(Exception):
     """A request that goes no further."""
 
-    def __init__(self, status: int, message: str, code: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str, headers: dict[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status, self.code, self.headers = status, code, headers or {}
 
@@ -61,7 +79,10 @@ class Gate:
             self._check(scope)
             if scope["method"] == "POST" and self.num_waiting >= MAX_WAITING:
                 raise Refusal(
-                    429, f"{MAX_WAITING} requests are waiting; try again later.", "busy", {"retry-after": "5"}
+                    429,
+                    f"{MAX_WAITING} requests are waiting; try again later.",
+                    "busy",
+                    {"retry-after": "5"},
                 )
             self.num_waiting += 1
             try:
@@ -80,19 +101,27 @@ class Gate:
         method = "GET" if path.startswith("/v1/models/") else METHODS.get(path)
         if path != "/health" and self.api_key is not None:
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.api_key.encode()):
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(
+                key.strip(), self.api_key.encode()
+            ):
                 message = "expected the server's API key as 'Authorization: Bearer KEY'."
                 raise Refusal(401, message, "invalid_api_key", {"www-authenticate": "Bearer"})
         if method is None:
-            raise Refusal(404, f"there is no such path; there are {', '.join(METHODS)}.", "not_found")
+            raise Refusal(
+                404, f"there is no such path; there are {', '.join(METHODS)}.", "not_found"
+            )
         if scope["method"] != method:
-            raise Refusal(405, f"this path takes {method} only.", "method_not_allowed", {"allow": method})
+            raise Refusal(
+                405, f"this path takes {method} only.", "method_not_allowed", {"allow": method}
+            )
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > self.max_body_bytes:
             raise self._too_large()
 
     def _too_large(self) -> Refusal:
-        return Refusal(413, f"the body may have {self.max_body_bytes:,} bytes at most.", "request_too_large")
+        return Refusal(
+            413, f"the body may have {self.max_body_bytes:,} bytes at most.", "request_too_large"
+        )
 
     async def _read_body(self, receive: Receive) -> bytes:
         async def read() -> bytes:
@@ -110,10 +139,14 @@ class Gate:
         try:
             return await asyncio.wait_for(read(), BODY_SECONDS)
         except asyncio.TimeoutError:
-            raise Refusal(408, f"the body took more than {BODY_SECONDS:g} seconds.", "timeout") from None
+            raise Refusal(
+                408, f"the body took more than {BODY_SECONDS:g} seconds.", "timeout"
+            ) from None
 
 
-async def _run_while_connected(app: Any, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+async def _run_while_connected(
+    app: Any, scope: Scope, body: bytes, receive: Receive, send: Send
+) -> None:
     """The application's answer; its task is cancelled as soon as the client has gone."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 

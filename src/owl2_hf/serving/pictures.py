@@ -48,9 +48,13 @@ def _decode(url: str) -> bytes:
     """The content of a data URL."""
     header, _, content = url.partition(",")
     if is_http(url):
-        raise ValueError("this server fetches no URLs; send the picture as 'data:image/png;base64,...'.")
+        raise ValueError(
+            "this server fetches no URLs; send the picture as 'data:image/png;base64,...'."
+        )
     if not DATA_URL.fullmatch(header):
-        raise ValueError("expected a data URL such as 'data:image/png;base64,...'; paths and bare base64 are not read.")
+        raise ValueError(
+            "expected a data URL such as 'data:image/png;base64,...'; paths and bare base64 are not read."
+        )
     try:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError):
@@ -80,7 +84,9 @@ def download(url: str, deadline: float, max_bytes: int) -> bytes:
         raise ValueError(f"the URL redirects more than {MAX_REDIRECTS} times.")
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         if time.monotonic() >= deadline:
-            raise ValueError(f"it did not arrive within the {DOWNLOAD_SECONDS:g} seconds of a request.") from None
+            raise ValueError(
+                f"it did not arrive within the {DOWNLOAD_SECONDS:g} seconds of a request."
+            ) from None
         raise ValueError(f"the URL could not be fetched ({type(error).__name__}).") from None
 
 
@@ -99,7 +105,9 @@ def _get(url: str, deadline: float, max_bytes: int) -> tuple[int, str | None, by
     try:
         if parts.scheme == "https":
             context = ssl.create_default_context()
-            sock = context.wrap_socket(sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
+            sock = context.wrap_socket(
+                sock, server_hostname=parts.hostname, do_handshake_on_connect=False
+            )
             watchdog.args = [sock]
             sock.do_handshake()
         connection.sock = sock
@@ -110,7 +118,9 @@ def _get(url: str, deadline: float, max_bytes: int) -> tuple[int, str | None, by
         response = connection.getresponse()
         content = response.read(max_bytes + 1) if response.status == 200 else b""
         if len(content) > max_bytes:
-            raise ValueError(f"the downloads of a request have more than {MAX_DOWNLOAD_BYTES:,} bytes.")
+            raise ValueError(
+                f"the downloads of a request have more than {MAX_DOWNLOAD_BYTES:,} bytes."
+            )
         if time.monotonic() >= deadline:
             raise TimeoutError
         return response.status, response.headers.get("Location"), content
@@ -122,7 +132,9 @@ def _get(url: str, deadline: float, max_bytes: int) -> tuple[int, str | None, by
 
 def _hang_up(sock: socket.socket) -> None:
     with suppress(OSError):  # closed meanwhile
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not the TLS layer's, which the reader is in the middle of
+        socket.socket.shutdown(
+            sock, socket.SHUT_RDWR
+        )  # not the TLS layer's, which the reader is in the middle of
 
 
 def _connect(addresses: list[tuple], deadline: float) -> socket.socket:

@@ -24,7 +24,9 @@ class TextPart(_Strict):
 
 class ImageURL(_Strict):
     url: str
-    detail: Literal["auto", "low", "high"] | None = None  # a picture is always seen in the model's own resolution
+    detail: Literal["auto", "low", "high"] | None = (
+        None  # a picture is always seen in the model's own resolution
+    )
 
 
 class ImagePart(_Strict):
@@ -87,13 +89,17 @@ class ChatRequest(_Strict):
     max_completion_tokens: Limit | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None  # 1 + this is the repetition penalty
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
-        None
+    frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = (
+        None  # 1 + this is the repetition penalty
     )
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
+        | None
+    ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
-        Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None, BeforeValidator(_as_list)
+        Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None,
+        BeforeValidator(_as_list),
     ] = None
     generation_config: Annotated[ClientConfig | None, BeforeValidator(_from_json)] = None  # in JSON
     # Only where they ask for nothing.
@@ -150,5 +156,7 @@ def parse_request(body: dict[str, Any]) -> ChatRequest:
         return ChatRequest.model_validate(body)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
-        fields = [f"{'.'.join(map(str, one['loc']))[:100]}: {one['msg'][:200]}" for one in found[:3]]
+        fields = [
+            f"{'.'.join(map(str, one['loc']))[:100]}: {one['msg'][:200]}" for one in found[:3]
+        ]
         raise ValueError("; ".join([*fields, *(["..."] if len(found) > 3 else [])])) from None

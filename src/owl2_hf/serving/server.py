@@ -78,7 +78,12 @@ class PinnedModel(ModelManager):
     def __init__(self, name: str, model: Any, processor: Any) -> None:
         super().__init__()
         self.name, self.model, self.processor = name, model, processor
-        self.card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "owl2_hf"}
+        self.card = {
+            "id": name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "owl2_hf",
+        }
 
     def load_model_and_processor(self, *args, **kwargs) -> tuple[Any, Any]:
         return self.model, self.processor
@@ -93,17 +98,23 @@ class Generator(GenerateManager):
     """Generates for one request after the other, on a thread of its own; leaves out the text of stop strings."""
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
-        text, *rest = await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
+        text, *rest = await super().generate_non_streaming(
+            model, processor, inputs, gen_config, request_id
+        )
         return text[: find_stop(text, gen_config.stop_strings or [])], *rest
 
     def generate_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
-        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        queue, streamer = super().generate_streaming(
+            model, processor, inputs, gen_config, *args, **kwargs
+        )
         return StopFilter(queue, gen_config.stop_strings or []), streamer
 
     def async_submit(self, fn: Callable, *args, **kwargs) -> asyncio.Future:
         # The thread sets the result in any case, which a cancelled future would not take.
         future = super().async_submit(fn, *args, **kwargs)
-        future.add_done_callback(lambda done: done.exception())  # which is not lost where nobody waits for it any more
+        future.add_done_callback(
+            lambda done: done.exception()
+        )  # which is not lost where nobody waits for it any more
         return asyncio.shield(future)
 
     async def is_idle(self, seconds: float) -> bool:
@@ -133,7 +144,9 @@ class Run:
         if self.seed is not None:
             torch.manual_seed(self.seed)
         try:
-            return self.model.generate(**{**kwargs, "tokenizer": self.tokenizer, "stopping_criteria": [self._stops]})
+            return self.model.generate(
+                **{**kwargs, "tokenizer": self.tokenizer, "stopping_criteria": [self._stops]}
+            )
         except Exception as error:
             if "streamer" in kwargs and kwargs["streamer"]._cancelled.is_set():
                 raise
@@ -162,28 +175,47 @@ def in_thread(function: Callable, *args) -> asyncio.Future:
 class ChatHandler(ChatCompletionHandler):
     """`POST /v1/chat/completions` for the pinned model."""
 
-    def __init__(self, pinned: PinnedModel, state: GenerationState, settings: ServerSettings) -> None:
+    def __init__(
+        self, pinned: PinnedModel, state: GenerationState, settings: ServerSettings
+    ) -> None:
         super().__init__(pinned, state)
-        self.name, self.model, self.processor, self.settings = pinned.name, pinned.model, pinned.processor, settings
+        self.name, self.model, self.processor, self.settings = (
+            pinned.name,
+            pinned.model,
+            pinned.processor,
+            settings,
+        )
         self.generator = Generator()
         self.downloads = asyncio.Semaphore(MAX_DOWNLOADS)
         self.turn = asyncio.Lock()  # one request's pictures in memory at a time
         self.context = Context(self.model, self.processor)
-        self.num_outputs = self.model.config.output_vocab_size or self.model.config.get_text_config().vocab_size
+        self.num_outputs = (
+            self.model.config.output_vocab_size or self.model.config.get_text_config().vocab_size
+        )
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
         try:
             request = parse_request(body)
             self._check(request)
             async with self.downloads if any(map(is_http, request.image_urls)) else nullcontext():
-                files = await in_thread(read_pictures, request.image_urls, self.settings.allow_image_urls)
+                files = await in_thread(
+                    read_pictures, request.image_urls, self.settings.allow_image_urls
+                )
             async with self.turn:
                 inputs = await in_thread(self._prepare, request, files)
             config = self._configure(request, inputs["input_ids"].shape[1])
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
         run = Run(self.model, self.processor.tokenizer, request.seed)
-        arguments = (request_id, run, self.processor, self.name, inputs.to(self.model.device), config, self.generator)
+        arguments = (
+            request_id,
+            run,
+            self.processor,
+            self.name,
+            inputs.to(self.model.device),
+            config,
+            self.generator,
+        )
         if request.stream:
             response = self._streaming(*arguments)
             response.body_iterator = _finish(response.body_iterator)
@@ -196,7 +228,9 @@ class ChatHandler(ChatCompletionHandler):
     def _check(self, request: ChatRequest) -> None:
         """What can be said before pictures are opened and text is cut into tokens."""
         if request.model not in (None, self.name):
-            raise HTTPException(404, f"the model {ascii(request.model)[:200]} is not here; this is {self.name!r}.")
+            raise HTTPException(
+                404, f"the model {ascii(request.model)[:200]} is not here; this is {self.name!r}."
+            )
         if request.logit_bias and max(map(int, request.logit_bias)) >= self.num_outputs:
             raise ValueError(f"logit_bias: token ids must be below {self.num_outputs}.")
         self.context.check(len(request.image_urls), request.num_characters)
@@ -218,7 +252,9 @@ class ChatHandler(ChatCompletionHandler):
         wanted = {name: value for name, value in request.model_dump(include=names).items() if value}
         config = self._build_generation_config(wanted, self.model.generation_config)
         client = request.generation_config or ClientConfig()
-        values = client.model_dump(exclude={"max_new_tokens", "transformers_version"}, exclude_none=True)
+        values = client.model_dump(
+            exclude={"max_new_tokens", "transformers_version"}, exclude_none=True
+        )
         if values.get("temperature") == 0:
             values["do_sample"] = bool(values.pop("temperature"))
         config.update(**values)
@@ -233,7 +269,9 @@ async def _finish(events: AsyncIterator[str]) -> AsyncIterator[str]:
     """The events of a stream with an error in OpenAI's shape and with OpenAI's last line."""
     async with aclosing(events) as open_events:  # type: ignore[type-var]
         async for event in open_events:
-            yield event.replace(f'{{"error": "{FAILED}"}}', json.dumps(error_body(500, FAILED, "internal_error")))
+            yield event.replace(
+                f'{{"error": "{FAILED}"}}', json.dumps(error_body(500, FAILED, "internal_error"))
+            )
     yield "data: [DONE]\n\n"
 
 
@@ -245,7 +283,9 @@ class ServedModel(Gate):
         self.generator = generator
 
 
-def build_app(name: str, model: Any, processor: Any, settings: ServerSettings | None = None) -> ServedModel:
+def build_app(
+    name: str, model: Any, processor: Any, settings: ServerSettings | None = None
+) -> ServedModel:
     """The ASGI application that serves a model.
 
     Args:
@@ -257,7 +297,9 @@ def build_app(name: str, model: Any, processor: Any, settings: ServerSettings | 
         ValueError: It is another family's model.
     """
     if not isinstance(model, MplugOwl2ForConditionalGeneration):
-        raise ValueError(f"expected an MplugOwl2ForConditionalGeneration to serve, {name} is a {type(model).__name__}.")
+        raise ValueError(
+            f"expected an MplugOwl2ForConditionalGeneration to serve, {name} is a {type(model).__name__}."
+        )
     settings = settings or ServerSettings()
     pinned, state = PinnedModel(name, model, processor), GenerationState()
     handler = ChatHandler(pinned, state, settings)
@@ -266,11 +308,15 @@ def build_app(name: str, model: Any, processor: Any, settings: ServerSettings | 
     @app.get("/v1/models/{model:path}")
     def retrieve_model(model: str) -> dict:
         if model != name:
-            raise HTTPException(404, f"the model {ascii(model)[:200]} is not here; this is {name!r}.")
+            raise HTTPException(
+                404, f"the model {ascii(model)[:200]} is not here; this is {name!r}."
+            )
         return pinned.card
 
     # transformers' own would load what a request names.
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) != "/load_model"]
+    app.router.routes[:] = [
+        route for route in app.router.routes if getattr(route, "path", None) != "/load_model"
+    ]
 
     @app.post("/load_model")
     def load_model(body: dict) -> Response:
@@ -293,7 +339,8 @@ def _shape_errors(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
         return JSONResponse(
-            error_body(error.status_code, str(error.detail), codes.get(error.status_code)), error.status_code
+            error_body(error.status_code, str(error.detail), codes.get(error.status_code)),
+            error.status_code,
         )
 
     @app.exception_handler(RequestValidationError)
@@ -310,7 +357,9 @@ def _shape_errors(app: FastAPI) -> None:
 class _Server(uvicorn.Server):
     is_idle = True
 
-    def __init__(self, config: uvicorn.Config, generator: Generator, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, generator: Generator, on_ready: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self.generator, self.on_ready = generator, on_ready
 

@@ -13,7 +13,9 @@ def find_stop(text: str, stops: Sequence[str]) -> int:
 
 def num_withheld(text: str, stops: Sequence[str]) -> int:
     """Characters at the end of a text that could be the beginning of a stop string."""
-    lengths = (length for stop in stops for length in range(1, len(stop)) if text.endswith(stop[:length]))
+    lengths = (
+        length for stop in stops for length in range(1, len(stop)) if text.endswith(stop[:length])
+    )
     return max(lengths, default=0)
 
 

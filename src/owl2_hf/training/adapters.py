@@ -96,9 +96,13 @@ def lora_config(
     from peft import LoraConfig
 
     if preset not in LORA_PRESETS:
-        raise ValueError(f"There is no LoRA preset {preset!r}: choose one of {', '.join(LORA_PRESETS)}.")
+        raise ValueError(
+            f"There is no LoRA preset {preset!r}: choose one of {', '.join(LORA_PRESETS)}."
+        )
     if "target_modules" in kwargs:
-        raise ValueError("A preset names the target_modules: leave them out, or make a peft.LoraConfig of your own.")
+        raise ValueError(
+            "A preset names the target_modules: leave them out, or make a peft.LoraConfig of your own."
+        )
     if train_connector:
         kwargs["modules_to_save"] = [*(kwargs.get("modules_to_save") or []), *_CONNECTORS]
     return LoraConfig(
@@ -110,7 +114,9 @@ def lora_config(
     )
 
 
-def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default", **kwargs: Any) -> "PeftModel":
+def load_adapter(
+    model: nn.Module, folder: str | Path, adapter_name: str = "default", **kwargs: Any
+) -> "PeftModel":
     """An adapter on a model by PEFT, as `PeftModel.from_pretrained`, but whole or not at all.
 
     Args:
@@ -126,7 +132,9 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
 
     if read_settings(folder, {}) is None:
         raise ValueError(f"{folder} holds no adapter: expected a folder with adapter_config.json.")
-    read_adapter(folder, {})  # which refuses a broken file; PEFT would not say which it is, or not notice
+    read_adapter(
+        folder, {}
+    )  # which refuses a broken file; PEFT would not say which it is, or not notice
     if (Path(folder) / NON_LORA_FILE).is_file():
         load_non_lora(model, folder)
     if isinstance(model, PeftModel):

@@ -15,7 +15,13 @@ VERSIONS = "versions.json"
 # What `torch.save` writes are zip files with a checksum of each tensor.
 _ZIPPED = {".pt", ".pth", ".bin"}
 # FSDP names its folders (and its files, without shards) so; DeepSpeed has a file that names the folder.
-_WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model*", "adapter_model.bin", "latest")
+_WEIGHTS = (
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_model*",
+    "adapter_model.bin",
+    "latest",
+)
 _OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "latest")
 
 
@@ -27,7 +33,9 @@ def last_checkpoint(
     Args:
         on_damaged: Called with each newer checkpoint that is not whole, and with what is wrong with it.
     """
-    numbered = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(path).isdigit()]
+    numbered = [
+        path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(path).isdigit()
+    ]
     for checkpoint in sorted(numbered, key=lambda path: int(_step(path)), reverse=True):
         reason = find_damage(checkpoint)
         if reason is None:
@@ -48,8 +56,14 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def is_finished(folder: Path, num_steps: int) -> bool:
     """Whether a run of that many steps left its trained model in the folder, whole."""
-    has_weights = any(any(folder.glob(name)) for name in ("*.safetensors", "*.safetensors.index.json"))
-    return has_weights and _first_damaged(folder.iterdir(), folder) is None and steps_of(folder) >= num_steps
+    has_weights = any(
+        any(folder.glob(name)) for name in ("*.safetensors", "*.safetensors.index.json")
+    )
+    return (
+        has_weights
+        and _first_damaged(folder.iterdir(), folder) is None
+        and steps_of(folder) >= num_steps
+    )
 
 
 def steps_of(folder: Path) -> int:
@@ -85,7 +99,10 @@ def _missing(checkpoint: Path) -> str | None:
         return "optimizer.pt"
     if not is_deepspeed and not (checkpoint / "scheduler.pt").is_file():
         return "scheduler.pt"
-    if is_deepspeed and not (checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()).is_dir():
+    if (
+        is_deepspeed
+        and not (checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()).is_dir()
+    ):
         return "the folder that `latest` names"
     if (checkpoint / "rng_state.pth").is_file():
         return None
@@ -114,10 +131,16 @@ def _damage_of(path: Path) -> str | None:
                 return None
         if path.suffix in _ZIPPED:
             with zipfile.ZipFile(path) as archive:
-                return None if archive.testzip() is None else "does not have the checksum that it was written with"
+                return (
+                    None
+                    if archive.testzip() is None
+                    else "does not have the checksum that it was written with"
+                )
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
-            shards = content.get("weight_map", {}).values() if path.name.endswith(".index.json") else ()
+            shards = (
+                content.get("weight_map", {}).values() if path.name.endswith(".index.json") else ()
+            )
             lost = sorted(name for name in set(shards) if not (path.parent / name).is_file())
             return f"names {lost[0]}, which is missing" if lost else None
     except Exception:  # what is damaged raises anything

@@ -135,13 +135,17 @@ class Collator:
         squares = iter(batch.get("pixel_values", ()))
         return [
             self._to_row(ids, mask, own, list(itertools.islice(squares, sum(own))))
-            for ids, mask, own in zip(batch["input_ids"], batch["assistant_masks"], crops, strict=True)
+            for ids, mask, own in zip(
+                batch["input_ids"], batch["assistant_masks"], crops, strict=True
+            )
         ]
 
     def truncate(self, row: "EncodedRow") -> "EncodedRow":
         """At most `max_length` positions, with whole pictures only; counts what becomes of the row."""
         length, num_squares = self._fitting(row)
-        kept = EncodedRow(row.input_ids[:length], row.labels[:length], row.crops, row.squares[:num_squares])
+        kept = EncodedRow(
+            row.input_ids[:length], row.labels[:length], row.crops, row.squares[:num_squares]
+        )
         # The first position is never predicted.
         is_unlabelled = bool(kept.labels[1:].eq(IGNORED).all())
         self._count(rows=1, truncated=len(kept) < len(row), without_labels=is_unlabelled)
@@ -163,7 +167,10 @@ class Collator:
         positions = row.input_ids.eq(self.processor.image_token_id).nonzero().flatten().tolist()
         num_squares = 0
         for num in row.crops:
-            first, last = (count * self.processor.num_image_tokens for count in (num_squares, num_squares + num))
+            first, last = (
+                count * self.processor.num_image_tokens
+                for count in (num_squares, num_squares + num)
+            )
             if positions[last - 1] >= length:
                 return min(length, positions[first]), num_squares
             num_squares += num
@@ -187,7 +194,9 @@ class Collator:
         sizes = [(picture.height, picture.width) for picture in pictures_of(messages)]
         return [self.processor.image_processor.num_crops(*size) for size in sizes]
 
-    def _to_row(self, ids: list[int], mask: list[int], crops: list[int], squares: list[np.ndarray]) -> "EncodedRow":
+    def _to_row(
+        self, ids: list[int], mask: list[int], crops: list[int], squares: list[np.ndarray]
+    ) -> "EncodedRow":
         input_ids, is_label = torch.tensor(ids), torch.tensor(mask, dtype=torch.bool)
         is_label &= input_ids.ne(self.processor.image_token_id)
         return EncodedRow(input_ids, input_ids.masked_fill(~is_label, IGNORED), crops, squares)
@@ -196,7 +205,9 @@ class Collator:
         """Rows of any length -> (B, width)."""
         missing = [(width - len(row), row) for row in rows]
         is_right = self.padding_side == "right"
-        return torch.stack([F.pad(row, (0, n) if is_right else (n, 0), value=value) for n, row in missing])
+        return torch.stack(
+            [F.pad(row, (0, n) if is_right else (n, 0), value=value) for n, row in missing]
+        )
 
 
 @dataclass

@@ -63,9 +63,13 @@ def freeze_all_but(model: nn.Module, trains: str | Sequence[str]) -> None:
             is_wanted = part in wanted and _ORIGINAL not in name
             parameter.requires_grad_(is_wanted and parameter.is_floating_point())
     # A preset of everything covers what the model has; one that names parts has to find them.
-    optional = {"embeddings", "lm_head", "visual_branch"} if set(wanted) >= {"language_model"} else set()
+    optional = (
+        {"embeddings", "lm_head", "visual_branch"} if set(wanted) >= {"language_model"} else set()
+    )
     if missing := [part for part in wanted if part not in found | optional]:
-        raise ValueError(f"{trains!r} should train {', '.join(missing)}, but this model has no such parameters.")
+        raise ValueError(
+            f"{trains!r} should train {', '.join(missing)}, but this model has no such parameters."
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"{trains!r} leaves no parameter to train: add an adapter, or name other parts of {', '.join(_ALL)}."
@@ -75,10 +79,14 @@ def freeze_all_but(model: nn.Module, trains: str | Sequence[str]) -> None:
 def _components(trains: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(trains, str):
         if trains not in TRAINABLE:
-            raise ValueError(f"expected trains to be one of {', '.join(TRAINABLE)}, or parts, got {trains!r}.")
+            raise ValueError(
+                f"expected trains to be one of {', '.join(TRAINABLE)}, or parts, got {trains!r}."
+            )
         return TRAINABLE[trains]
     if unknown := [part for part in trains if part not in _ALL]:
-        raise ValueError(f"expected parts of {', '.join(_ALL)} to train, got {', '.join(map(repr, unknown))}.")
+        raise ValueError(
+            f"expected parts of {', '.join(_ALL)} to train, got {', '.join(map(repr, unknown))}."
+        )
     return tuple(trains)
 
 
@@ -92,14 +100,19 @@ class Parameters:
     learning_rates: tuple[float, ...] = ()
 
 
-def count_parameters(model: nn.Module, groups: Iterable[Mapping[str, Any]] = ()) -> list[Parameters]:
+def count_parameters(
+    model: nn.Module, groups: Iterable[Mapping[str, Any]] = ()
+) -> list[Parameters]:
     """The components of a model with their parameters; a module that trains as PEFT's copy counts once, as the copy.
 
     Args:
         groups: Of an optimizer, for the learning rates that really apply.
     """
     rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
-    trainable, frozen = dict.fromkeys([*COMPONENTS, "other"], 0), dict.fromkeys([*COMPONENTS, "other"], 0)
+    trainable, frozen = (
+        dict.fromkeys([*COMPONENTS, "other"], 0),
+        dict.fromkeys([*COMPONENTS, "other"], 0),
+    )
     used: dict[str, set[float]] = {}
     named = dict(model.named_parameters())
     copied = {name.partition(_COPY)[0] for name in named if _COPY in name}
@@ -130,7 +143,13 @@ def format_table(rows: Sequence[Parameters]) -> str:
     lines = [f"{'component':16}{'trainable':>16}{'frozen':>16}  learning rate"]
     for row in [*rows, total]:
         rates = row.learning_rates
-        shown = "" if not rates else f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}"
+        shown = (
+            ""
+            if not rates
+            else f"{rates[0]:.3g}"
+            if len(rates) == 1
+            else f"{rates[0]:.3g} to {rates[-1]:.3g}"
+        )
         lines.append(f"{row.component:16}{row.trainable:>16,}{row.frozen:>16,}  {shown}".rstrip())
     share = total.trainable / max(total.trainable + total.frozen, 1)
     return "\n".join([*lines, f"{share:.2%} of the parameters train"])
@@ -156,14 +175,18 @@ def parameter_groups(
     Raises:
         ValueError: A component with a learning rate of its own has no parameter that trains.
     """
-    names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     parts = {component_of(name) for name in names}
     if idle := [part for part in learning_rates if part not in parts]:
         raise ValueError(
             f"learning_rates names {', '.join(idle)}, which does not train here: expected some of "
             f"{', '.join(sorted(parts))}."
         )
-    num_layers = 1 + max((_layer(name) or 0 for name in names if component_of(name) == "vision_tower"), default=-1)
+    num_layers = 1 + max(
+        (_layer(name) or 0 for name in names if component_of(name) == "vision_tower"), default=-1
+    )
     with_decay = set(decayed)
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for name, parameter in names.items():

@@ -90,7 +90,13 @@ class Rows(Dataset):
         skip_bad: A row that cannot be read stays, as one that `to_messages` refuses.
     """
 
-    def __init__(self, rows: Sequence[Row], place: Row | None = None, name: str | None = None, skip_bad: bool = False):
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        place: Row | None = None,
+        name: str | None = None,
+        skip_bad: bool = False,
+    ):
         self.rows, self.place, self.name, self.skip_bad = rows, place, name, skip_bad
 
     def __len__(self) -> int:
@@ -107,13 +113,23 @@ class Rows(Dataset):
 
     def number_of(self, index: int) -> int:
         """What a row is called in messages, counted from 1: its line in a file of lines."""
-        return self.rows.number_of(index) if isinstance(self.rows, JsonLines) else range(len(self))[index] + 1
+        return (
+            self.rows.number_of(index)
+            if isinstance(self.rows, JsonLines)
+            else range(len(self))[index] + 1
+        )
 
 
 class RowStream(IterableDataset):
     """Rows one after another, as `Rows` has them; the workers of a DataLoader share them out."""
 
-    def __init__(self, rows: Iterable[Row], place: Row | None = None, name: str | None = None, skip_bad: bool = False):
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        place: Row | None = None,
+        name: str | None = None,
+        skip_bad: bool = False,
+    ):
         self.rows, self.place, self.name, self.skip_bad = rows, place, name, skip_bad
 
     def __iter__(self) -> Iterator[Row]:
@@ -130,7 +146,9 @@ class RowStream(IterableDataset):
             yield number, {UNREADABLE: str(row)} if isinstance(row, ValueError) else row
 
 
-def _with_place(row: Row, place: Row | None, name: str | None = None, number: int | None = None) -> Row:
+def _with_place(
+    row: Row, place: Row | None, name: str | None = None, number: int | None = None
+) -> Row:
     if place is None or not isinstance(row, Mapping):
         return row
     return {**row, **place} if name is None else {**row, **place, ORIGIN: f"{name}: row {number}"}
@@ -174,22 +192,32 @@ def load_rows(
         place = {"image_folder": image_folder and str(image_folder), "allow_outside": allow_outside}
     name = str(source) if isinstance(source, (str, Path)) else None
     if isinstance(rows, Mapping):
-        raise ValueError(f"expected rows, got splits {', '.join(map(str, rows))}: choose one of them.")
+        raise ValueError(
+            f"expected rows, got splits {', '.join(map(str, rows))}: choose one of them."
+        )
     if not hasattr(rows, "__iter__") and not hasattr(rows, "__getitem__"):
-        raise ValueError(f"expected a path, the id of a data set or rows, got {type(source).__name__}.")
-    if isinstance(rows, IterableDataset) and hasattr(rows, "map"):  # of `datasets`, which shares itself out to workers
+        raise ValueError(
+            f"expected a path, the id of a data set or rows, got {type(source).__name__}."
+        )
+    if isinstance(rows, IterableDataset) and hasattr(
+        rows, "map"
+    ):  # of `datasets`, which shares itself out to workers
         return rows if place is None else rows.map(_with_place, fn_kwargs={"place": place})
     if streaming or not hasattr(rows, "__getitem__"):
         return RowStream(rows, place, name, skip_bad)
     if not len(rows):
-        raise ValueError(f"{source if isinstance(source, (str, Path)) else 'the data set'} holds no rows.")
+        raise ValueError(
+            f"{source if isinstance(source, (str, Path)) else 'the data set'} holds no rows."
+        )
     return Rows(rows, place, name, skip_bad)
 
 
 def read_rows(path: Path) -> Sequence[Row]:
     """One JSON list, or one object a line; the first character tells which."""
     with path.open("rb") as file:
-        first = next((line for line in file if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        first = next((line for line in file if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t\r\n")[
+            :1
+        ]
     if path.suffix == ".jsonl" or first == b"{":
         return JsonLines(path)
     if first != b"[":
@@ -202,13 +230,19 @@ def read_rows(path: Path) -> Sequence[Row]:
 
 def _load_datasets(source: str | Path, split: str, streaming: bool) -> Any:
     path = Path(source)
-    if not path.is_dir() and (path.suffix in (".json", ".jsonl") or str(source).count("/") > 1 or path.is_absolute()):
+    if not path.is_dir() and (
+        path.suffix in (".json", ".jsonl") or str(source).count("/") > 1 or path.is_absolute()
+    ):
         raise ValueError(f"there is no file or folder {str(source)!r}.")
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"{source} needs the package datasets: pip install 'owl2_hf[train]'.") from None
-    if not any((path / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json")):
+        raise ValueError(
+            f"{source} needs the package datasets: pip install 'owl2_hf[train]'."
+        ) from None
+    if not any(
+        (path / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json")
+    ):
         return datasets.load_dataset(str(source), split=split, streaming=streaming)
     loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, Mapping):
@@ -256,9 +290,13 @@ class DataReport:
             f"{self.turns:,} turns, {self.answers:,} answers"
         ]
         if self.tokens_longest is not None:
-            lines.append(f"tokens of a row: longest {self.tokens_longest:,}, mean {self.tokens_mean:,.1f}")
+            lines.append(
+                f"tokens of a row: longest {self.tokens_longest:,}, mean {self.tokens_mean:,.1f}"
+            )
         if self.truncated is not None:
-            lines.append(f"{self.truncated:,} rows would be truncated, {self.without_labels:,} have no label then")
+            lines.append(
+                f"{self.truncated:,} rows would be truncated, {self.without_labels:,} have no label then"
+            )
         return "\n".join(lines)
 
 
@@ -310,7 +348,10 @@ def check_rows(
         report.tokens_longest = max(lengths, default=0)
         report.tokens_mean = sum(lengths) / max(len(lengths), 1)
     if collator is not None and max_length is not None:
-        report.truncated, report.without_labels = collator.counts["truncated"], collator.counts["without_labels"]
+        report.truncated, report.without_labels = (
+            collator.counts["truncated"],
+            collator.counts["without_labels"],
+        )
     return report
 
 
@@ -324,7 +365,9 @@ def look_over(rows: Any, num_workers: int = 0, first: int = 0, step: int = 1) ->
     """
     share = Subset(_Verdicts(rows), range(first, len(rows), step))
     num_workers = min(num_workers, len(share) // ROWS_OF_A_WORKER)
-    loader = DataLoader(share, batch_size=ROWS_OF_A_WORKER, num_workers=num_workers, collate_fn=list)
+    loader = DataLoader(
+        share, batch_size=ROWS_OF_A_WORKER, num_workers=num_workers, collate_fn=list
+    )
     return [verdict for batch in loader for verdict in batch if verdict is not None]
 
 
@@ -347,11 +390,15 @@ class _Verdicts(Dataset):
 
 def _look_at(picture: Any) -> None:
     """Refuse an image whose header alone says that it cannot be opened; nothing is fetched."""
-    if isinstance(picture, Image.Image) or (isinstance(picture, str) and picture.startswith("http")):
+    if isinstance(picture, Image.Image) or (
+        isinstance(picture, str) and picture.startswith("http")
+    ):
         return
     if isinstance(picture, bytes) or not picture.startswith("data:"):
         try:
-            with Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS) as opened:
+            with Image.open(
+                BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS
+            ) as opened:
                 if opened.width * opened.height <= MAX_IMAGE_PIXELS:
                     return
         except Exception:  # a damaged file makes decoders raise almost anything; below it is named

@@ -15,7 +15,13 @@ from PIL import Image
 from ..scoring import expand_paths
 from ..scoring.frames import read_frames
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 MARKERS = re.compile(r"<\|image\|>|<image>|<video>")
 # Keys that a row gets on its way: where it stands, and of one that could not be read why.
 ORIGIN = "_origin"
@@ -42,13 +48,21 @@ class Place:
         path = start / name
         root, place = (os.path.normpath(one.absolute()) for one in (start, path))
         if not self.is_open and not Path(place).is_relative_to(root):
-            folder = "the working directory" if self.folder is None else f"the image folder {str(self.folder)!r}"
-            raise ValueError(f"{str(name)!r} leads out of {folder}: name another folder, or set allow_outside.")
+            folder = (
+                "the working directory"
+                if self.folder is None
+                else f"the image folder {str(self.folder)!r}"
+            )
+            raise ValueError(
+                f"{str(name)!r} leads out of {folder}: name another folder, or set allow_outside."
+            )
         return Path(os.path.normpath(path))
 
 
 def to_messages(
-    row: Mapping[str, Any], image_folder: str | Path | None = None, allow_outside: bool | None = None
+    row: Mapping[str, Any],
+    image_folder: str | Path | None = None,
+    allow_outside: bool | None = None,
 ) -> list[Message]:
     """A row as chat messages whose content is a list of text, image and video parts; the row stays as it is.
 
@@ -77,11 +91,16 @@ def to_messages(
     images = [locate_picture(image, place) for image in _listed(row, "images", "image")]
     videos = [_frames(video, place) for video in _videos(row)]
     if row.get("conversations") is not None:
-        messages = _from_llava(row["conversations"], bool(images), bool(videos), len(images) + len(videos) == 1)
+        messages = _from_llava(
+            row["conversations"], bool(images), bool(videos), len(images) + len(videos) == 1
+        )
     elif row.get("messages") is not None:
         messages = _from_messages(row["messages"], bool(images), bool(videos), place)
     else:
-        keys = ", ".join(str(key) for key in row if key not in ("image_folder", "allow_outside")) or "none"
+        keys = (
+            ", ".join(str(key) for key in row if key not in ("image_folder", "allow_outside"))
+            or "none"
+        )
         raise ValueError(f"expected 'conversations' (LLaVA) or 'messages', got keys: {keys}.")
     _check_turns(messages)
     _fill(messages, images, videos)
@@ -102,7 +121,9 @@ def _from_llava(turns: Any, has_images: bool, has_videos: bool, is_single: bool)
     for number, turn in enumerate(_turns(turns, "conversations"), 1):
         role, value = turn.get("from"), turn.get("value")
         if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"turn {number}: expected 'from' to be 'human', 'gpt' or 'system', got {role!r}.")
+            raise ValueError(
+                f"turn {number}: expected 'from' to be 'human', 'gpt' or 'system', got {role!r}."
+            )
         text = _text(value, f"turn {number}: expected a string as 'value'")
         content = list(_split(text, has_images, has_videos))
         places = [part for part in content if part["type"] != "text"]
@@ -112,7 +133,9 @@ def _from_llava(turns: Any, has_images: bool, has_videos: bool, is_single: bool)
             content = [places[0], *_text_parts("\n" + rest if rest else "")]
         messages.append({"role": ROLES[role], "content": content})
     # Upstream: a conversation starts with the human; an answer in front of it is dropped.
-    first = next((index for index, message in enumerate(messages) if message["role"] != "system"), None)
+    first = next(
+        (index for index, message in enumerate(messages) if message["role"] != "system"), None
+    )
     if first is not None and messages[first]["role"] == "assistant":
         del messages[first]
     return messages
@@ -123,11 +146,15 @@ def _from_messages(turns: Any, has_images: bool, has_videos: bool, place: Place)
     for number, turn in enumerate(_turns(turns, "messages"), 1):
         role, content = turn.get("role"), turn.get("content")
         if role not in ("system", "user", "assistant"):
-            raise ValueError(f"turn {number}: expected 'role' to be 'system', 'user' or 'assistant', got {role!r}.")
+            raise ValueError(
+                f"turn {number}: expected 'role' to be 'system', 'user' or 'assistant', got {role!r}."
+            )
         if isinstance(content, (list, tuple)):
             parts = [_part(part, place, f"turn {number}") for part in content]
         else:
-            text = _text(content, f"turn {number}: expected a string or a list of parts as 'content'")
+            text = _text(
+                content, f"turn {number}: expected a string or a list of parts as 'content'"
+            )
             parts = _text_parts(text)
         messages.append({"role": role, "content": parts})
     if (has_images or has_videos) and not any(map(_is_place, _parts(messages))):
@@ -154,7 +181,9 @@ def _text(value: Any, expected: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{expected}, got one that is not Unicode at character {error.start}.") from None
+        raise ValueError(
+            f"{expected}, got one that is not Unicode at character {error.start}."
+        ) from None
     return value
 
 
@@ -178,15 +207,28 @@ def _split(text: str, has_images: bool, has_videos: bool) -> Iterator[dict[str, 
 def _part(part: Any, place: Place, where: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     if kind == "text":
-        return {"type": "text", "text": _text(part.get("text"), f"{where}: expected a string as 'text'")}
+        return {
+            "type": "text",
+            "text": _text(part.get("text"), f"{where}: expected a string as 'text'"),
+        }
     if kind not in ("image", "image_url", "video"):
-        raise ValueError(f"{where}: expected parts of type 'text', 'image' or 'video', got {kind!r}.")
+        raise ValueError(
+            f"{where}: expected parts of type 'text', 'image' or 'video', got {kind!r}."
+        )
     given = next((part[key] for key in PAYLOADS if part.get(key) is not None), None)
     if kind == "video":
-        return {"type": "video"} if given is None else {"type": "video", "video": _frames(given, place)}
+        return (
+            {"type": "video"}
+            if given is None
+            else {"type": "video", "video": _frames(given, place)}
+        )
     if isinstance(given, Mapping) and "url" in given:
         given = given["url"]
-    return {"type": "image"} if given is None else {"type": "image", "image": locate_picture(given, place)}
+    return (
+        {"type": "image"}
+        if given is None
+        else {"type": "image", "image": locate_picture(given, place)}
+    )
 
 
 def _parts(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
@@ -224,7 +266,9 @@ def _check_turns(messages: Sequence[Message]) -> None:
             )
         texts = [part["text"] for part in message["content"] if part["type"] == "text"]
         if role == "assistant" and not "".join(texts).strip():
-            raise ValueError(f"answer {sum(m['role'] == role for m in messages[:number])} is empty.")
+            raise ValueError(
+                f"answer {sum(m['role'] == role for m in messages[:number])} is empty."
+            )
     if not messages or messages[-1]["role"] != "assistant":
         got = messages[-1]["role"] if messages else "nothing"
         raise ValueError(f"expected an answer of the assistant as the last turn, got {got!r}.")
@@ -249,11 +293,15 @@ def _frames(video: Any, place: Place) -> list[Any]:
         if path.is_file():
             return read_frames(path)
         if not path.is_dir():
-            raise ValueError(f"video {str(video)!r}: expected a file, a folder of frames or a list of them.")
+            raise ValueError(
+                f"video {str(video)!r}: expected a file, a folder of frames or a list of them."
+            )
         return [str(frame) for frame in expand_paths([str(path)])[1]]
     if not isinstance(video, (list, tuple)) or not video:
         got = "an empty list" if isinstance(video, (list, tuple)) else type(video).__name__
-        raise ValueError(f"expected a folder of frames or a list of at least one as a video, got {got}.")
+        raise ValueError(
+            f"expected a folder of frames or a list of at least one as a video, got {got}."
+        )
     return [locate_picture(frame, place) for frame in video]
 
 
@@ -275,7 +323,9 @@ def locate_picture(image: Any, place: Place) -> Any:
         return image
     path = place.path(image)
     if not path.is_file():
-        raise ValueError(f"there is no picture {str(path)!r}; relative paths start from the image folder.")
+        raise ValueError(
+            f"there is no picture {str(path)!r}; relative paths start from the image folder."
+        )
     return str(path)
 
 

@@ -128,7 +128,9 @@ class ScoreRecipe:
             _check_choice("density", one, DENSITIES)
         if len(set(self.levels)) != len(self.levels) or len(self.levels) < 2:
             raise ValueError(f"levels: expected two or more different words, got {self.levels}.")
-        if not self.questions or any(question.count(IMAGE_TOKEN) > 1 for question in self.questions):
+        if not self.questions or any(
+            question.count(IMAGE_TOKEN) > 1 for question in self.questions
+        ):
             raise ValueError(
                 f"questions: expected at least one, with {IMAGE_TOKEN} once at most, got {self.questions}."
             )
@@ -179,13 +181,19 @@ class Recipe:
         _check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         _check_choice("quantization", self.quantization, (None, "4bit", "8bit"))
         known = {one.name: one.default for one in dataclasses.fields(TrainingArguments)}
-        _check_known("trainer", self.trainer, known.keys() - {"output_dir", "resume_from_checkpoint"})
+        _check_known(
+            "trainer", self.trainer, known.keys() - {"output_dir", "resume_from_checkpoint"}
+        )
         for name, value in self.trainer.items():
             _check_kind(f"trainer.{name}", value, known[name])
         if self.quantization is not None and self.adapter is None:
-            raise ValueError("quantization needs an adapter: quantised weights themselves cannot train.")
+            raise ValueError(
+                "quantization needs an adapter: quantised weights themselves cannot train."
+            )
         if self.adapter is not None and self.image_size is not None:
-            raise ValueError("image_size changes the model, which an adapter cannot carry: leave one of them out.")
+            raise ValueError(
+                "image_size changes the model, which an adapter cannot carry: leave one of them out."
+            )
         if self.scores is not None:
             self._check_scores(self.scores)
 
@@ -195,19 +203,36 @@ class Recipe:
         for name in ("weights", "density"):
             given = getattr(scores, name)
             if isinstance(given, list) and len(given) != sources:
-                raise ValueError(f"scores.{name}: expected one of each of data.train, {sources}, got {len(given)}.")
+                raise ValueError(
+                    f"scores.{name}: expected one of each of data.train, {sources}, got {len(given)}."
+                )
         if self.data.streaming:
-            raise ValueError("data.streaming: a scorer needs all its rows for their range: leave it out.")
+            raise ValueError(
+                "data.streaming: a scorer needs all its rows for their range: leave it out."
+            )
         if self.data.bad_rows == "skip":
-            raise ValueError("data.bad_rows: a scorer takes no bad rows: `owl2-hf data check` names all of them.")
+            raise ValueError(
+                "data.bad_rows: a scorer takes no bad rows: `owl2-hf data check` names all of them."
+            )
         if self.trainer.get("label_smoothing_factor"):
-            raise ValueError("trainer.label_smoothing_factor: a scorer has labels of its own: leave it out.")
+            raise ValueError(
+                "trainer.label_smoothing_factor: a scorer has labels of its own: leave it out."
+            )
         if scores.keep_best is not None and self.trainer.get("save_total_limit") is not None:
-            raise ValueError("scores.keep_best and trainer.save_total_limit both remove checkpoints: give one of them.")
+            raise ValueError(
+                "scores.keep_best and trainer.save_total_limit both remove checkpoints: give one of them."
+            )
         if scores.keep_best is not None and self.data.eval is None:
-            raise ValueError("scores.keep_best compares SRCC: name the opinions to evaluate on in data.eval.")
-        if scores.keep_best is not None and self.trainer.get("eval_strategy") not in ("steps", "epoch"):
-            raise ValueError("scores.keep_best compares SRCC on the way: set trainer.eval_strategy to steps or epoch.")
+            raise ValueError(
+                "scores.keep_best compares SRCC: name the opinions to evaluate on in data.eval."
+            )
+        if scores.keep_best is not None and self.trainer.get("eval_strategy") not in (
+            "steps",
+            "epoch",
+        ):
+            raise ValueError(
+                "scores.keep_best compares SRCC on the way: set trainer.eval_strategy to steps or epoch."
+            )
 
     def to_yaml(self) -> str:
         """The recipe as a file of its own."""
@@ -231,7 +256,9 @@ def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
     """
     path = shipped_recipes().get(str(name), Path(name))
     if not path.is_file():
-        raise ValueError(f"{name}: expected the file of a recipe, or one of {', '.join(shipped_recipes())}.")
+        raise ValueError(
+            f"{name}: expected the file of a recipe, or one of {', '.join(shipped_recipes())}."
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -273,7 +300,11 @@ def _build(kind: type, values: Any, where: str) -> Any:
     built = {}
     for name, value in values.items():
         if name in tables and kind is Recipe:
-            built[name] = None if value is None and name != "data" else _build(tables[name], value or {}, name)
+            built[name] = (
+                None
+                if value is None and name != "data"
+                else _build(tables[name], value or {}, name)
+            )
         else:
             built[name] = _plain_numbers(value)
     try:
@@ -287,22 +318,35 @@ def _plain_numbers(value: Any) -> Any:
     """Numbers like 1e-4, which YAML reads as text, as numbers."""
     if isinstance(value, dict):
         return {key: _plain_numbers(one) for key, one in value.items()}
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[\d.]+e[-+]?\d+", value) else value
+    return (
+        float(value)
+        if isinstance(value, str) and re.fullmatch(r"[\d.]+e[-+]?\d+", value)
+        else value
+    )
 
 
 def _check_known(where: str, values: Mapping[str, Any], known: Any) -> None:
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(str(name), list(known), n=1)
-            meant = f", did you mean {near[0]!r}?" if near else f": expected some of {', '.join(sorted(known))}."
+            meant = (
+                f", did you mean {near[0]!r}?"
+                if near
+                else f": expected some of {', '.join(sorted(known))}."
+            )
             raise ValueError(f"unknown key {f'{where}.{name}'.lstrip('.')!r}{meant}")
 
 
 def _check_kind(name: str, value: Any, default: Any) -> None:
     """Numbers where the default is a number, true or false where it is one; the Trainer itself does not look."""
-    for kind, accepted, expected in ((bool, bool, "true or false"), ((int, float), (int, float), "a number")):
+    for kind, accepted, expected in (
+        (bool, bool, "true or false"),
+        ((int, float), (int, float), "a number"),
+    ):
         if isinstance(default, kind):
-            if not isinstance(value, accepted) or (accepted is not bool and isinstance(value, bool)):
+            if not isinstance(value, accepted) or (
+                accepted is not bool and isinstance(value, bool)
+            ):
                 raise ValueError(f"{name}: expected {expected}, got {value!r}.")
             return
 

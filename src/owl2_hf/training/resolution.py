@@ -26,7 +26,9 @@ def set_image_size(
     if image_size == own.image_size:
         return model
     if image_size < own.patch_size or image_size % own.patch_size:
-        raise ValueError(f"expected an image_size in whole patches of {own.patch_size} pixels, got {image_size}.")
+        raise ValueError(
+            f"expected an image_size in whole patches of {own.patch_size} pixels, got {image_size}."
+        )
     values = copy.deepcopy(model.config.to_dict())
     grid_size = image_size // own.patch_size
     values["vision_config"]["image_size"] = image_size
@@ -34,14 +36,23 @@ def set_image_size(
         if values.get(name):
             values[name]["grid_size"] = grid_size
     config = type(model.config).from_dict(values)
-    state = {name: value for name, value in model.state_dict().items() if not name.endswith("k_pos_embed")}
+    state = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not name.endswith("k_pos_embed")
+    }
     table = "model.vision_tower.embeddings.position_embedding"
     if own.use_cls_token:
         state[table] = resize_position_table(state[table], own.grid_size, grid_size)
     resized = type(model)._from_config(config, dtype=model.dtype)
     result: nn.modules.module._IncompatibleKeys = resized.load_state_dict(state, strict=False)
-    if lost := [name for name in result.missing_keys if not name.endswith("k_pos_embed")] + result.unexpected_keys:
-        raise AssertionError(f"parameters that do not depend on the size of pictures changed: {lost[:3]}")
+    if (
+        lost := [name for name in result.missing_keys if not name.endswith("k_pos_embed")]
+        + result.unexpected_keys
+    ):
+        raise AssertionError(
+            f"parameters that do not depend on the size of pictures changed: {lost[:3]}"
+        )
     resized.generation_config = model.generation_config
     processor.image_processor.size = {"height": image_size, "width": image_size}
     processor.num_image_tokens = config.num_image_tokens

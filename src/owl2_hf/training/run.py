@@ -18,7 +18,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
 from ..default import default_dir
@@ -46,7 +52,16 @@ _FIXED: dict[str, Any] = {
 logger = logging.get_logger(__name__)
 
 MAX_LOOKING = 8  # processes that look over the rows
-_PACKAGES = ("owl2_hf", "torch", "transformers", "accelerate", "peft", "tokenizers", "numpy", "pillow")
+_PACKAGES = (
+    "owl2_hf",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "tokenizers",
+    "numpy",
+    "pillow",
+)
 
 
 @dataclass(frozen=True)
@@ -83,8 +98,14 @@ class TrainReport:
         parts += [] if self.loss is None else [f"training loss {self.loss:.4f}"]
         parts += [] if self.eval_loss is None else [f"evaluation loss {self.eval_loss:.4f}"]
         parts += [] if self.eval_srcc is None else [f"evaluation SRCC {self.eval_srcc:.4f}"]
-        names = {"truncated": "cut at max_length", "without_labels": "without a label left", "skipped": "skipped"}
-        parts += [f"{self.counts[key]} rows {name}" for key, name in names.items() if self.counts.get(key)]
+        names = {
+            "truncated": "cut at max_length",
+            "without_labels": "without a label left",
+            "skipped": "skipped",
+        }
+        parts += [
+            f"{self.counts[key]} rows {name}" for key, name in names.items() if self.counts.get(key)
+        ]
         return ", ".join(parts)
 
 
@@ -122,7 +143,9 @@ def train(
     if resume and is_finished(output_dir, trainer.num_steps()):
         return TrainReport(str(output_dir), steps_of(output_dir), None, None, was_finished=True)
     if resume and checkpoint is None:
-        raise ValueError(f"{output_dir} holds a run that is not finished, and no whole checkpoint to go on from.")
+        raise ValueError(
+            f"{output_dir} holds a run that is not finished, and no whole checkpoint to go on from."
+        )
     if checkpoint is not None and num_processes(checkpoint) != trainer.args.world_size:
         logger.warning(
             f"{checkpoint} is of {num_processes(checkpoint)} processes, this run has {trainer.args.world_size}: random "
@@ -136,7 +159,9 @@ def train(
     trainer.add_callback(record)
     first = 0 if checkpoint is None else steps_of(checkpoint)
     with _naming_rows():
-        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        result = trainer.train(
+            resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+        )
     evaluated = trainer.evaluate() if recipe.data.eval is not None else {}
     trainer.save_model()
     trainer.save_state()
@@ -164,7 +189,9 @@ def _naming_rows() -> Iterator[None]:
         if "DataLoader worker process" not in str(error):
             raise
         *_, last = str(error).strip().splitlines()
-        raise ValueError(f"{last.partition(': ')[2]} `owl2-hf data check` names all bad rows.") from error
+        raise ValueError(
+            f"{last.partition(': ')[2]} `owl2-hf data check` names all bad rows."
+        ) from error
 
 
 def _trainer(recipe: Recipe) -> Owl2Trainer:
@@ -199,14 +226,20 @@ def _trainer(recipe: Recipe) -> Owl2Trainer:
         raise ValueError(f"trainer: {error}") from error
 
 
-def _score_trainer(recipe: Recipe, scores: ScoreRecipe, arguments: TrainingArguments) -> Owl2Trainer:
+def _score_trainer(
+    recipe: Recipe, scores: ScoreRecipe, arguments: TrainingArguments
+) -> Owl2Trainer:
     """The Trainer of a scorer, whose rows are opinions."""
-    rows, eval_rows = load_score_rows(recipe, arguments.seed if arguments.data_seed is None else arguments.data_seed)
+    rows, eval_rows = load_score_rows(
+        recipe, arguments.seed if arguments.data_seed is None else arguments.data_seed
+    )
     for own in [rows] if eval_rows is None else [rows, eval_rows]:
         for number, group in enumerate(own.groups):
             for bad in look_over(SingleRows(own, number), *_looking(arguments)):
                 reason = bad.reason.removeprefix(f"{group.source}: row {bad.row}: ")
-                raise ValueError(f"{group.source}: row {bad.row}: {reason} `owl2-hf data check` names all bad rows.")
+                raise ValueError(
+                    f"{group.source}: row {bad.row}: {reason} `owl2-hf data check` names all bad rows."
+                )
     set_seed(arguments.seed)
     model, processor = load_for_training(recipe)
     processor.image_processor.image_aspect_ratio = scores.image_aspect_ratio
@@ -235,7 +268,9 @@ def load_for_training(recipe: Recipe) -> tuple[Any, Any]:
     """The model of a recipe, with its adapter and with what it says frozen, and the processor."""
     source = str(default_dir()) if recipe.model == "default" else recipe.model
     if not source:
-        raise ValueError("the recipe names no model: set model to a folder or Hub id, or to default.")
+        raise ValueError(
+            "the recipe names no model: set model to a folder or Hub id, or to default."
+        )
     quantization = _quantization(recipe)
     with naming_model(source):
         processor = AutoProcessor.from_pretrained(source)
@@ -293,16 +328,22 @@ def _output(recipe: Recipe, resume: bool) -> tuple[Path, Path | None]:
         raise ValueError(f"{folder} is a file: expected a folder to make as output_dir.")
     checkpoint = _checkpoint(folder) if resume else None
     if not resume and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: resume the run that it holds, or name another output_dir.")
+        raise ValueError(
+            f"{folder} is not empty: resume the run that it holds, or name another output_dir."
+        )
     return folder, checkpoint
 
 
 def _checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; says which ones are passed over. A finished run needs none."""
     damaged: list[str] = []
-    found = last_checkpoint(folder, lambda checkpoint, reason: damaged.append(f"{checkpoint.name}: {reason}"))
+    found = last_checkpoint(
+        folder, lambda checkpoint, reason: damaged.append(f"{checkpoint.name}: {reason}")
+    )
     if found is None and not (folder / STATE).is_file():
-        raise ValueError(f"{'; '.join([f'{folder} holds no whole checkpoint to go on from', *damaged])}.")
+        raise ValueError(
+            f"{'; '.join([f'{folder} holds no whole checkpoint to go on from', *damaged])}."
+        )
     if damaged:
         instead = "" if found is None else f"; going on from {found.name}"
         logger.warning(f"{folder}: not whole is {', '.join(damaged)}{instead}.")
@@ -312,7 +353,8 @@ def _checkpoint(folder: Path) -> Path | None:
 def _arguments(recipe: Recipe) -> TrainingArguments:
     # YAML reads a bare `no` as False.
     given = {
-        key: "no" if key.endswith("_strategy") and value is False else value for key, value in recipe.trainer.items()
+        key: "no" if key.endswith("_strategy") and value is False else value
+        for key, value in recipe.trainer.items()
     }
     fixed = {**_FIXED, "prediction_loss_only": recipe.scores is None}
     for name, value in fixed.items():
@@ -320,9 +362,15 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
             raise ValueError(f"trainer.{name} has to be {value} here, got {given[name]}.")
     if given.get("deepspeed") in ("zero2", "zero3"):
         given["deepspeed"] = str(Path(__file__).parent / "deepspeed" / f"{given['deepspeed']}.json")
-    defaults = {"report_to": "none", "logging_first_step": True, "use_cpu": not torch.accelerator.is_available()}
+    defaults = {
+        "report_to": "none",
+        "logging_first_step": True,
+        "use_cpu": not torch.accelerator.is_available(),
+    }
     try:
-        arguments = TrainingArguments(output_dir=recipe.output_dir, **{**defaults, **given, **fixed})
+        arguments = TrainingArguments(
+            output_dir=recipe.output_dir, **{**defaults, **given, **fixed}
+        )
         if recipe.data.streaming and arguments.max_steps <= 0:
             raise ValueError("data.streaming has no length, so the recipe has to name max_steps.")
     except (TypeError, ValueError, ImportError) as error:
@@ -335,7 +383,9 @@ def _check_files(data: DataRecipe, arguments: TrainingArguments) -> None:
     for name in filter(os.path.isfile, [*_names(data.train), *_names(data.eval or [])]):
         rows = load_rows(name, data.image_folder, allow_outside=data.allow_outside)
         if bad := look_over(rows, *_looking(arguments)):
-            first = f"row {bad[0].row}{f' (id {bad[0].id!r})' if bad[0].id else ''}: {bad[0].reason}"
+            first = (
+                f"row {bad[0].row}{f' (id {bad[0].id!r})' if bad[0].id else ''}: {bad[0].reason}"
+            )
             others = f" {len(bad) - 1:,} more rows are bad:" if len(bad) > 1 else ""
             raise ValueError(f"{name}: {first}{others} `owl2-hf data check` names all of them.")
 
@@ -352,7 +402,9 @@ def _names(sources: str | list[str]) -> list[str]:
 def _rows(data: DataRecipe, sources: str | list[str]) -> Any:
     names = _names(sources)
     if not names or not all(names):
-        raise ValueError("the recipe names no data: set data.train to a file, a folder or a data set's id.")
+        raise ValueError(
+            "the recipe names no data: set data.train to a file, a folder or a data set's id."
+        )
     loaded = [
         load_rows(
             name,
@@ -366,7 +418,9 @@ def _rows(data: DataRecipe, sources: str | list[str]) -> Any:
     if len(loaded) == 1:
         return loaded[0]
     if data.streaming:
-        raise ValueError(f"streaming reads one source, got {len(names)}: mix them with datasets.interleave_datasets.")
+        raise ValueError(
+            f"streaming reads one source, got {len(names)}: mix them with datasets.interleave_datasets."
+        )
     return ConcatDataset(loaded)
 
 

@@ -74,7 +74,11 @@ class ScoreTrainer(Owl2Trainer):
     ) -> Any:
         """The next-token loss for hard labels; for soft ones those of pairs and single images."""
         opinions = {name: inputs[name] for name in ("level_probs", "mos", "mos_stds")}
-        inputs = {name: value for name, value in inputs.items() if name not in opinions and name != "datasets"}
+        inputs = {
+            name: value
+            for name, value in inputs.items()
+            if name not in opinions and name != "datasets"
+        }
         if self.scores.labels == "hard":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")
@@ -82,21 +86,29 @@ class ScoreTrainer(Owl2Trainer):
         loss = self._soft_loss(outputs["logits"], labels, opinions, in_pairs=model.training)
         return (loss, outputs) if return_outputs else loss
 
-    def _soft_loss(self, logits: Tensor, labels: Tensor, opinions: Mapping[str, Tensor], in_pairs: bool) -> Tensor:
+    def _soft_loss(
+        self, logits: Tensor, labels: Tensor, opinions: Mapping[str, Tensor], in_pairs: bool
+    ) -> Tensor:
         """Logits (B, L, V) and labels (B, L) -> the total; of single images their part alone."""
         positions = level_positions(labels, self.prefix)
         found = level_logits(logits, positions)  # (B, V)
         size = len(logits) // 2 if in_pairs else len(logits)
         parts = [slice(start, start + size) for start in range(0, len(logits), size)]
         rest = [rest_loss(logits[part], labels[part], positions[part]) for part in parts]
-        kl = [level_kl(found[part], self.level_ids, opinions["level_probs"][part]) for part in parts]
+        kl = [
+            level_kl(found[part], self.level_ids, opinions["level_probs"][part]) for part in parts
+        ]
         outside = [in_level_loss(found[part], self.level_ids) for part in parts]
         pairs = self._pair_loss(found, opinions, parts[0], parts[1]) if in_pairs else 0.0
         recipe = self.scores
-        weights = LossWeights(recipe.pair_weight, recipe.image_weight, recipe.level_weight, recipe.in_level_weight)
+        weights = LossWeights(
+            recipe.pair_weight, recipe.image_weight, recipe.level_weight, recipe.in_level_weight
+        )
         return total_loss(pairs, rest, kl, outside, weights)
 
-    def _pair_loss(self, found: Tensor, opinions: Mapping[str, Tensor], first: slice, second: slice) -> Tensor:
+    def _pair_loss(
+        self, found: Tensor, opinions: Mapping[str, Tensor], first: slice, second: slice
+    ) -> Tensor:
         """The mean over pairs; one without both standard deviations has a target of 0 or 1."""
         scores, stds = level_scores(found, self.level_ids)
         is_known = opinions["mos_stds"][first].isfinite() & opinions["mos_stds"][second].isfinite()
@@ -119,7 +131,11 @@ class ScoreTrainer(Owl2Trainer):
         return total / len(is_known)
 
     def prediction_step(
-        self, model: Any, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: Any = None,
     ) -> tuple[Any, Any, Any]:
         """Loss, scores (B, 1), and MOS with the number of the data set (B, 2)."""
         inputs = self._prepare_inputs(inputs)
@@ -136,12 +152,18 @@ class ScoreTrainer(Owl2Trainer):
         found = {}
         for name, statistic in (("srcc", srcc), ("plcc", plcc)):
             own = {
-                self.dataset_names[number]: statistic(scores[datasets == number], mos[datasets == number])
+                self.dataset_names[number]: statistic(
+                    scores[datasets == number], mos[datasets == number]
+                )
                 for number in range(len(self.dataset_names))
                 if (datasets == number).sum() > 1
             }
             found[name] = float(np.mean(list(own.values()))) if own else math.nan
-            found |= {f"{name}_{dataset}": value for dataset, value in own.items()} if len(own) > 1 else {}
+            found |= (
+                {f"{name}_{dataset}": value for dataset, value in own.items()}
+                if len(own) > 1
+                else {}
+            )
         return found
 
 

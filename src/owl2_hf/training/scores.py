@@ -60,8 +60,13 @@ class ScoreRows(Dataset):
         self.groups, self.recipe, self.seed, self.in_pairs = groups, recipe, seed, in_pairs
         for group in groups if in_pairs else ():
             if len(group.rows) < 2:
-                raise ValueError(f"{group.source}: pairs need two or more rows of data set {group.name!r}, got one.")
-        drawn = [self._drawn(group, weights[number] if weights else 1.0) for number, group in enumerate(groups)]
+                raise ValueError(
+                    f"{group.source}: pairs need two or more rows of data set {group.name!r}, got one."
+                )
+        drawn = [
+            self._drawn(group, weights[number] if weights else 1.0)
+            for number, group in enumerate(groups)
+        ]
         numbers = np.repeat(np.arange(len(groups)), [len(rows) for rows in drawn])
         self._places = np.stack([numbers, np.concatenate(drawn)], 1)  # (rows, 2) group and row
         generator = np.random.default_rng([seed, 1])
@@ -72,7 +77,9 @@ class ScoreRows(Dataset):
 
     def _drawn(self, group: _Group, weight: float) -> np.ndarray:
         whole, count = int(weight), len(group.rows)
-        share = np.random.default_rng([self.seed, 2]).permutation(count)[: round((weight - whole) * count)]
+        share = np.random.default_rng([self.seed, 2]).permutation(count)[
+            : round((weight - whole) * count)
+        ]
         return np.concatenate([np.tile(np.arange(count), whole), np.sort(share)])
 
     def begin_epoch(self, epoch: int) -> None:
@@ -114,7 +121,9 @@ class ScoreRows(Dataset):
 
     def level(self, group: _Group, opinion: Opinion) -> str:
         """The level word: the one that the file's own answer names, else that of the MOS."""
-        words = set((opinion.answer or "").lower().replace(".", " ").split()) & set(self.recipe.levels)
+        words = set((opinion.answer or "").lower().replace(".", " ").split()) & set(
+            self.recipe.levels
+        )
         if len(words) == 1:
             return words.pop()
         return self.recipe.levels[hard_level(opinion.mos, *group.bounds, len(self.recipe.levels))]
@@ -128,7 +137,9 @@ class ScoreRows(Dataset):
                     f"{len(opinion.level_probs)}."
                 )
             return opinion.level_probs
-        return soft_label(opinion.mos, opinion.std or 0.0, *group.bounds, group.density, len(self.recipe.levels))
+        return soft_label(
+            opinion.mos, opinion.std or 0.0, *group.bounds, group.density, len(self.recipe.levels)
+        )
 
 
 class SingleRows(Dataset):
@@ -142,7 +153,9 @@ class SingleRows(Dataset):
     def __init__(self, rows: ScoreRows, group: int):
         self.rows, self.group = rows, group
         self._places = [
-            place for place, opinion in enumerate(rows.groups[group].rows) if not is_video_path(opinion.image)
+            place
+            for place, opinion in enumerate(rows.groups[group].rows)
+            if not is_video_path(opinion.image)
         ]
 
     def __len__(self) -> int:
@@ -167,7 +180,9 @@ def load_score_rows(recipe: Recipe, seed: int) -> tuple[ScoreRows, ScoreRows | N
     sources = [data.train] if isinstance(data.train, str) else data.train
     if not sources or not all(sources):
         raise ValueError("the recipe names no data: set data.train to files of opinions.")
-    densities = [scores.density] * len(sources) if isinstance(scores.density, str) else scores.density
+    densities = (
+        [scores.density] * len(sources) if isinstance(scores.density, str) else scores.density
+    )
     groups, weights = [], []
     for index, (source, density) in enumerate(zip(sources, densities, strict=True)):
         own = _groups(recipe, source, scores.train_split, density)
@@ -175,12 +190,16 @@ def load_score_rows(recipe: Recipe, seed: int) -> tuple[ScoreRows, ScoreRows | N
         weights += [scores.weights[index] if scores.weights else 1.0] * len(own)
     for group in groups:
         if not group.bounds[0] < group.bounds[1]:
-            raise ValueError(f"{group.source}: every MOS of {group.name!r} is {group.bounds[0]:g}: nothing to learn.")
+            raise ValueError(
+                f"{group.source}: every MOS of {group.name!r} is {group.bounds[0]:g}: nothing to learn."
+            )
     rows = ScoreRows(groups, scores, weights, seed, in_pairs=scores.labels == "soft")
     if data.eval is None:
         return rows, None
     found = [data.eval] if isinstance(data.eval, str) else data.eval
-    held_out = [group for source in found for group in _groups(recipe, source, scores.eval_split, "pdf")]
+    held_out = [
+        group for source in found for group in _groups(recipe, source, scores.eval_split, "pdf")
+    ]
     return rows, ScoreRows(held_out, scores, seed=seed, asks_first=True)
 
 
@@ -227,7 +246,9 @@ def answer_ids(collator: Collator, recipe: ScoreRecipe) -> tuple[list[int], list
         answer = {"role": "assistant", "content": recipe.answer.format(level=word)}
         [row] = collator.encode([{"messages": [{"role": "user", "content": "?"}, answer]}])
         answers.append(row.labels[row.labels.ne(IGNORED)].tolist())
-    place = next((index for index, pair in enumerate(zip(*answers, strict=False)) if len(set(pair)) > 1), 0)
+    place = next(
+        (index for index, pair in enumerate(zip(*answers, strict=False)) if len(set(pair)) > 1), 0
+    )
     for word, own, expected in zip(recipe.levels, answers, ids, strict=True):
         if own != [*answers[0][:place], expected, *answers[0][place + 1 :]]:
             raise ValueError(
@@ -244,7 +265,9 @@ def preset_of(recipe: ScoreRecipe, processor: Any) -> Preset:
     before = recipe.answer.partition("{level}")[0].strip()
     steps = len(recipe.levels) - 1
     return Preset(
-        {"quality": f"{prompt.removeprefix(processor.tokenizer.bos_token or '')} {before}".rstrip()},
+        {
+            "quality": f"{prompt.removeprefix(processor.tokenizer.bos_token or '')} {before}".rstrip()
+        },
         tuple(recipe.levels),
         tuple(1 - index / steps for index in range(steps + 1)),
         recipe.image_aspect_ratio,

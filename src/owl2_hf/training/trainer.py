@@ -56,7 +56,9 @@ class Owl2Trainer(Trainer):
         self._rows: deque[list[str]] = deque(maxlen=self.args.gradient_accumulation_steps)
         if self.args.label_smoothing_factor and self.compute_loss_func is None:
             self.label_smoother = None
-            self.compute_loss_func = SmoothedLoss(self.model.config, self.args.label_smoothing_factor)
+            self.compute_loss_func = SmoothedLoss(
+                self.model.config, self.args.label_smoothing_factor
+            )
         self._progress = Progress()
         self.add_callback(self._progress)
 
@@ -85,7 +87,9 @@ class Owl2Trainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         except Exception:
-            if self.args.world_size == 1:  # with several, the others are not here to save their part
+            if (
+                self.args.world_size == 1
+            ):  # with several, the others are not here to save their part
                 self.keep_progress()
             raise
 
@@ -103,9 +107,13 @@ class Owl2Trainer(Trainer):
             if progress.saved_step != step:
                 self._save_checkpoint(self.model, trial=None)
                 self.callback_handler.on_save(self.args, self.state, self.control)
-            logger.warning(f"The run ends in step {step + 1}; {PREFIX_CHECKPOINT_DIR}-{step} holds it until then.")
+            logger.warning(
+                f"The run ends in step {step + 1}; {PREFIX_CHECKPOINT_DIR}-{step} holds it until then."
+            )
         except Exception as error:  # the one that ends the run matters more
-            logger.warning(f"The run ends in step {step + 1}, and step {step} could not be kept: {error}")
+            logger.warning(
+                f"The run ends in step {step + 1}, and step {step} could not be kept: {error}"
+            )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers looks whether the run is at its end only after a step.
@@ -128,7 +136,9 @@ class Owl2Trainer(Trainer):
             self.keep_progress()
             if error is not None:
                 raise error
-            raise ValueError(f"the rows of process {int(failed.int().argmax())} ended the run, as it says itself.")
+            raise ValueError(
+                f"the rows of process {int(failed.int().argmax())} ended the run, as it says itself."
+            )
         return super().get_batch_samples(iter(batches), num_batches, device)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -152,9 +162,17 @@ class Owl2Trainer(Trainer):
         if self.args.world_size == 1:  # several processes need not all see it
             self.keep_progress()
         last = last_checkpoint(self.args.output_dir)
-        kept = f"the last checkpoint, {last}, is kept: go on from it" if last else "there is no checkpoint yet: begin"
+        kept = (
+            f"the last checkpoint, {last}, is kept: go on from it"
+            if last
+            else "there is no checkpoint yet: begin"
+        )
         names = list(itertools.chain(*self._rows))
-        rows = f": {', '.join(names[:MAX_NAMED_ROWS])}{', ...' if len(names) > MAX_NAMED_ROWS else ''}" if names else ""
+        rows = (
+            f": {', '.join(names[:MAX_NAMED_ROWS])}{', ...' if len(names) > MAX_NAMED_ROWS else ''}"
+            if names
+            else ""
+        )
         raise NonFiniteError(
             f"the {name} is {float(value)} in step {self.state.global_step + 1}, which was not applied; {kept} with a "
             "lower learning rate, a longer warm-up or bfloat16 instead of float16, and check the rows of this step"
@@ -176,7 +194,9 @@ class SmoothedLoss:
     def __init__(self, config: Any, factor: float):
         self.config, self.factor = config, factor
 
-    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def __call__(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Logits (B, L, V) and labels (B, L) -> sum of the losses of T labels, over T or the number that is given."""
         targets = labels[:, 1:]
         is_learned = targets.ne(-100) & targets.ne(self.config.image_token_id)
@@ -188,7 +208,9 @@ class SmoothedLoss:
             is_predicted &= ids.lt(self.config.output_vocab_size)
         hard = log_probs.gather(-1, targets[:, None]).sum()
         soft = log_probs[:, is_predicted].mean(-1).sum()
-        count = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch).clamp_min(1)
+        count = torch.as_tensor(
+            len(targets) if num_items_in_batch is None else num_items_in_batch
+        ).clamp_min(1)
         return -((1 - self.factor) * hard + self.factor * soft) / count.to(hard.device)
 
 
