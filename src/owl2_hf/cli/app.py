@@ -1,0 +1,71 @@
+"""The command `owl2-hf` itself: what each of its commands shares."""
+
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import typer
+
+from ..printing import printable
+
+app = typer.Typer(
+    help="mPLUG-Owl2 and its family: ask about pictures, look into checkpoints, convert them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def say(line: str, err: bool = False) -> None:
+    """Print one line; names and texts of files cannot steer the terminal or forge a second line."""
+    typer.echo(printable(line), err=err)
+
+
+def say_json(value: Any) -> None:
+    typer.echo(json.dumps(value))  # which escapes all but ASCII itself
+
+
+# Libraries that write to the screen while they are imported, about parts of theirs that no command needs.
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+
+
+def silence_start_up() -> None:
+    """Keep warnings of other libraries' imports off the screen; their errors stay."""
+    # What is wrong with an image is in the error.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def report_mistakes(command: Callable) -> Callable:
+    """A user's mistake ends in one line and exit code 1, never in a traceback."""
+
+    @wraps(command)
+    def wrapped(*args, **kwargs):
+        silence_start_up()
+        try:
+            return command(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt:
+            say("owl2-hf: interrupted", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if kwargs.get("debug"):
+                raise
+            from huggingface_hub.errors import StrictDataclassError
+
+            is_mistake = isinstance(error, (ValueError, OSError, StrictDataclassError))
+            message = (
+                str(error)
+                if is_mistake
+                else f"unexpected {type(error).__name__}: {error}; --debug shows where"
+            )
+            say(f"owl2-hf: {' '.join(message.split())}", err=True)
+            raise typer.Exit(1) from None
+
+    return wrapped

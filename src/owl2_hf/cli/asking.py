@@ -1,0 +1,130 @@
+"""Ask about images, and look at what a model attends to."""
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..printing import printable
+from .app import app, report_mistakes, say, say_json
+from .loading import load
+from .options import JSON, Debug, Device, ModelOption
+
+
+@app.command()
+@report_mistakes
+def describe(
+    image: Annotated[
+        str | None, typer.Argument(help="Path or URL of a picture; a bundled one if not given.")
+    ] = None,
+    question: Annotated[
+        str, typer.Option("--question", "-q", help="What to ask about it.")
+    ] = "What is this?",
+    model: ModelOption = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Longest answer, in tokens; the model's own setting if not given, or 256."
+        ),
+    ] = None,
+    device: Device = None,
+    as_json: JSON = False,
+    debug: Debug = False,
+) -> None:
+    """Ask a question about a picture; the answer streams as it is made."""
+    from transformers import TextStreamer, pipeline
+
+    if image is None:
+        from ..default import default_pictures
+
+        image = str(next(iter(default_pictures().values())))
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    loaded, processor = load(model)
+    pipe = pipeline("image-text-to-text", model=loaded, processor=processor, device=device)
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text, keep="\n\t"), stream_end)
+
+    streamer = (
+        None
+        if as_json
+        else Streamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    )
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    if max_new_tokens is None:  # in a generation config it is cut to what the context leaves
+        config = copy.deepcopy(loaded.generation_config)
+        config.update(do_sample=False, max_new_tokens=config.max_new_tokens or 256)
+        settings = {"generation_config": config}
+    outputs = pipe(
+        text=[{"role": "user", "content": parts}],
+        return_full_text=False,
+        generate_kwargs={"streamer": streamer, **settings},
+    )
+    if as_json:
+        answer = outputs[0]["generated_text"].strip()
+        say_json({"image": image, "question": question, "answer": answer})
+
+
+@app.command()
+@report_mistakes
+def analyze(
+    image: Annotated[str, typer.Argument(help="Path or URL of a picture.")],
+    out: Annotated[Path, typer.Option(help="Folder to write analysis.json and the figures to.")],
+    question: Annotated[
+        str, typer.Option("--question", "-q", help="What to ask about it.")
+    ] = "What is this?",
+    answer: Annotated[
+        str | None,
+        typer.Option(help="Answer whose attention is read; the model's own if not given."),
+    ] = None,
+    model: ModelOption = None,
+    without: Annotated[
+        str | None,
+        typer.Option(help="Model to compare with, usually without the modality-adaptive module."),
+    ] = None,
+    unrelated: Annotated[
+        str | None,
+        typer.Option(
+            help="Picture that has nothing to do with the question: does it disturb the answer?"
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    device: Device = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an analysis that stands in --out.")
+    ] = False,
+    as_json: JSON = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a model attends to: text or picture, layer by layer, and where its learnable queries look."""
+    from ..analysis import analyze as analyze_model
+    from ..analysis import check_target, plots  # noqa: F401, before the model runs: matplotlib may be missing
+
+    check_target(out, overwrite)
+
+    def analyze_loaded(name: str | None, answer: str | None) -> Any:
+        loaded, processor = load(name)
+        return analyze_model(
+            loaded.to(device) if device else loaded,
+            processor,
+            image,
+            question,
+            answer=answer,
+            unrelated=unrelated,
+            max_new_tokens=max_new_tokens,
+            name=name or "the bundled model",
+        )
+
+    # One after the other, so that two large models need not fit side by side.
+    found = analyze_loaded(model, answer)
+    if without is not None:
+        found.compare_with(analyze_loaded(without, found.answer))
+    files = found.save(out, overwrite)
+    if as_json:
+        say_json({**found.to_dict(with_maps=False), "out": str(out), "files": list(files)})
+        return
+    for line in found.summary():
+        say(line)
+    say(f"{out}: {', '.join(files)}")

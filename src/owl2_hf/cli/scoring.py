@@ -1,0 +1,105 @@
+"""Score images and videos."""
+
+import csv
+import sys
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from ..naming import naming_model
+from ..printing import printable
+from .app import app, report_mistakes, say, say_json
+from .loading import load, place
+from .options import Debug, Device, Levels, OriginalReading, Preset, Prompt
+
+
+class Scale(str, Enum):
+    """Scales of `score`."""
+
+    one_to_five = "1-5"
+    zero_to_one = "0-1"
+
+
+@app.command()
+@report_mistakes
+def score(
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Images, folders of images, videos; for task video also folders of videos or of a video's frames."
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a model that scores.")],
+    preset: Preset = None,
+    task: Annotated[
+        str,
+        typer.Option(
+            help="quality, for a video of each frame; with one-align also aesthetics or video."
+        ),
+    ] = "quality",
+    scale: Annotated[
+        Scale | None, typer.Option(help="Lowest and highest score; the preset's if not given.")
+    ] = None,
+    levels: Levels = None,
+    prompt: Prompt = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images or crops in one forward pass.")
+    ] = 8,
+    crops: Annotated[
+        bool,
+        typer.Option(
+            "--crops",
+            help="Average over squares at the image's own resolution; not how the papers score, and slower.",
+        ),
+    ] = False,
+    original_reading: OriginalReading = False,
+    device: Device = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object in a line for each picture.")
+    ] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print comma-separated values, the names first.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Score pictures or videos by the probabilities of level words.
+
+    Of a video one frame a second counts. What cannot be read is named on stderr, the others are scored, and the exit
+    code is 1.
+    """
+    from ..scoring import Scorer, custom_preset, score_paths
+    from ..scoring.presets import preset_for
+
+    if as_json and as_csv:
+        say("owl2-hf: give one of --json and --csv, not both", err=True)
+        raise typer.Exit(2)
+    with naming_model(model):
+        own = preset_for(place(model), preset)
+    chosen = custom_preset(own, task, prompt, levels.split(",") if levels else None)
+    bounds = None if scale is None else tuple(float(bound) for bound in scale.value.split("-"))
+    loaded, processor = load(model)
+    loaded = loaded.to(device) if device else loaded
+    scorer = Scorer(loaded, processor, chosen, bounds, batch_size, crops, original_reading)  # type: ignore[arg-type]
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    if as_csv:
+        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names keep their bytes
+        table.writerow(["image", "score", "std", *scorer.levels])
+    failed = 0
+    for name, found in score_paths(scorer, images, task):
+        if isinstance(found, ValueError):
+            failed += 1
+            message = " ".join(str(found).split())
+            say(f"owl2-hf: {message if name in message else f'{name}: {message}'}", err=True)
+        elif as_json:
+            say_json({"image": name, **vars(found)})
+        elif as_csv:
+            shown = printable(name) if sys.stdout.isatty() else name
+            table.writerow(
+                [shown, *(f"{value:.6f}" for value in (found.score, found.std, *found.probs))]
+            )
+        else:
+            low, high = found.scale
+            say(f"{found.score:.4f} of {low:g} to {high:g}, std {found.std:.4f}  {name}")
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,94 @@
+"""Serve a model to programs and to browsers."""
+
+from typing import Annotated
+
+import typer
+
+from ..naming import DEFAULT_MODEL
+from .app import app, report_mistakes, say
+from .loading import load
+from .options import Debug, Device, Host, MaxNewTokens, ModelArgument
+
+
+@app.command()
+@report_mistakes
+def serve(
+    model: ModelArgument = None,
+    host: Host = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")
+    ] = 8000,
+    max_image_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most pixels of all pictures of a request together; 89,478,485."),
+    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    max_body_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Largest body of a request; 32 MiB.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="OWL2_HF_API_KEY", help="What clients must send; anyone may ask if not given."
+        ),
+    ] = None,
+    allow_image_urls: Annotated[
+        bool,
+        typer.Option(
+            "--allow-image-urls", help="Also fetch pictures from http(s) URLs on public addresses."
+        ),
+    ] = False,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Serve a model to OpenAI's clients; SIGTERM or Ctrl-C ends it."""
+    from ..serving import ServerSettings, bind, build_app
+    from ..serving import serve as run
+
+    limits = {
+        "max_image_pixels": max_image_pixels,
+        "max_new_tokens": max_new_tokens,
+        "max_body_bytes": max_body_bytes,
+    }
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    settings = ServerSettings(**given, allow_image_urls=allow_image_urls, api_key=api_key)
+    with bind(host, port) as sock:
+        loaded, processor = load(model)
+        name = model or DEFAULT_MODEL
+        served = build_app(name, loaded.to(device) if device else loaded, processor, settings)
+        run(served, sock, lambda url: say(f"serving {name} at {url}"))
+
+
+@app.command()
+@report_mistakes
+def demo(
+    model: ModelArgument = None,
+    host: Host = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")
+    ] = 7860,
+    share: Annotated[
+        bool,
+        typer.Option(
+            "--share", help="Also ask Gradio's servers for a public address, open to everybody."
+        ),
+    ] = False,
+    max_image_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most pixels of all pictures of a chat together; 89,478,485."),
+    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Open a web page to chat about pictures, score them, and see what a model attends to; Ctrl-C ends it."""
+    from ..demo import DemoSettings, build_page, show
+    from ..limits import bind
+
+    limits = {"max_image_pixels": max_image_pixels, "max_new_tokens": max_new_tokens}
+    settings = DemoSettings(**{name: limit for name, limit in limits.items() if limit is not None})
+    with bind(host, port) as sock:
+        loaded, processor = load(model)
+        name = model or DEFAULT_MODEL
+        page = build_page(loaded.to(device) if device else loaded, processor, name, settings)
+        show(page, sock, share, lambda url: say(f"showing {name} at {url}"))
