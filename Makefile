@@ -7,10 +7,12 @@ PIP_INSTALL = python -m pip install --quiet
 # Other versions than the pinned one would bring several GB of CUDA libraries.
 TORCH = $(shell grep '^torch==' constraints.txt)
 # What breaks first with another release of transformers; it runs on the oldest and on the newest versions too.
-FAST_HALF = tests/test_compatibility.py tests/test_golden.py tests/test_configuration_mplug_owl2.py \
-	tests/test_modeling_mplug_owl2.py tests/test_processing_mplug_owl2.py tests/test_image_processing_mplug_owl2.py \
-	tests/test_tokenization_mplug_owl2.py tests/test_default_model.py tests/test_pipeline.py tests/test_remote_code.py \
-	tests/test_registration.py tests/test_scoring.py tests/test_docowl.py tests/test_owl21.py \
+FAST_HALF = tests/modeling/test_compatibility.py tests/test_golden.py \
+	tests/modeling/test_configuration_mplug_owl2.py tests/modeling/test_modeling_mplug_owl2.py \
+	tests/processing/test_processing_mplug_owl2.py tests/processing/test_image_processing_mplug_owl2.py \
+	tests/processing/test_tokenization_mplug_owl2.py tests/default/test_default_model.py \
+	tests/test_pipeline.py tests/test_remote_code.py tests/test_registration.py \
+	tests/scoring/test_scorer.py tests/family/test_docowl.py tests/family/test_owl21.py \
 	tests/conversion/test_direct_loading.py tests/training/test_adapters.py
 
 .PHONY: demo test test-oldest test-newest constraints lint format site wheel clean

@@ -95,15 +95,15 @@ def place(tmp_path_factory):
 RUN_ELSEWHERE = {
     "adapters.md": "training/test_adapters.py",
     "analysis.md": "test_docs.py",
-    "check.md": "test_check.py",
+    "check.md": "checks/test_check.py",
     "classification.md": "training/test_trl.py",
     "coming-from.md": "test_docs.py",
-    "demo.md": "test_demo.py",
+    "demo.md": "demo/test_page.py",
     "export.md": "test_export.py",
     "performance.md": "test_docs.py",
-    "scale-out.md": "test_scale_out.py",
+    "scale-out.md": "modeling/test_scale_out.py",
     "scoring.md": "test_docs.py",
-    "serving.md": "test_serving.py",
+    "serving.md": "serving/test_server.py",
     "training.md": "training/test_run.py",
 }
 

@@ -26,7 +26,7 @@ from owl2_hf.conversion import convert
 from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2Model
 from owl2_hf.processing.tokenization_mplug_owl2 import has_tokenizer
 
-from ..test_modeling_mplug_owl2 import tiny_config
+from ..modeling.test_modeling_mplug_owl2 import tiny_config
 from .conftest import (
     assert_same_bits,
     command,

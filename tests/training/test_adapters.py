@@ -21,8 +21,8 @@ from owl2_hf.modeling.adapters_mplug_owl2 import place_adapter, read_adapter
 from owl2_hf.training.adapters import LORA_PRESETS, check_adapter, load_adapter, lora_config
 
 from ..conversion.conftest import halve, rewrite
+from ..modeling.test_modeling_mplug_owl2 import IMAGE, RUN, pictures, tiny_config
 from ..original import expand_markers, pad
-from ..test_modeling_mplug_owl2 import IMAGE, RUN, pictures, tiny_config
 
 DOCS = Path(__file__).parents[2] / "docs" / "adapters.md"
 INPUTS = {**pad([[1, 5, *RUN, 7]]), "pixel_values": pictures(1)}

@@ -29,7 +29,7 @@ gradio_client = pytest.importorskip(
 from owl2_hf import demo  # noqa: E402
 from owl2_hf.demo.chat import problem, to_messages  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MAX_PIXELS = 500 * 500
 MAX_NEW_TOKENS = 1500
 YES_NO = custom_preset(

@@ -21,7 +21,7 @@ from owl2_hf.modeling import (
     MplugOwl2Model,
 )
 
-from .original import pad
+from ..original import pad
 from .test_modeling_mplug_owl2 import RUN, pictures, tiny_config
 
 ROWS = [[1, 5, *RUN, 7], [1, 9, 8], [1, *RUN, 6, *RUN, 4, 3]]

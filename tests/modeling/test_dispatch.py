@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
 from owl2_hf.modeling.compatibility_mplug_owl2 import CACHE
 
-from .original import pad
+from ..original import pad
 from .test_modeling_mplug_owl2 import IMAGE, RUN, llama_like, pictures, tiny_config
 
 # Masking the logits of reserved ids: two comparisons, their union, the ids themselves, and the mask.

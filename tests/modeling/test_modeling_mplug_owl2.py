@@ -17,7 +17,7 @@ from owl2_hf.modeling.modeling_mplug_owl2_abstractor import (
     query_position_table,
 )
 
-from .original import pad
+from ..original import pad
 
 IMAGE = 90  # placeholder id; 91 to 95 pad the table
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer
 
-GOLDEN = Path(__file__).parent / "golden" / "T"
+GOLDEN = Path(__file__).parents[1] / "golden" / "T"
 IDS = json.loads((GOLDEN / "ids.json").read_text())
 MARKER = -200
 # Raw strings that start with the marker (the original puts `<s>` behind it) and the empty one (it gives nothing).
@@ -18,7 +18,7 @@ OTHER_THAN_THE_ORIGINALS = {"raw_image_first", "raw_image_only", "raw_empty"}
 
 @pytest.fixture(scope="session")
 def llama_tokenizer_file():
-    path = Path(__file__).parents[2] / "shared" / "assets" / "llama_tokenizer" / "tokenizer.model"
+    path = Path(__file__).parents[3] / "shared" / "assets" / "llama_tokenizer" / "tokenizer.model"
     if not path.is_file():
         pytest.skip("LLaMA-2's tokenizer is not ours to ship and not here")
     return path

@@ -298,7 +298,7 @@ def test_a_client_that_goes_stops_its_generation(client):
 
 
 def test_the_python_of_the_documentation_runs(server, tmp_path, monkeypatch, capsys):
-    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     (tmp_path / "photo.png").write_bytes(owl2_hf.default_pictures()["emoji-banana"].read_bytes())
     monkeypatch.chdir(tmp_path)

@@ -29,10 +29,10 @@ from owl2_hf.processing import MplugOwl2Processor
 from owl2_hf.processing.tokenization_mplug_owl2 import QWEN_CONTROL_TOKENS, load_tokenizer
 from owl2_hf.scoring import Preset, Scorer
 
-from .conversion.conftest import assert_same_bits, command, edit_config, load_state, read_shards
-from .original import expand_markers, pad
-from .test_golden import GoldenSet, assert_close, text_logits
-from .test_remote_code import ask_a_stranger
+from ..conversion.conftest import assert_same_bits, command, edit_config, load_state, read_shards
+from ..original import expand_markers, pad
+from ..test_golden import GoldenSet, assert_close, text_logits
+from ..test_remote_code import ask_a_stranger
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from owl2_hf.modeling.loading_mplug_owl2 import UNQUANTIZED, spare_vision_side
 from owl2_hf.modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from owl2_hf.training.adapters import lora_config
 
-from .conversion.test_direct_loading import docowl, owl21
-from .original import pad
+from ..conversion.test_direct_loading import docowl, owl21
+from ..original import pad
 from .test_modeling_mplug_owl2 import RUN, pictures, tiny_config
 
 torchao = pytest.importorskip(

@@ -230,7 +230,7 @@ def test_continuous_batching_gives_what_generate_gives(loaded):
 
 
 def test_the_bounds_say_the_same_everywhere():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     oldest = re.search(r'"transformers>=([\d.]+)', (root / "pyproject.toml").read_text())[1]
     assert compatibility.TESTED[0] == oldest + ".0"
     newest = ".".join(compatibility.TESTED[1].split(".")[:2])

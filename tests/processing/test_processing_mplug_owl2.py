@@ -22,7 +22,7 @@ from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 from owl2_hf.processing.processing_mplug_owl2 import ESCAPE, NO_PREFIX
 from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CONTROL = ["<|image|>", "<s>", "</s>", "<unk>"]
 RED, BLUE = Image.new("RGB", (9, 5), "red"), Image.new("RGB", (5, 9), "blue")
 

@@ -37,7 +37,7 @@ from owl2_hf.cli import app
 from owl2_hf.default import default_dir
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration, MplugOwl2TextModel
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUNDLED = ["token ids", "pixels", "visual tokens", "logits", "answers"]
 CONSISTENCY = [
     "cache",

@@ -26,7 +26,7 @@ from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 from owl2_hf.processing.image_processing_mplug_owl2 import CROP_ANCHORS, best_anchor
 from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer
 
-from .conversion.conftest import (
+from ..conversion.conftest import (
     assert_same_bits,
     command,
     edit_config,
@@ -34,11 +34,11 @@ from .conversion.conftest import (
     read_shards,
     refused,
 )
-from .original import pad
-from .test_golden import GoldenSet, assert_close
-from .test_remote_code import ask_a_stranger
+from ..original import pad
+from ..test_golden import GoldenSet, assert_close
+from ..test_remote_code import ask_a_stranger
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 PILLOW = int(PIL.__version__.partition(".")[0])
 
 

@@ -12,7 +12,7 @@ import torch
 from owl2_hf.conversion import convert
 from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import processor, timing
 from benchmarks.full_size import make, original_shapes
 from benchmarks.full_size_speed import passed_weights

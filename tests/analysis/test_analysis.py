@@ -23,7 +23,7 @@ from owl2_hf.analysis import (
 from owl2_hf.cli import app
 from owl2_hf.default import default_dir
 
-from .test_modeling_mplug_owl2 import IMAGE, RUN, pictures, tiny_config
+from ..modeling.test_modeling_mplug_owl2 import IMAGE, RUN, pictures, tiny_config
 
 QUESTION = "What is this?"
 PICTURES = owl2_hf.default_pictures()

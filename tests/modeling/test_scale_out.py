@@ -17,10 +17,10 @@ import owl2_hf
 from owl2_hf.default import default_dir
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
 
-from .original import pad
+from ..original import pad
 from .test_modeling_mplug_owl2 import RUN, pictures, tiny_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "scale-out.md").read_text()
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 TINY = {
@@ -112,7 +112,7 @@ def parallel(tmp_path_factory) -> Path:
         config.tie_word_embeddings = "tie_word_embeddings" in overrides
         MplugOwl2ForConditionalGeneration(config).save_pretrained(root / name)
     (root / "default").symlink_to(default_dir())
-    torchrun(["-m", "tests.test_scale_out", str(root)])
+    torchrun(["-m", "tests.modeling.test_scale_out", str(root)])
     return root
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from owl2_hf.processing import MplugOwl2ImageProcessor
 from owl2_hf.processing import image_processing_mplug_owl2 as module
 
-GOLDEN = Path(__file__).parent / "golden" / "P"
+GOLDEN = Path(__file__).parents[1] / "golden" / "P"
 MODES = {"resize": "resize", "pad": "pad", "none": "crop"}
 
 
