@@ -249,9 +249,13 @@ def _compare_logits(
         return [
             f"logits were not compared: the source is {expected.dtype}, the folder {logits.dtype}"
         ]
-    if not torch.equal(logits, expected):
-        error = (logits.float() - expected.float()).abs().max().item()
+    # The weights are equal to the bit by now. Where they lie in memory may choose another kernel,
+    # which rounds otherwise.
+    error = (logits.float() - expected.float()).abs().max().item()
+    bound = 16 * torch.finfo(logits.dtype).eps * expected.float().abs().max().item()
+    if error > bound:
         raise ConversionError(
-            f"the logits of a prompt with a picture differ from the source's by up to {error:.3g}."
+            f"the logits of a prompt with a picture differ from the source's by up to {error:.3g}; "
+            f"rounding explains up to {bound:.3g}."
         )
-    return ["the logits of a prompt with a picture equal the source's, bit for bit"]
+    return [f"the logits of a prompt with a picture equal the source's, to {error:.1e}"]
