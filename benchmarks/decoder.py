@@ -143,9 +143,8 @@ def training_memory(name: str, shape: str, dtype: torch.dtype) -> float:
     model = build(name, shape, dtype)
     embeds = torch.randn(1, POSITIONS, model.config.hidden_size, dtype=dtype)
     for parameter in model.parameters():
-        parameter.grad = torch.ones_like(
-            parameter
-        )  # ones, for memory that is only reserved does not count yet
+        # Ones, for memory that is only reserved does not count yet.
+        parameter.grad = torch.ones_like(parameter)
     before = resident_memory()
     for _ in range(3):
         train_step(model, embeds, {"mm_token_type_ids": indicators()} if name == "ours" else {})

@@ -282,13 +282,14 @@ class Batches(Dataset):
         usable = [not one.held_out for one in emoji]
         # What the model only tells the kind of is shown less often, and flags, which are many, least.
         weights = [[0.05 if one.name == "flag" else 1.0 if one.named else 0.2] for one in emoji]
+        # (emoji * styles,)
         self.weights = torch.cat(
             [
                 weight * there[:, None] * torch.tensor(usable)[:, None] * torch.tensor(weights)
                 for (_, there), weight in zip(self.styles, STYLE_WEIGHTS, strict=True)
             ],
             dim=1,
-        ).flatten()  # (emoji * styles,)
+        ).flatten()
 
     def __len__(self) -> int:
         return self.num_steps

@@ -204,9 +204,8 @@ def write_all(out: Path, seed: int) -> dict[str, int]:
     instruct = []
     for own, path in zip(pairs, paths, strict=True):
         turns = questions.about_shape(own, TURNS)
-        rng.shuffle(
-            turns
-        )  # or answers about shape and colour would always stand before the questions with yes or no
+        # Or answers about shape and colour would always stand before the questions with yes or no.
+        rng.shuffle(turns)
         instruct.append(row(turns, path))
     test_shapes, test_pairs = load_easy_vqa("test")
     files["easy_vqa.test"] = [

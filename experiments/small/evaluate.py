@@ -148,9 +148,8 @@ class Model:
                 batch, padding=True, return_tensors="pt", return_token_type_ids=False
             )
             is_text = inputs["attention_mask"].bool()
-            is_text &= is_text.roll(
-                1, dims=1
-            )  # padding stands on the left: the first token has none before it
+            # Padding stands on the left: the first token has none before it.
+            is_text &= is_text.roll(1, dims=1)
             is_text[:, 0] = False
             total, count = self._add(inputs, is_text, total, count)
         return math.exp(total / count)

@@ -125,9 +125,8 @@ def check_vision_encoder(model: Dinov2Model, graph, tolerance: float = 1e-5) -> 
     )
     layers = onnx.utils.Extractor(graph).extract_model(["input_image"], [last])
     pixels = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    (expected,) = ReferenceEvaluator(layers).run(
-        None, {"input_image": pixels.numpy()}
-    )  # (1, 257, 384)
+    # (1, 257, 384)
+    (expected,) = ReferenceEvaluator(layers).run(None, {"input_image": pixels.numpy()})
     found = model(pixels, output_hidden_states=True).hidden_states[-1].numpy()
     difference = float(np.abs(found - expected).max() / np.abs(expected).max())
     if not difference <= tolerance:

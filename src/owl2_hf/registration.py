@@ -97,9 +97,8 @@ def register_when_looked_up() -> None:
     if not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _TableFinder())
     for name in TABLES.keys() & sys.modules.keys():
-        if not _make_lazy(
-            import_module(name)
-        ):  # which waits, should another thread be in the middle of importing it
+        # Which waits, should another thread be in the middle of importing it.
+        if not _make_lazy(import_module(name)):
             register()
 
 
@@ -189,9 +188,8 @@ class _TableLoader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module):
-        module.__loader__ = module.__spec__.loader = (
-            self.loader
-        )  # nobody has to know that we were here
+        # Nobody has to know that we were here.
+        module.__loader__ = module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         if not _make_lazy(module):
             _load_first(module)

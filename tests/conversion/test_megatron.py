@@ -52,12 +52,10 @@ def test_the_table_reaches_every_parameter_of_the_original_but_the_tables():
     computed = {
         key for key, target in ORIGINAL.items() if target is None or key.endswith("_pos_embed")
     }
-    biases = {
-        key for key in ORIGINAL if key.startswith("model.layers.") and key.endswith(".bias")
-    }  # LLaMA has none
-    docowl = {
-        key for key in ORIGINAL if key.startswith("model.vision2text.")
-    }  # it has no ranks of Megatron's
+    # LLaMA has none.
+    biases = {key for key in ORIGINAL if key.startswith("model.layers.") and key.endswith(".bias")}
+    # It has no ranks of Megatron's.
+    docowl = {key for key in ORIGINAL if key.startswith("model.vision2text.")}
     assert {target for target, _ in RENAMED.values()} == {
         *ORIGINAL,
         *FUSED,

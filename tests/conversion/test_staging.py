@@ -52,9 +52,8 @@ def test_a_filled_target_is_refused_unless_overwriting(source, tmp_path):
     command("convert", source, occupied, "--overwrite", "--max-shard-size", "200KB")
     for name in ("mine.txt", "my_weights.pt", "README.previous.md"):
         assert (occupied / name).read_text() == "mine"
-    assert not (
-        occupied / "model.safetensors"
-    ).exists()  # transformers would prefer it to the shards
+    # Transformers would prefer it to the shards.
+    assert not (occupied / "model.safetensors").exists()
     assert "weight_map" in (occupied / "model.safetensors.index.json").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["occupied", "source"]
 

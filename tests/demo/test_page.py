@@ -159,9 +159,8 @@ def test_sampling_follows_temperature_and_top_p(worker):
         return list(worker.answer([user("What is this?", picture())], 8, **settings))[-1]
 
     greedy = ask()
-    assert (
-        ask(temperature=2.0, top_p=0.01) == greedy
-    )  # so little of the probability is the likeliest token alone
+    # So little of the probability is the likeliest token alone.
+    assert ask(temperature=2.0, top_p=0.01) == greedy
     assert len({ask(temperature=2.0), greedy}) == 2
 
 
@@ -596,10 +595,11 @@ def test_in_a_browser_names_and_text_are_no_markup(tab, broken, tmp_path):
     expect(tab.get_by_test_id("user").last).to_contain_text("<i>What</i> is this?")
     assert tab.locator("[onclick=x]").count() == 0
     ask(tab, "Is 1 < 2 & <s>?")
+    # The first also after it has gone to and fro.
     for text in (
         "<i>What</i> is this?",
         "Is 1 < 2 & <s>?",
-    ):  # the first also after it has gone to and fro
+    ):
         expect(tab.get_by_text(text, exact=True)).to_have_count(1)
 
 

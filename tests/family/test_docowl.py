@@ -267,9 +267,8 @@ def test_verify_says_ok(original, converted, with_tokenizer, tmp_path):
     )
     command("convert", with_tokenizer, tmp_path / "converted")
     lines = command("verify", tmp_path / "converted", "--against", with_tokenizer).stdout
-    assert (
-        "the processor fits the model: 34 positions for a picture" in lines
-    )  # the whole picture and one crop
+    # The whole picture and one crop.
+    assert "the processor fits the model: 34 positions for a picture" in lines
 
 
 def test_info_counts_the_tokens_of_a_crop(original, with_tokenizer, tmp_path):

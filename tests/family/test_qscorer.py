@@ -22,12 +22,13 @@ from ..conversion.conftest import command, edit_config, read_shards
 from ..original import pad
 
 TOKENS = [f"<score{i}>" for i in range(1, 6)]
+# 64 is the width of the language model: two of the layers add their input.
 WIDTHS = [
     64,
     24,
     24,
     16,
-]  # 64 is the width of the language model: two of the layers add their input
+]
 PROMPT = "USER: How would you rate the quality of this image?\n<|image|>\nASSISTANT: The quality of the image is"
 
 

@@ -71,9 +71,8 @@ def test_positions_of_pictures_are_looked_up_once_for_all_layers(models):
     indicators = torch.tensor([[0, 1, 1, 0, 1]])
     embeds = torch.randn(1, 5, 48)
     counts = operations(lambda: model(inputs_embeds=embeds, mm_token_type_ids=indicators))
-    assert (
-        counts["nonzero"] == 2 and not counts["_local_scalar_dense"]
-    )  # positions of text, positions of pictures
+    # Positions of text, positions of pictures.
+    assert counts["nonzero"] == 2 and not counts["_local_scalar_dense"]
 
 
 def saved_bytes(model, **inputs) -> int:

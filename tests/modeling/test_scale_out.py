@@ -171,9 +171,8 @@ def test_two_processes_have_the_gradients_of_one(parallel, name):
     got = torch.load(parallel / f"{name}.pt")["gradients"]
     assert got.keys() == expected.keys()
     for key in expected:
-        torch.testing.assert_close(
-            got[key], expected[key], rtol=1e-4, atol=1e-5
-        )  # sums in another order
+        # Sums in another order.
+        torch.testing.assert_close(got[key], expected[key], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*TINY, "default"])

@@ -52,9 +52,8 @@ def test_pixels_are_the_originals_in_the_wider_set(golden_dir):
     folder = golden_dir("P")
     for key, expected in load_file(folder / "pixel_values.safetensors").items():
         name, kind, mode, side = key.split("/")
-        if (
-            kind == "rgb" and mode in MODES and key != "three_high_50x3/rgb/none/56"
-        ):  # the original's channel bug
+        # The original's channel bug.
+        if kind == "rgb" and mode in MODES and key != "three_high_50x3/rgb/none/56":
             image = Image.open(folder / "images" / f"{name}.png").convert("RGB")
             actual = processor(int(side))(
                 image, image_aspect_ratio=MODES[mode], return_tensors="pt"

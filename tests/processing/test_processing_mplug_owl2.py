@@ -263,9 +263,8 @@ def test_any_conversation_keeps_its_text_and_its_pictures(questions, legacy):
         == ids.eq(processor.image_token_id).sum()
         == 3 * len(pictures)
     )
-    assert (
-        int(ids.eq(2).sum()) == len(questions) - 1
-    )  # each answer's end, and none that somebody wrote
+    # Each answer's end, and none that somebody wrote.
+    assert int(ids.eq(2).sum()) == len(questions) - 1
     shown = out["pixel_values"] if pictures else []
     for values, colour in zip(shown, pictures, strict=True):
         expected = processor.image_processor(

@@ -45,9 +45,8 @@ def test_a_soft_label_of_any_number_of_levels_sums_to_one_and_keeps_the_mean(
     for mos in (0.0, 13.0, 50.0, 71.5, 100.0):
         label = soft_label(mos, std, 0.0, 100.0, density, num_levels)
         assert len(label) == num_levels and min(label) >= 0
-        assert sum(label) == pytest.approx(
-            1, abs=0.05
-        )  # where a negative share is cut off, the sum moves
+        # Where a negative share is cut off, the sum moves.
+        assert sum(label) == pytest.approx(1, abs=0.05)
         assert mean(label) == pytest.approx(1 + (num_levels - 1) * mos / 100, abs=0.1)
 
 

@@ -326,9 +326,8 @@ def test_an_oversized_body_is_413(client, server):
     with pytest.raises(openai.APIStatusError, match="may have 300,000 bytes at most") as error:
         ask(client, "x" * 20_000_000)
     assert error.value.status_code == 413
-    status, body = post(
-        server, (b" " * 10_000 for _ in range(100))
-    )  # chunks, without a content length
+    # Chunks, without a content length.
+    status, body = post(server, (b" " * 10_000 for _ in range(100)))
     assert (status, body["error"]["code"]) == (413, "request_too_large")
     assert ask(client, "Is red a shape?") == "no"
 
@@ -485,9 +484,8 @@ def test_signals_end_it_within_seconds_while_it_generates():
             "stream": stream,
         }
         cut_off = r"(?i)connection|disconnected|the server is going down"
-        with pytest.raises(
-            Exception, match=cut_off
-        ):  # older clients let errors of their transport through
+        # Older clients let errors of their transport through.
+        with pytest.raises(Exception, match=cut_off):
             for _ in range(50):
                 list(client.chat.completions.create(**options))
 

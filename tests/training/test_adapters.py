@@ -462,9 +462,8 @@ def test_a_fine_tune_of_the_original_is_trained_on(golden_dir, tmp_path):
     convert(golden / "mplug_owl2_base", tmp_path / "base")
     convert(golden / "mplug_owl2_lora", adapter, base=tmp_path / "base", to="adapter")
     cases = load_file(golden / "cases.safetensors")
-    loaded = AutoModelForImageTextToText.from_pretrained(
-        adapter
-    )  # the base that it names, and all that was trained
+    # The base that it names, and all that was trained.
+    loaded = AutoModelForImageTextToText.from_pretrained(adapter)
     inputs = expand_markers(cases["merged_fp32/input_ids"], loaded.config)
     inputs["pixel_values"] = cases["merged_fp32/images"].reshape(-1, 3, 28, 28)
     expected = cases["merged_fp32/logits"]
@@ -682,9 +681,8 @@ def test_indicators_that_are_too_short_are_refused_where_no_tokens_are_virtual(m
     for extra in ({}, {"pixel_values": pictures(1)}):
         with pytest.raises(ValueError, match="one indicator for each position"):
             model(inputs_embeds=embeds, mm_token_type_ids=short, **extra)
-    frozen = model.requires_grad_(
-        False
-    )  # as virtual tokens leave a model; ids tell that there are none
+    # As virtual tokens leave a model; ids tell that there are none.
+    frozen = model.requires_grad_(False)
     with pytest.raises(ValueError, match="one indicator for each position"):
         frozen(torch.tensor([[1, 5, *RUN, 7]]), mm_token_type_ids=short, pixel_values=pictures(1))
     long = torch.tensor([[0, 0, 0, *[1] * len(RUN), 0]])

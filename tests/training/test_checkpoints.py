@@ -114,9 +114,8 @@ def test_every_process_needs_its_random_state(tmp_path):
         (folder / f"rng_state_{rank}.pth").unlink()
         assert find_damage(folder) == f"rng_state_{rank}.pth is missing"
     folder = make(tmp_path, processes=2)
-    (
-        folder / "versions.json"
-    ).unlink()  # nothing says how many there were, but one alone has no number
+    # Nothing says how many there were, but one alone has no number.
+    (folder / "versions.json").unlink()
     (folder / "rng_state_1.pth").unlink()
     assert find_damage(folder) == "rng_state_1.pth is missing"
 

@@ -169,9 +169,8 @@ def test_batches_are_the_originals(golden_dir, mode):
         images = recorded.pop("images")
         for key, value in expand_markers(config=processor, **recorded).items():
             assert torch.equal(batch[key], value), (case["name"], key)
-        with_image = [
-            "image" in rows[index] for index in case["indices"]
-        ]  # it made black ones for the others
+        # It made black ones for the others.
+        with_image = ["image" in rows[index] for index in case["indices"]]
         assert torch.equal(batch["pixel_values"], images[with_image])
 
 

@@ -32,11 +32,12 @@ def test_shipped_recipes_load_by_name(name):
 
 
 def test_shipped_recipes_say_where_their_numbers_come_from():
+    # Transformers' own.
     plain = {
         "max_grad_norm: 1.0",
         "adam_beta1: 0.9",
         "gradient_accumulation_steps: 1",
-    }  # transformers' own
+    }
     run_only = {"logging_steps", "save_steps", "save_total_limit", "dataloader_num_workers", "seed"}
     for name, path in shipped_recipes().items():
         for line in path.read_text().splitlines():

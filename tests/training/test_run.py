@@ -589,9 +589,8 @@ def test_an_error_within_an_update_keeps_no_half_of_it(recipe, tmp_path, monkeyp
     def dies(self, *args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(
-        run_module.Owl2Trainer, "_get_learning_rate", dies
-    )  # asked for right after the update
+    # Asked for right after the update.
+    monkeypatch.setattr(run_module.Owl2Trainer, "_get_learning_rate", dies)
     with pytest.raises(RuntimeError, match="out of memory"):
         train(recipe())
     assert last_checkpoint(tmp_path / "run") is None

@@ -172,9 +172,8 @@ def convert(
         else:
             conversion = _Conversion(opened, report, DTYPES.get(dtype or ""), allow_nonfinite)
             if to == "original":
-                original_config(
-                    opened.config
-                )  # what it has no word for is refused before anything is written
+                # What it has no word for is refused before anything is written.
+                original_config(opened.config)
             with _hashing(opened.files) as waiting:
                 conversion.write(
                     folder, to == "original", max_shard_size, lambda file: on_file(file.name)
@@ -261,9 +260,8 @@ def _has_published_sizes(config: MplugOwl2Config) -> bool:
 
 def _file_names(files: Iterable[Path]) -> dict[Path, str]:
     """Names for a report: with the folder just above where files of several folders were read."""
-    parents = {
-        file: file.parent.resolve() for file in files
-    }  # links of a cache keep their own names
+    # Links of a cache keep their own names.
+    parents = {file: file.parent.resolve() for file in files}
     is_one = len(set(parents.values())) == 1
     return {
         file: file.name if is_one else f"{parent.name}/{file.name}"
@@ -464,9 +462,8 @@ def _write_around_ours(source: Source, folder: Path, tokenizer: str | Path | Non
     with torch.device("meta"):
         model = model_class(source.config)(source.config)
     model.config.architectures = [type(model).__name__]
-    custom_object_save(
-        model, folder
-    )  # the code that lets others load the folder without this package
+    # The code that lets others load the folder without this package.
+    custom_object_save(model, folder)
     model.config.save_pretrained(folder)
     generation = generation_config(source)
     generation.save_pretrained(folder)
@@ -522,9 +519,8 @@ def load_processor(source: Source, tokenizer: str | Path | None) -> MplugOwl2Pro
         tokenizer: Where to read the tokenizer from, where not from the source.
     """
     config = source.config
-    added = (
-        getattr(config, "score_tokens", None) or ()
-    )  # Q-Scorer's, which the processor of its base does not have
+    # Q-Scorer's, which the processor of its base does not have.
+    added = getattr(config, "score_tokens", None) or ()
     processor = None
     try:
         if tokenizer is None and (source.folder / PROCESSOR_NAME).is_file():

@@ -257,9 +257,8 @@ def _generation_config(
     own: GenerationConfig, tokenizer: PreTrainedTokenizerFast
 ) -> GenerationConfig:
     """The language model's, which also stops where the chat template ends an answer."""
-    if (
-        not own.do_sample
-    ):  # transformers 5 refuses to save settings of sampling where nothing is sampled
+    # Transformers 5 refuses to save settings of sampling where nothing is sampled.
+    if not own.do_sample:
         own.temperature = own.top_p = own.top_k = own.typical_p = None
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = [end for end in ends if end is not None]
@@ -318,9 +317,8 @@ def _visual_side(
     if tower.state is not None:
         vision.load_state_dict(tower.state, assign=True)
     for parameter in (*abstractor.parameters(), *vision.parameters()):
-        parameter.data = parameter.data.to(
-            dtype
-        )  # the sin-cos tables, which are buffers, stay float32
+        # The sin-cos tables, which are buffers, stay float32.
+        parameter.data = parameter.data.to(dtype)
     return abstractor, vision
 
 

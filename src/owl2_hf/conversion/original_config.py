@@ -226,9 +226,8 @@ def save_original_processor(processor: MplugOwl2Processor, vocabulary: Path, fol
     else:
         shutil.copyfile(vocabulary, folder / f"tokenizer{vocabulary.suffix}")
         settings = _llama_tokenizer_configs(processor)
-    if (
-        processor.image_processor.image_aspect_ratio != "anchors"
-    ):  # Upstream: DocOwl's are arguments of its code.
+    # Upstream: DocOwl's are arguments of its code.
+    if processor.image_processor.image_aspect_ratio != "anchors":
         settings["preprocessor_config.json"] = _preprocessor_config(processor)
     for name, values in settings.items():
         (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -165,9 +165,8 @@ class _Records:
 
     def __init__(self, path: Path):
         self.path = path
-        self._waiting: list[
-            tuple[int, int, zipfile.ZipInfo]
-        ] = []  # start, end, entry; the next one last
+        # Start, end, entry; the next one last.
+        self._waiting: list[tuple[int, int, zipfile.ZipInfo]] = []
         self._found = 0
         if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
             return

@@ -272,9 +272,8 @@ def take_chunk(tokens: Tensor, mm_token_type_ids: Tensor, start: int, end: int) 
             "conversation. This release of transformers cannot continue a conversation with images in chunks: leave "
             "prefill_chunk_size out, or install transformers 5.23 or newer."
         )
-    rows = (
-        is_visual.flatten().cumsum(0).view_as(is_visual) - 1
-    )  # (B, L), which token stands at a visual position
+    # (B, L), which token stands at a visual position.
+    rows = is_visual.flatten().cumsum(0).view_as(is_visual) - 1
     rows = rows[:, start:end][is_visual[:, start:end]]
     return tokens[rows].unsqueeze(0) if len(rows) else None
 

@@ -359,9 +359,8 @@ class MplugOwl2Config(ComposedConfig):
         self.image_token_id = self.output_vocab_size = num_text_tokens
         self.vision_config = _known_fields(MplugOwl2VisionConfig, vision)
         if "deepmlp_hidden_dims" in kwargs:
-            kwargs.setdefault(
-                "num_labels", 1
-            )  # Upstream: Q-Scorer has one score, and does not say so
+            # Upstream: Q-Scorer has one score, and does not say so.
+            kwargs.setdefault("num_labels", 1)
         # The names of the original's classes; ours are written on saving.
         self.architectures: list[str] | None = None
         return kwargs

@@ -35,9 +35,11 @@ from .adapters_mplug_owl2 import (
     whole_dora_names,
 )
 from .compatibility_mplug_owl2 import AdapterMethods
+
+# Importing it also teaches transformers the original's layout.
 from .conversion_mplug_owl2 import (
     owner_of,
-)  # importing it also teaches transformers the original's layout
+)
 from .weight_files_mplug_owl2 import check_archive, read_weight_map, read_weights
 
 logger = logging.get_logger(__name__)
@@ -111,9 +113,8 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
             kwargs["quantization_config"] = spare_vision_side(kwargs["quantization_config"])
         if is_original and kwargs.get("generation_config") is None:
             settings = _read_json(pretrained_model_name_or_path, GENERATION_CONFIG_NAME, hub)
-            kwargs["generation_config"] = (
-                GenerationConfig()
-            )  # until there is a configuration to complete it with
+            # Until there is a configuration to complete it with.
+            kwargs["generation_config"] = GenerationConfig()
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs

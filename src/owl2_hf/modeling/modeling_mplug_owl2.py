@@ -35,9 +35,8 @@ from .modeling_mplug_owl2_h_reducer import MplugOwl2HReducer
 from .modeling_mplug_owl2_text import MplugOwl2TextModel, match_indicators
 from .modeling_mplug_owl2_vision import MplugOwl2VisionModel
 
-if (
-    TYPE_CHECKING
-):  # a folder that names the classifier needs its file: those named here are saved with this one
+# A folder that names the classifier needs its file: those named here are saved with this one.
+if TYPE_CHECKING:
     from .modeling_mplug_owl2_classification import MplugOwl2ForSequenceClassification  # noqa: F401
 
 logger = logging.get_logger(__name__)

@@ -137,9 +137,8 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
             inputs = self._with_answer(inputs)
         outputs = self.model(**inputs, **{**kwargs, "return_dict": True})
         hidden_states = outputs.last_hidden_state
-        last = self._last_tokens(
-            hidden_states, inputs["input_ids"], inputs["attention_mask"]
-        )  # (B,)
+        # (B,)
+        last = self._last_tokens(hidden_states, inputs["input_ids"], inputs["attention_mask"])
         rows = torch.arange(len(last), device=last.device)
         logits = self.score(hidden_states[rows, last])  # (B, K)
         loss = None if labels is None else self._loss(logits, labels)
@@ -201,9 +200,8 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
         num_rows, length = hidden_states.shape[:2]
         padding = self.config.get_text_config().pad_token_id
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            is_token = (
-                attention_mask[:, -length:].to(hidden_states.device).bool()
-            )  # (B, L), a mask has the cache's too
+            # (B, L), a mask has the cache's too.
+            is_token = attention_mask[:, -length:].to(hidden_states.device).bool()
         elif input_ids is not None and padding is not None:
             is_token = input_ids.ne(padding).to(hidden_states.device)
         elif num_rows == 1 or input_ids is None:

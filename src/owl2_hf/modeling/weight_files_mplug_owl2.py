@@ -119,9 +119,8 @@ def check_archive(path: Path) -> bool:
             # PyTorch's rule: the first record's folder is that of all.
             folder = entries[0].filename.partition("/")[0]
             entry = archive.getinfo(f"{folder}/data.pkl")
-            file.seek(
-                record_start(file, entry)
-            )  # not by zipfile: PyTorch may be told not to compute checksums
+            # Not by zipfile: PyTorch may be told not to compute checksums.
+            file.seek(record_start(file, entry))
             storages = _StorageReader(file.read(entry.file_size)).read_sizes()
     except _DamageError:
         raise

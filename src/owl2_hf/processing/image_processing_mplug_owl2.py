@@ -555,9 +555,8 @@ def to_rgb(
         read = partial(_pil_to_rgb, image, original_reading)
         name = getattr(image, "filename", None)  # of one that PIL has opened and not yet read
         return _named(repr(str(name)), read) if name else read()
-    if hasattr(
-        image, "detach"
-    ):  # a tensor, which has channels first unless its shape says otherwise
+    # A tensor, which has channels first unless its shape says otherwise.
+    if hasattr(image, "detach"):
         try:
             image = image.detach().cpu()
             image = (image.float() if image.is_floating_point() else image).numpy()

@@ -351,9 +351,8 @@ def _level_probs(value: Any) -> tuple[float, ...] | None:
     if not isinstance(value, (list, tuple)) or len(value) < 2:
         raise ValueError(f"expected a list of probabilities as 'level_probs', got {value!r}.")
     probs = tuple(_number(prob, "level_probs") for prob in value)
-    if (
-        min(probs) < 0 or not 0.9 < sum(probs) < 1.1
-    ):  # DeQA-Score cuts off negative shares: some sums are 0.97
+    # DeQA-Score cuts off negative shares: some sums are 0.97.
+    if min(probs) < 0 or not 0.9 < sum(probs) < 1.1:
         raise ValueError(f"expected 'level_probs' of at least 0 that sum to 1, got {value!r}.")
     return probs
 
@@ -505,9 +504,8 @@ def _rows_of_two_files(path: Path) -> Iterator[Numbered]:
                 )
     for number, (image, opinion) in enumerate(moses.items(), 1):
         part = parts.get(image, parts.get(image.rpartition("/")[2]))
-        if (
-            splits is None or part is not None
-        ):  # as in the released code, images of no part are left out
+        # As in the released code, images of no part are left out.
+        if splits is None or part is not None:
             own = opinion if isinstance(opinion, Mapping) else {"mos": opinion}
             yield number, {**own, "image": image, "split": part}
 

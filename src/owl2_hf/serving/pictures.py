@@ -132,9 +132,8 @@ def _get(url: str, deadline: float, max_bytes: int) -> tuple[int, str | None, by
 
 def _hang_up(sock: socket.socket) -> None:
     with suppress(OSError):  # closed meanwhile
-        socket.socket.shutdown(
-            sock, socket.SHUT_RDWR
-        )  # not the TLS layer's, which the reader is in the middle of
+        # Not the TLS layer's, which the reader is in the middle of.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def _connect(addresses: list[tuple], deadline: float) -> socket.socket:

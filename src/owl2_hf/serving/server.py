@@ -112,9 +112,8 @@ class Generator(GenerateManager):
     def async_submit(self, fn: Callable, *args, **kwargs) -> asyncio.Future:
         # The thread sets the result in any case, which a cancelled future would not take.
         future = super().async_submit(fn, *args, **kwargs)
-        future.add_done_callback(
-            lambda done: done.exception()
-        )  # which is not lost where nobody waits for it any more
+        # Which is not lost where nobody waits for it any more.
+        future.add_done_callback(lambda done: done.exception())
         return asyncio.shield(future)
 
     async def is_idle(self, seconds: float) -> bool:

@@ -132,9 +132,8 @@ def load_adapter(
 
     if read_settings(folder, {}) is None:
         raise ValueError(f"{folder} holds no adapter: expected a folder with adapter_config.json.")
-    read_adapter(
-        folder, {}
-    )  # which refuses a broken file; PEFT would not say which it is, or not notice
+    # Which refuses a broken file; PEFT would not say which it is, or not notice.
+    read_adapter(folder, {})
     if (Path(folder) / NON_LORA_FILE).is_file():
         load_non_lora(model, folder)
     if isinstance(model, PeftModel):

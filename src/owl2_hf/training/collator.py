@@ -122,6 +122,7 @@ class Collator:
                 chats.append(chat)
                 crops.append(self._count_crops(chat))
         with _naming("rows " + ", ".join(_name(row, number) for number, row in enumerate(rows, 1))):
+            # Rows may be longer than the model before truncation.
             batch = self.processor.apply_chat_template(
                 chats,
                 tokenize=True,
@@ -130,7 +131,7 @@ class Collator:
                 processor_kwargs={
                     "padding": False,
                     "verbose": False,
-                },  # rows may be longer than the model before truncation
+                },
             )
         squares = iter(batch.get("pixel_values", ()))
         return [

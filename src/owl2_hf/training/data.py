@@ -199,9 +199,8 @@ def load_rows(
         raise ValueError(
             f"expected a path, the id of a data set or rows, got {type(source).__name__}."
         )
-    if isinstance(rows, IterableDataset) and hasattr(
-        rows, "map"
-    ):  # of `datasets`, which shares itself out to workers
+    # Of `datasets`, which shares itself out to workers.
+    if isinstance(rows, IterableDataset) and hasattr(rows, "map"):
         return rows if place is None else rows.map(_with_place, fn_kwargs={"place": place})
     if streaming or not hasattr(rows, "__getitem__"):
         return RowStream(rows, place, name, skip_bad)

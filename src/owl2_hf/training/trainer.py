@@ -87,9 +87,8 @@ class Owl2Trainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         except Exception:
-            if (
-                self.args.world_size == 1
-            ):  # with several, the others are not here to save their part
+            # With several, the others are not here to save their part.
+            if self.args.world_size == 1:
                 self.keep_progress()
             raise
 
