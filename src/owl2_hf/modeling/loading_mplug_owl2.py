@@ -1,6 +1,7 @@
-"""What this family adds to transformers' loading: no weight is made up, none is left out, no broken file is read.
+"""What this family adds to how transformers loads, distributes and saves a model.
 
-Quantisation leaves the vision side alone, and an adapter is loaded whole or not at all.
+No weight is made up, none is left out, and no broken file is read. Quantisation leaves the vision side
+alone. An adapter is loaded whole or not at all.
 """
 
 import copy
@@ -79,7 +80,7 @@ _BELONGS_TO = {
 
 
 class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
-    """How the family's models are loaded, whole or with an adapter; the models themselves are elsewhere."""
+    """How the family's models are loaded, distributed and saved; the modeling files say what they compute."""
 
     @classmethod
     def from_pretrained(
@@ -195,6 +196,45 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
                 "load the model that it was trained on."
             ) from error
         return info
+
+    @classmethod
+    def maybe_distribute_model(
+        cls, model: "MplugOwl2LoadableModel", distributed_config, mesh_manager
+    ):
+        """As in transformers; attention whose heads the processes cannot share evenly stays whole in each of them."""
+        text, size = (
+            model.config.get_text_config(),
+            getattr(distributed_config, "tp_size", None) or 1,
+        )
+        if text.num_attention_heads % size or text.num_key_value_heads % size:
+            model._tp_plan = {
+                rule: style for rule, style in model.tp_plan.items() if ".self_attn." not in rule
+            }
+            logger.warning_once(
+                f"{text.num_attention_heads} attention and {text.num_key_value_heads} key-value heads cannot be shared "
+                f"evenly by {size} tensor-parallel processes: each of them computes the whole attention, and its part "
+                "of everything else. A tp_size that divides both numbers shares the attention as well."
+            )
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """As in transformers, but in this package's layout unless asked otherwise, wherever the weights came from.
+
+        Raises:
+            ValueError: The original's layout is asked for, which has a head, and this model has none.
+        """
+        if save_original_format and not hasattr(self, self.base_model_prefix):
+            raise ValueError(
+                f"{type(self).__name__} has no language-model head, and the original's layout is that of a model with "
+                "one: save MplugOwl2ForConditionalGeneration, or leave save_original_format out."
+            )
+        if save_original_format:
+            self._weight_conversions = (
+                None  # transformers takes the whole mapping, not what loading needed of it
+            )
+        super().save_pretrained(
+            save_directory, *args, save_original_format=save_original_format, **kwargs
+        )
 
 
 def _is_original(source: Any, hub: dict[str, Any]) -> bool:

@@ -5,35 +5,33 @@ The connector is the visual abstractor, or the H-Reducer of DocOwl 1.5; Q + 1 ar
 B: batch, L: positions, N: pictures of the whole batch, D: width of the language model, V: embedding rows.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 
 from .compatibility_mplug_owl2 import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    ImagesInGeneration,
-    check_step,
     known_arguments,
     named_cache,
-    rename_cache,
-    take_chunk,
-    takes_past_key_values,
     visual_tokens,
 )
 from .configuration_mplug_owl2 import MplugOwl2Config
+from .generation_mplug_owl2 import MplugOwl2Generation
 from .loading_mplug_owl2 import MplugOwl2LoadableModel
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
 from .modeling_mplug_owl2_h_reducer import MplugOwl2HReducer
 from .modeling_mplug_owl2_text import MplugOwl2TextModel, match_indicators
 from .modeling_mplug_owl2_vision import MplugOwl2VisionModel
+from .outputs_mplug_owl2 import (
+    MplugOwl2CausalLMOutputWithPast,
+    MplugOwl2ImageFeatures,
+    MplugOwl2ModelOutputWithPast,
+)
 
 # A folder that names the classifier needs its file: those named here are saved with this one.
 if TYPE_CHECKING:
@@ -44,46 +42,6 @@ logger = logging.get_logger(__name__)
 # Logit of ids that are never predicted. Its probability is exactly 0 in float32, so it neither wins nor changes a loss;
 # it is finite in float16, so that entropies (p * log p), beam scores and repetition penalties stay finite.
 RESERVED_LOGIT = -1e4
-
-
-@dataclass
-class MplugOwl2ImageFeatures(BaseModelOutputWithPooling):
-    """Output of `get_image_features`.
-
-    Args:
-        last_hidden_state: (N, P, C) vision encoder output; `hidden_states` and `attentions` are the vision encoder's.
-        pooler_output: N times (Q + 1, D), the visual tokens of each picture; one tensor (N, Q + 1, D) in an export.
-        abstractor_hidden_states: layers + 1 times (N, Q, C), on request; `None` with an H-Reducer.
-        abstractor_attentions: layers times (N, heads, Q, Q + P), on request; `None` with an H-Reducer.
-    """
-
-    abstractor_hidden_states: tuple[Tensor, ...] | None = None
-    abstractor_attentions: tuple[Tensor, ...] | None = None
-
-
-class WithImageOutputs:
-    """An output with `image_outputs`."""
-
-    image_outputs: MplugOwl2ImageFeatures | None
-
-    @property
-    def image_hidden_states(self) -> Tensor | None:
-        """(N * (Q + 1), D), the visual tokens that entered the language model, in the order of their positions."""
-        return None if self.image_outputs is None else visual_tokens(self.image_outputs)
-
-
-@dataclass
-class MplugOwl2ModelOutputWithPast(WithImageOutputs, BaseModelOutputWithPast):
-    """Args: image_outputs: what `get_image_features` made of the images of this step."""
-
-    image_outputs: MplugOwl2ImageFeatures | None = None
-
-
-@dataclass
-class MplugOwl2CausalLMOutputWithPast(WithImageOutputs, CausalLMOutputWithPast):
-    """Args: image_outputs: what `get_image_features` made of the images of this step."""
-
-    image_outputs: MplugOwl2ImageFeatures | None = None
 
 
 class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
@@ -122,26 +80,6 @@ class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
         self.config.check_attn_implementation(attn_implementation)
         return super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
-    @classmethod
-    def maybe_distribute_model(
-        cls, model: "MplugOwl2PreTrainedModel", distributed_config, mesh_manager
-    ):
-        """As in transformers; attention whose heads the processes cannot share evenly stays whole in each of them."""
-        text, size = (
-            model.config.get_text_config(),
-            getattr(distributed_config, "tp_size", None) or 1,
-        )
-        if text.num_attention_heads % size or text.num_key_value_heads % size:
-            model._tp_plan = {
-                rule: style for rule, style in model.tp_plan.items() if ".self_attn." not in rule
-            }
-            logger.warning_once(
-                f"{text.num_attention_heads} attention and {text.num_key_value_heads} key-value heads cannot be shared "
-                f"evenly by {size} tensor-parallel processes: each of them computes the whole attention, and its part "
-                "of everything else. A tp_size that divides both numbers shares the attention as well."
-            )
-        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
-
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args, **kwargs
     ) -> nn.Embedding:
@@ -150,25 +88,6 @@ class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
         if new_num_tokens is not None:
             self.config.output_vocab_size = new_num_tokens
         return embeddings
-
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """As in transformers, but in this package's layout unless asked otherwise, wherever the weights came from.
-
-        Raises:
-            ValueError: The original's layout is asked for, which has a head, and this model has none.
-        """
-        if save_original_format and not hasattr(self, self.base_model_prefix):
-            raise ValueError(
-                f"{type(self).__name__} has no language-model head, and the original's layout is that of a model with "
-                "one: save MplugOwl2ForConditionalGeneration, or leave save_original_format out."
-            )
-        if save_original_format:
-            self._weight_conversions = (
-                None  # transformers takes the whole mapping, not what loading needed of it
-            )
-        super().save_pretrained(
-            save_directory, *args, save_original_format=save_original_format, **kwargs
-        )
 
 
 class MplugOwl2Model(MplugOwl2PreTrainedModel):
@@ -374,7 +293,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
 
 
 class MplugOwl2ForConditionalGeneration(
-    MplugOwl2PreTrainedModel, ImagesInGeneration, GenerationMixin
+    MplugOwl2PreTrainedModel, MplugOwl2Generation, GenerationMixin
 ):
     """mPLUG-Owl2 with the language-model head: text from text and pictures."""
 
@@ -461,130 +380,6 @@ class MplugOwl2ForConditionalGeneration(
             reserved = reserved | ids.ge(self.config.output_vocab_size)
         # Out of place: under tensor parallelism the head's output is a view that autograd does not let change.
         return logits.masked_fill(reserved, RESERVED_LOGIT)
-
-    def generate(self, inputs: Tensor | None = None, **kwargs):
-        """As in transformers; the modality indicators are read off the prompt once, before anything is added to it.
-
-        Raises:
-            ValueError: The prompt, with the `max_new_tokens` that are asked for, is longer than the context.
-        """
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        prompts = [
-            prompt for prompt in (input_ids, kwargs.get("inputs_embeds")) if prompt is not None
-        ]
-        if prompts:
-            self._check_context(
-                max(prompt.shape[1] for prompt in prompts), kwargs.get("max_new_tokens") or 0
-            )
-        has_pictures = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
-        if has_pictures and input_ids is not None and kwargs.get("mm_token_type_ids") is None:
-            kwargs["mm_token_type_ids"] = input_ids.eq(self.config.image_token_id).long()
-        return super().generate(inputs, **rename_cache(kwargs))
-
-    def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
-        """As in transformers, for text alone: continuous batching hands over no images.
-
-        Raises:
-            ValueError: A prompt has image placeholders.
-        """
-        self._check_text_only(inputs)
-        return super().generate_batch(inputs, *args, **kwargs)
-
-    def init_continuous_batching(self, *args, **kwargs):
-        """As in transformers; a request with image placeholders is refused, as `generate_batch` does."""
-        manager = super().init_continuous_batching(*args, **kwargs)
-        add_request = manager.add_request
-
-        def add_text_request(input_ids: list[int], *args, **kwargs):
-            self._check_text_only([input_ids])
-            return add_request(input_ids, *args, **kwargs)
-
-        manager.add_request = add_text_request
-        return manager
-
-    def _check_text_only(self, prompts: list[list[int]]) -> None:
-        for index, prompt in enumerate(prompts):
-            if self.config.image_token_id in list(prompt):
-                raise ValueError(
-                    f"prompt {index} has image placeholders (id {self.config.image_token_id}), but continuous batching "
-                    "hands over no images, and the answer would be blind: use generate, which takes batches."
-                )
-
-    def _check_context(self, num_prompt: int, max_new_tokens: int) -> None:
-        context = self.config.get_text_config().max_position_embeddings
-        if num_prompt + max(max_new_tokens, 1) > context:
-            asked, mend = (
-                (f" and max_new_tokens={max_new_tokens}", " or lower it")
-                if max_new_tokens
-                else ("", "")
-            )
-            raise ValueError(
-                f"expected at most {context} positions, the context of the model, got a prompt of {num_prompt}{asked}; "
-                f"shorten the prompt (a picture takes {self.config.num_image_tokens}){mend}."
-            )
-
-    def _prepare_generated_length(self, generation_config, *args, **kwargs):
-        """As in transformers, but an answer whose length nobody asked for ends with the context."""
-        generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
-        num_ids, num_prompt = kwargs["input_ids_length"], kwargs["inputs_tensor"].shape[1]
-        # max_length counts ids alone, not the positions of inputs_embeds.
-        room = self.config.get_text_config().max_position_embeddings - max(num_prompt - num_ids, 0)
-        generation_config.max_length = min(generation_config.max_length, room)
-        return generation_config
-
-    @takes_past_key_values
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs,
-    ) -> dict:
-        """As in transformers; images and indicators go with the prompt, and with the part of it that is read now."""
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **named_cache(cache),
-            **kwargs,
-        )
-        is_prompt = (
-            is_first_iteration or next_sequence_length is None or not kwargs.get("use_cache", True)
-        )
-        if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
-            is_prompt = (
-                True  # the assistant of assisted decoding is never told that it reads a prompt
-            )
-        if not is_prompt:
-            check_step(model_inputs)
-            # An answer is text, and reads the images from the cache: decoding runs the text branch alone.
-            return model_inputs
-        ids = model_inputs.get("input_ids")
-        num_new = (model_inputs["inputs_embeds"] if ids is None else ids).shape[1]
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if mm_token_type_ids is not None:
-            if mm_encoder_outputs and not is_first_iteration and cache is not None:
-                tokens = visual_tokens(mm_encoder_outputs["image"])
-                chunk = take_chunk(tokens, mm_token_type_ids, past, past + num_new)
-                mm_encoder_outputs = (
-                    None
-                    if chunk is None
-                    else {"image": MplugOwl2ImageFeatures(pooler_output=chunk)}
-                )
-            if mm_token_type_ids.shape[1] != num_new:
-                # Candidate tokens of assisted decoding are text; transformers adds indicators of accepted ones alone.
-                missing = past + num_new - mm_token_type_ids.shape[1]
-                mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, max(missing, 0)))
-                mm_token_type_ids = mm_token_type_ids[:, past : past + num_new].contiguous()
-            model_inputs["mm_token_type_ids"] = mm_token_type_ids
-        if mm_encoder_outputs:
-            model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
-        return model_inputs
 
 
 MplugOwl2Model.register_for_auto_class("AutoModel")

@@ -20,12 +20,8 @@ from transformers.utils import can_return_tuple, logging
 
 from .compatibility_mplug_owl2 import SequenceClassifierOutputWithPast, known_arguments, named_cache
 from .configuration_mplug_owl2 import MplugOwl2Config
-from .modeling_mplug_owl2 import (
-    MplugOwl2ImageFeatures,
-    MplugOwl2Model,
-    MplugOwl2PreTrainedModel,
-    WithImageOutputs,
-)
+from .modeling_mplug_owl2 import MplugOwl2Model, MplugOwl2PreTrainedModel
+from .outputs_mplug_owl2 import MplugOwl2ImageFeatures, WithImageOutputs
 
 logger = logging.get_logger(__name__)
 

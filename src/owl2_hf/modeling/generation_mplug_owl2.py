@@ -1,0 +1,148 @@
+"""How the family generates: what of a prompt goes into each step, and what fits the context."""
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .compatibility_mplug_owl2 import (
+    ImagesInGeneration,
+    check_step,
+    named_cache,
+    rename_cache,
+    take_chunk,
+    takes_past_key_values,
+    visual_tokens,
+)
+from .configuration_mplug_owl2 import MplugOwl2Config
+from .outputs_mplug_owl2 import MplugOwl2ImageFeatures
+
+
+class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
+    """`generate` for prompts with images; mixed into `MplugOwl2ForConditionalGeneration`."""
+
+    config: MplugOwl2Config
+
+    def generate(self, inputs: Tensor | None = None, **kwargs):
+        """As in transformers; the modality indicators are read off the prompt once, before anything is added to it.
+
+        Raises:
+            ValueError: The prompt, with the `max_new_tokens` that are asked for, is longer than the context.
+        """
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        prompts = [
+            prompt for prompt in (input_ids, kwargs.get("inputs_embeds")) if prompt is not None
+        ]
+        if prompts:
+            self._check_context(
+                max(prompt.shape[1] for prompt in prompts), kwargs.get("max_new_tokens") or 0
+            )
+        has_pictures = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
+        if has_pictures and input_ids is not None and kwargs.get("mm_token_type_ids") is None:
+            kwargs["mm_token_type_ids"] = input_ids.eq(self.config.image_token_id).long()
+        return super().generate(inputs, **rename_cache(kwargs))
+
+    def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
+        """As in transformers, for text alone: continuous batching hands over no images.
+
+        Raises:
+            ValueError: A prompt has image placeholders.
+        """
+        self._check_text_only(inputs)
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in transformers; a request with image placeholders is refused, as `generate_batch` does."""
+        manager = super().init_continuous_batching(*args, **kwargs)
+        add_request = manager.add_request
+
+        def add_text_request(input_ids: list[int], *args, **kwargs):
+            self._check_text_only([input_ids])
+            return add_request(input_ids, *args, **kwargs)
+
+        manager.add_request = add_text_request
+        return manager
+
+    def _check_text_only(self, prompts: list[list[int]]) -> None:
+        for index, prompt in enumerate(prompts):
+            if self.config.image_token_id in list(prompt):
+                raise ValueError(
+                    f"prompt {index} has image placeholders (id {self.config.image_token_id}), but continuous batching "
+                    "hands over no images, and the answer would be blind: use generate, which takes batches."
+                )
+
+    def _check_context(self, num_prompt: int, max_new_tokens: int) -> None:
+        context = self.config.get_text_config().max_position_embeddings
+        if num_prompt + max(max_new_tokens, 1) > context:
+            asked, mend = (
+                (f" and max_new_tokens={max_new_tokens}", " or lower it")
+                if max_new_tokens
+                else ("", "")
+            )
+            raise ValueError(
+                f"expected at most {context} positions, the context of the model, got a prompt of {num_prompt}{asked}; "
+                f"shorten the prompt (a picture takes {self.config.num_image_tokens}){mend}."
+            )
+
+    def _prepare_generated_length(self, generation_config, *args, **kwargs):
+        """As in transformers, but an answer whose length nobody asked for ends with the context."""
+        generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
+        num_ids, num_prompt = kwargs["input_ids_length"], kwargs["inputs_tensor"].shape[1]
+        # max_length counts ids alone, not the positions of inputs_embeds.
+        room = self.config.get_text_config().max_position_embeddings - max(num_prompt - num_ids, 0)
+        generation_config.max_length = min(generation_config.max_length, room)
+        return generation_config
+
+    @takes_past_key_values
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict:
+        """As in transformers; images and indicators go with the prompt, and with the part of it that is read now."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **named_cache(cache),
+            **kwargs,
+        )
+        is_prompt = (
+            is_first_iteration or next_sequence_length is None or not kwargs.get("use_cache", True)
+        )
+        if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
+            is_prompt = (
+                True  # the assistant of assisted decoding is never told that it reads a prompt
+            )
+        if not is_prompt:
+            check_step(model_inputs)
+            # An answer is text, and reads the images from the cache: decoding runs the text branch alone.
+            return model_inputs
+        ids = model_inputs.get("input_ids")
+        num_new = (model_inputs["inputs_embeds"] if ids is None else ids).shape[1]
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if mm_token_type_ids is not None:
+            if mm_encoder_outputs and not is_first_iteration and cache is not None:
+                tokens = visual_tokens(mm_encoder_outputs["image"])
+                chunk = take_chunk(tokens, mm_token_type_ids, past, past + num_new)
+                mm_encoder_outputs = (
+                    None
+                    if chunk is None
+                    else {"image": MplugOwl2ImageFeatures(pooler_output=chunk)}
+                )
+            if mm_token_type_ids.shape[1] != num_new:
+                # Candidate tokens of assisted decoding are text; transformers adds indicators of accepted ones alone.
+                missing = past + num_new - mm_token_type_ids.shape[1]
+                mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, max(missing, 0)))
+                mm_token_type_ids = mm_token_type_ids[:, past : past + num_new].contiguous()
+            model_inputs["mm_token_type_ids"] = mm_token_type_ids
+        if mm_encoder_outputs:
+            model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        return model_inputs
