@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from .modeling.generation_mplug_owl2 import room_for_answer
 from .processing.image_processing_mplug_owl2 import open_image
 
 
@@ -45,6 +46,7 @@ class Context:
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
+        self._config = model.config
         self.size = model.config.get_text_config().max_position_embeddings
         self.num_image_tokens = processor.num_image_tokens
         self._tokenizer = processor.tokenizer
@@ -71,12 +73,7 @@ class Context:
         Raises:
             ValueError: There is none left.
         """
-        if num_prompt_tokens >= self.size:
-            raise ValueError(
-                f"the messages have {num_prompt_tokens} tokens, which leaves no room for an answer in the context of "
-                f"{self.size}; shorten them."
-            )
-        return self.size - num_prompt_tokens
+        return room_for_answer(self._config, num_prompt_tokens)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -529,7 +529,7 @@ def test_what_does_not_fit_the_context_is_refused_before_the_model_runs(model):
         with pytest.raises(ValueError, match="a prompt of 100 and max_new_tokens=29"):
             model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=29)
         with pytest.raises(
-            ValueError, match=r"at most 128 positions.* a prompt of 128; .*a picture takes 5"
+            ValueError, match=r"at most 128 positions.* a prompt of 128; .*an image takes 5"
         ):
             model.generate(torch.full((1, 128), 5), max_length=256)
         assert not calls

@@ -228,7 +228,8 @@ def test_an_answer_ends_where_the_context_does(client):
     )
     assert answer.usage.total_tokens == 2048
     with pytest.raises(
-        openai.BadRequestError, match=r"the messages have \d+ tokens, which leaves no room"
+        openai.BadRequestError,
+        match=r"the context of the model, got a prompt of \d+; shorten the prompt",
     ):
         ask(client, words + "red " * 200)
     with pytest.raises(

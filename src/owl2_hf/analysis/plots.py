@@ -1,12 +1,11 @@
 """An analysis as figures of matplotlib, drawn without a backend, so that a program's own plots stay as they are."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .report import Analysis, Run
+from .findings import Findings, Run
 
 try:
     from matplotlib.figure import Figure
@@ -27,7 +26,7 @@ NORM_TITLES = {
 DPI = 100
 
 
-def draw(analysis: "Analysis") -> dict[str, Figure]:
+def draw(analysis: Findings) -> dict[str, Figure]:
     """File name -> figure."""
     figures = {"attention.png": attention_figure(analysis), "norms.png": norms_figure(analysis)}
     for model, suffix in ((analysis, ""), (analysis.without, "_without")):
@@ -39,7 +38,7 @@ def draw(analysis: "Analysis") -> dict[str, Figure]:
     return figures
 
 
-def attention_figure(analysis: "Analysis") -> Figure:
+def attention_figure(analysis: Findings) -> Figure:
     """Shares of the answer's attention on text and on visual tokens over the layers, a panel for each model.
 
     700 pixels wide for each model, 450 high.
@@ -67,7 +66,7 @@ def attention_figure(analysis: "Analysis") -> Figure:
     return figure
 
 
-def norms_figure(analysis: "Analysis") -> Figure:
+def norms_figure(analysis: Findings) -> Figure:
     """Norms of the two modalities over the layers; four panels for each model, 1400 x 380 pixels."""
     models = _models(analysis)
     figure = Figure(figsize=(14, 3.8 * len(models)), dpi=DPI, layout="constrained")
@@ -83,7 +82,7 @@ def norms_figure(analysis: "Analysis") -> Figure:
     return figure
 
 
-def query_maps_figure(run: "Run", index: int = 0) -> Figure:
+def query_maps_figure(run: Run, index: int = 0) -> Figure:
     """A square of the picture, the mean of all maps over it, and the map of each learnable query.
 
     A cell is 130 pixels wide, and as high as the picture's shape asks for; the first two are twice as large.
@@ -138,15 +137,15 @@ def _show(
     )
 
 
-def _models(analysis: "Analysis") -> list["Analysis"]:
+def _models(analysis: Findings) -> list[Findings]:
     return [analysis] if analysis.without is None else [analysis, analysis.without]
 
 
-def _with_picture(analysis: "Analysis") -> list["Run"]:
+def _with_picture(analysis: Findings) -> list[Run]:
     return [run for run in analysis.runs if run.picture in PICTURE_STYLES]
 
 
-def _title(analysis: "Analysis") -> str:
+def _title(analysis: Findings) -> str:
     return f"{'with' if analysis.has_module else 'without'} modality-adaptive module"
 
 

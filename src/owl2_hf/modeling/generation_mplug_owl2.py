@@ -18,6 +18,27 @@ from .configuration_mplug_owl2 import MplugOwl2Config
 from .outputs_mplug_owl2 import MplugOwl2ImageFeatures
 
 
+def room_for_answer(config: MplugOwl2Config, num_prompt: int, max_new_tokens: int = 0) -> int:
+    """Number of tokens that an answer may have behind a prompt of `num_prompt` positions.
+
+    Args:
+        max_new_tokens: Tokens that must fit; 0 for at least one.
+
+    Raises:
+        ValueError: The context of the model is too short.
+    """
+    context = config.get_text_config().max_position_embeddings
+    if num_prompt + max(max_new_tokens, 1) > context:
+        asked = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
+        mend = " or lower it" if max_new_tokens else ""
+        raise ValueError(
+            f"expected at most {context} positions, the context of the model, got a prompt of "
+            f"{num_prompt}{asked}; shorten the prompt (an image takes {config.num_image_tokens})"
+            f"{mend}."
+        )
+    return context - num_prompt
+
+
 class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
     """`generate` for prompts with images; mixed into `MplugOwl2ForConditionalGeneration`."""
 
@@ -34,9 +55,8 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
             prompt for prompt in (input_ids, kwargs.get("inputs_embeds")) if prompt is not None
         ]
         if prompts:
-            self._check_context(
-                max(prompt.shape[1] for prompt in prompts), kwargs.get("max_new_tokens") or 0
-            )
+            num_prompt = max(prompt.shape[1] for prompt in prompts)
+            room_for_answer(self.config, num_prompt, kwargs.get("max_new_tokens") or 0)
         has_pictures = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
         if has_pictures and input_ids is not None and kwargs.get("mm_token_type_ids") is None:
             kwargs["mm_token_type_ids"] = input_ids.eq(self.config.image_token_id).long()
@@ -70,19 +90,6 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
                     f"prompt {index} has image placeholders (id {self.config.image_token_id}), but continuous batching "
                     "hands over no images, and the answer would be blind: use generate, which takes batches."
                 )
-
-    def _check_context(self, num_prompt: int, max_new_tokens: int) -> None:
-        context = self.config.get_text_config().max_position_embeddings
-        if num_prompt + max(max_new_tokens, 1) > context:
-            asked, mend = (
-                (f" and max_new_tokens={max_new_tokens}", " or lower it")
-                if max_new_tokens
-                else ("", "")
-            )
-            raise ValueError(
-                f"expected at most {context} positions, the context of the model, got a prompt of {num_prompt}{asked}; "
-                f"shorten the prompt (a picture takes {self.config.num_image_tokens}){mend}."
-            )
 
     def _prepare_generated_length(self, generation_config, *args, **kwargs):
         """As in transformers, but an answer whose length nobody asked for ends with the context."""
