@@ -115,6 +115,51 @@ class Scorer:
         Raises:
             ValueError: The preset has no such task, a picture or video cannot be read, or the model gives NaN.
         """
+        prompt = self._prompt(task)
+        images = _to_list(images, is_video=task == "video")
+        scores: list[Score] = []
+        if self.crops:
+            return [self._score_crops(image, prompt) for image in images]
+        for start in range(0, len(images), self.batch_size):
+            batch = images[start : start + self.batch_size]
+            if task == "video":
+                batch = [
+                    read_frames(video) if isinstance(video, (str, Path)) else video
+                    for video in batch
+                ]
+            scores += [self._score(levels) for levels in self._levels(batch, prompt)]
+        return scores
+
+    def score_tensor(self, images: Any, task: str = "quality") -> Tensor:
+        """Scores with gradients to the pixels, so that a generator can be trained by them.
+
+        They differ from those of a call by what PIL rounds when it resizes; see docs/scoring.md.
+        Gradients also reach the weights unless these are frozen (`model.requires_grad_(False)`).
+        Gradient checkpointing, where it is switched on, works in evaluation mode too.
+
+        Args:
+            images: (B, 3, H, W) floats from 0 to 1, or a list of tensors (3, H, W) of different
+                sizes. Values beyond are clipped, and have no gradient. For task "video", or several
+                images in a prompt, (B, T, 3, H, W) or a list of (T, 3, H, W).
+            task: As in a call.
+
+        Returns:
+            (B,) on the preset's scale, on the model's device, in float32 or wider.
+
+        Raises:
+            ValueError: The preset has no such task, the tensors are not of this kind, or the model
+                gives NaN.
+        """
+        from .tensors import score_tensor  # which needs this file
+
+        return score_tensor(self, images, task)
+
+    def _prompt(self, task: str) -> str:
+        """The preset's prompt for a task.
+
+        Raises:
+            ValueError: The preset has no such task, or crops of videos are asked for.
+        """
         if task == "aesthetic" and task not in self.preset.prompts:  # pyiqa's word
             task = "aesthetics"
         if task not in self.preset.prompts:
@@ -123,21 +168,7 @@ class Scorer:
             raise ValueError(
                 "expected crops of images, got task 'video': score its frames by another task."
             )
-        images = _to_list(images, is_video=task == "video")
-        scores: list[Score] = []
-        if self.crops:
-            return [self._score_crops(image, self.preset.prompts[task]) for image in images]
-        for start in range(0, len(images), self.batch_size):
-            batch = images[start : start + self.batch_size]
-            if task == "video":
-                batch = [
-                    read_frames(video) if isinstance(video, (str, Path)) else video
-                    for video in batch
-                ]
-            scores += [
-                self._score(levels) for levels in self._levels(batch, self.preset.prompts[task])
-            ]
-        return scores
+        return self.preset.prompts[task]
 
     def open_image(self, image: Any) -> Image.Image:
         """An image of any kind in RGB, read as this scorer reads it.
@@ -165,11 +196,23 @@ class Scorer:
         frames = [list(image) if is_many(image) else [image] for image in images]
         if not all(frames):
             raise ValueError("expected at least one frame of each video, got a list without any.")
+        inputs = self._inputs(frames, prompt)
+        with torch.no_grad():
+            logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+        return self._level_logits(logits.float().cpu())
+
+    def _inputs(self, frames: list[list[Any]], prompt: str, size: Any = None) -> Any:
+        """What the model takes for B images or videos.
+
+        Args:
+            frames: Those of each; an image is one.
+            size: Of the square, where not the processor's.
+        """
         # Frames of a video stand where one picture would, one behind the other.
         prompts = [prompt] * len(frames)
         if self.preset.images_per_prompt == 1:
             prompts = [prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * len(own)) for own in frames]
-        inputs = self.processor(
+        return self.processor(
             images=frames,
             text=prompts,
             padding=True,
@@ -177,11 +220,16 @@ class Scorer:
             image_aspect_ratio=self.preset.image_aspect_ratio,
             original_reading=self.original_reading,
             return_tensors="pt",
+            **({} if size is None else {"size": size}),
         ).to(self.model.device)
-        with torch.no_grad():
-            logits = (
-                self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float().cpu()
-            )
+
+    def _level_logits(self, logits: Tensor) -> Tensor:
+        """(B, V) logits of the next token -> (B, K) of the levels, over the temperature.
+
+        Raises:
+            ValueError: The model gives NaN.
+        """
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         levels = (
             torch.stack([logits[:, ids].mean(-1) for ids in self._ids], -1)
             / self.preset.temperature
