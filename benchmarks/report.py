@@ -145,6 +145,13 @@ def prompts() -> str:
     return table(["10,000 prompts", "time", "ratio"], rows)
 
 
+def gradients() -> str:
+    found = read("gradients")
+    ways = next(iter(found.values()))
+    rows = [[way, *(f"{one[way]:,.0f} MB" for one in found.values())] for way in ways]
+    return table(["", *found], rows)
+
+
 def quantized() -> str:
     found = read("quantized")
     speed = found["speed"]
@@ -224,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fits": fits,
     "processor": processor,
     "prompts": prompts,
+    "gradients": gradients,
     "quantized": quantized,
     "agreement": agreement,
     "start": start,

@@ -207,6 +207,7 @@ def test_the_page_on_scoring_runs_from_an_image_to_a_model_card(
             ran.append(command.split()[0])
     assert [name for name in ran if name != "score"] == ["data", "train", "evaluate-scores"]
     assert names["report"][""].statistics["srcc"].value > 0.8
+    assert names["after"] > names["before"] + 0.1
     card = ModelCard.load("runs/scorer/README.md")
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert found["srcc"] == pytest.approx(names["report"][""].statistics["srcc"].value, abs=1e-6)
