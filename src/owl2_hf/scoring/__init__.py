@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .metrics import Metric, create_metric
 from .paths import expand_paths, score_each, score_paths
 from .presets import IMAGE_TOKEN, PRESETS, Preset, custom_preset
 from .scorer import Score, Scorer, crop_boxes, level_id
@@ -18,9 +19,11 @@ _LATER = {"evaluate": "judging", "load_opinions": "opinions"}
 __all__ = [
     "IMAGE_TOKEN",
     "PRESETS",
+    "Metric",
     "Preset",
     "Score",
     "Scorer",
+    "create_metric",
     "crop_boxes",
     "custom_preset",
     "evaluate",

@@ -1,0 +1,203 @@
+"""Scorers behind the calls of pyiqa (chaofengc/IQA-PyTorch), for code that was written for it.
+
+Source of the contract: pyiqa's `create_metric` and `InferenceModel` at commit 01ae427. pyiqa
+itself is not needed.
+
+B: images, H, W: height and width.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..naming import naming_model
+from .presets import PRESETS, Preset
+from .scorer import Scorer
+
+# pyiqa's names -> those of the presets here.
+_NAMES = {"qalign": "one-align"}
+# Where the weights are published, for whoever names no model.
+_PUBLISHED = {"one-align": "q-future/one-align", "deqa": "zhiyuanyou/DeQA-Score-Mix3"}
+_REDUCTIONS = ("mean", "sum", "none")
+_TOLERANCE = 1e-6  # beyond 0 and 1, as in pyiqa
+
+
+class Metric(nn.Module):
+    """A scorer that is called as pyiqa's metrics are.
+
+    Args:
+        scorer: What scores.
+        metric_name: What the metric is called.
+        as_loss: Scores keep their gradients to the pixels, and are reduced to one number.
+        loss_reduction: "mean", "sum" or "none", where `as_loss`.
+        check_input_range: Tensors with values beyond 0 to 1 are refused; never where `as_loss`.
+
+    Attributes:
+        net: The model.
+        lower_better: `False`; a loss is `-metric(images)`.
+        metric_mode: "NR": there is no reference image.
+        score_range: Lowest and highest score, as text: "1, 5".
+
+    Raises:
+        ValueError: There is no such reduction.
+    """
+
+    lower_better = False
+    metric_mode = "NR"
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        metric_name: str,
+        as_loss: bool = False,
+        loss_reduction: str = "mean",
+        check_input_range: bool = True,
+    ):
+        super().__init__()
+        if loss_reduction not in _REDUCTIONS:
+            raise ValueError(
+                f"expected a loss_reduction of {', '.join(_REDUCTIONS)}, got {loss_reduction!r}."
+            )
+        self.scorer, self.net, self.metric_name = scorer, scorer.model, metric_name
+        self.as_loss, self.loss_reduction = as_loss, loss_reduction
+        self.check_input_range = check_input_range and not as_loss
+        self.score_range = ", ".join(f"{end:g}" for end in scorer.preset.scale)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.net.device
+
+    def forward(
+        self, target: Any, ref: Any = None, task_: str = "quality", input_: str = "image"
+    ) -> Tensor:
+        """Scores of images.
+
+        Args:
+            target: (B, 3, H, W) or (B, 1, H, W) floats from 0 to 1; or a path, bytes or a PIL
+                image, or a list of these.
+            ref: Not looked at, as by every metric of mode NR.
+            task_: A task of the preset: "quality", "aesthetic".
+            input_: "image".
+
+        Returns:
+            (B,), as pyiqa's qalign. Where `as_loss`, one number, unless the reduction is "none".
+
+        Raises:
+            ValueError: There is no such task, or an image cannot be scored; the message says why.
+        """
+        if input_ != "image":
+            raise ValueError(f"expected input_ 'image', got {input_!r}: Scorer scores videos.")
+        if isinstance(target, Tensor):
+            target = self._checked(target)
+        elif not isinstance(target, (list, tuple)):
+            target = [target]
+        if not self.as_loss:
+            # Through PIL, for the same scores as from files.
+            images = target.clamp(0, 1) if isinstance(target, Tensor) else target
+            return torch.tensor(
+                [found.score for found in self.scorer(images, task_)], device=self.device
+            )
+        if not isinstance(target, Tensor):
+            target = [_to_tensor(self.scorer.open_image(image)) for image in target]
+        scores = self.scorer.score_tensor(target, task_)
+        return scores if self.loss_reduction == "none" else getattr(scores, self.loss_reduction)()
+
+    def _checked(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) of the tensor that came."""
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
+            raise ValueError(
+                "expected floats from 0 to 1 of shape (B, 3, H, W) or (B, 1, H, W), got "
+                f"{images.dtype} of shape {tuple(images.shape)}."
+            )
+        if self.check_input_range and images.numel():
+            low, high = (float(end) for end in images.aminmax())
+            if not (low > -_TOLERANCE and high < 1 + _TOLERANCE):
+                raise ValueError(f"expected values from 0 to 1, got {low:g} to {high:g}.")
+        return images.expand(-1, 3, -1, -1)
+
+
+def create_metric(
+    metric_name: str | Preset,
+    as_loss: bool = False,
+    device: str | torch.device | None = None,
+    *,
+    model: Any = None,
+    processor: Any = None,
+    original_reading: bool = True,
+    batch_size: int = 8,
+    loss_reduction: str = "mean",
+    check_input_range: bool = True,
+    **kwargs: Any,
+) -> Metric:
+    """A metric as `pyiqa.create_metric` makes it.
+
+    Args:
+        metric_name: "qalign", a name in `PRESETS` such as "deqa", or a preset of your own.
+        as_loss, loss_reduction, check_input_range: As for `Metric`.
+        device: Where the model goes. If not given, a model that is loaded here goes to the GPU
+            where there is one.
+        model: Folder or Hub id of the weights, or the model itself, which stays in the mode that it
+            is in. If not given, the published weights of "qalign" and "deqa", from the Hub.
+        processor: That of a model which was given itself.
+        original_reading: Files are read as pyiqa reads them; see `MplugOwl2ImageProcessor`.
+        batch_size: Images in one forward pass; it does not change the scores.
+        kwargs: As `from_pretrained` of the model takes them, for instance `dtype` or
+            `quantization_config`.
+
+    Raises:
+        ValueError: There is no such metric, or the model cannot be loaded.
+    """
+    preset = _NAMES.get(metric_name, metric_name) if isinstance(metric_name, str) else metric_name
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise ValueError(_unknown(preset))
+    if model is None:
+        model = _PUBLISHED.get(preset) if isinstance(preset, str) else None
+        if model is None:
+            raise ValueError(f"{metric_name!r} has no published weights here: give model=.")
+    if isinstance(model, (str, Path)):
+        model, processor = _load(str(model), processor, kwargs)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif processor is None or kwargs:
+        raise ValueError(
+            "expected the model's processor beside a model, got none."
+            if processor is None
+            else f"{', '.join(kwargs)} are for loading, and the model is loaded already."
+        )
+    if device is not None and not getattr(model, "is_quantized", False):  # which loading has placed
+        model.to(device)
+    scorer = Scorer(
+        model, processor, preset, batch_size=batch_size, original_reading=original_reading
+    )
+    name = metric_name if isinstance(metric_name, str) else "custom"
+    return Metric(scorer, name, as_loss, loss_reduction, check_input_range)
+
+
+def _load(model: str, processor: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """A model with frozen weights, and its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    with naming_model(model):
+        loaded = AutoModelForImageTextToText.from_pretrained(model, **kwargs)
+        processor = processor or AutoProcessor.from_pretrained(model)
+    return loaded.eval().requires_grad_(False), processor
+
+
+def _unknown(name: str) -> str:
+    """What to do about a name that no preset has."""
+    known = ", ".join([*_NAMES, *PRESETS])
+    if name in ("qalign_4bit", "qalign_8bit"):
+        return f"expected 'qalign', got {name!r}: give it a quantization_config of transformers."
+    if name == "compare2score":
+        return f"expected a metric of {known}, got {name!r}: use owl2_hf.comparison.Comparator."
+    return f"expected a metric of {known}, got {name!r}."
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """RGB -> (3, H, W) from 0 to 1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
