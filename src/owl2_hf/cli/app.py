@@ -29,6 +29,19 @@ def say_json(value: Any) -> None:
     typer.echo(json.dumps(value))  # which escapes all but ASCII itself
 
 
+def say_mistake(error: Exception) -> None:
+    """One line about an error, however many lines its message has."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    is_mistake = isinstance(error, (ValueError, OSError, StrictDataclassError))
+    message = (
+        str(error)
+        if is_mistake
+        else f"unexpected {type(error).__name__}: {error}; --debug shows where"
+    )
+    say(f"owl2-hf: {' '.join(message.split())}", err=True)
+
+
 # Libraries that write to the screen while they are imported, about parts of theirs that no command needs.
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
@@ -57,15 +70,7 @@ def report_mistakes(command: Callable) -> Callable:
         except Exception as error:
             if kwargs.get("debug"):
                 raise
-            from huggingface_hub.errors import StrictDataclassError
-
-            is_mistake = isinstance(error, (ValueError, OSError, StrictDataclassError))
-            message = (
-                str(error)
-                if is_mistake
-                else f"unexpected {type(error).__name__}: {error}; --debug shows where"
-            )
-            say(f"owl2-hf: {' '.join(message.split())}", err=True)
+            say_mistake(error)
             raise typer.Exit(1) from None
 
     return wrapped
