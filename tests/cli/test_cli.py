@@ -174,6 +174,8 @@ def test_what_a_terminal_could_obey_is_escaped():
     [
         ("describe", ODD),
         ("describe", "--model", ODD),
+        ("chat", ODD),
+        ("chat", "--model", ODD),
         ("info", ODD),
         ("analyze", ODD, "--out", "never"),
         ("score", ODD, "--model", ODD),
