@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .metrics import Metric, create_metric
 from .paths import expand_paths, score_each, score_paths
 from .presets import IMAGE_TOKEN, PRESETS, Preset, custom_preset
+from .rewards import reward
 from .scorer import Score, Scorer, crop_boxes, level_id
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "expand_paths",
     "level_id",
     "load_opinions",
+    "reward",
     "score_each",
     "score_paths",
 ]

@@ -130,6 +130,22 @@ class Scorer:
             scores += [self._score(levels) for levels in self._levels(batch, prompt)]
         return scores
 
+    def prepare(self, images: Sequence[Any], task: str = "quality") -> Any:
+        """The model's inputs for B images, so that images are read before the model is free.
+
+        Raises:
+            ValueError: The preset has no such task, or an image cannot be read.
+        """
+        return self._inputs([[image] for image in images], self._prompt(task))
+
+    def score_prepared(self, inputs: Any) -> list[Score]:
+        """Scores of what `prepare` made, in one forward pass.
+
+        Raises:
+            ValueError: The model gives NaN.
+        """
+        return [self._score(levels) for levels in self._read(inputs)]
+
     def score_tensor(self, images: Any, task: str = "quality") -> Tensor:
         """Scores with gradients to the pixels, so that a generator can be trained by them.
 
@@ -196,7 +212,10 @@ class Scorer:
         frames = [list(image) if is_many(image) else [image] for image in images]
         if not all(frames):
             raise ValueError("expected at least one frame of each video, got a list without any.")
-        inputs = self._inputs(frames, prompt)
+        return self._read(self._inputs(frames, prompt))
+
+    def _read(self, inputs: Any) -> Tensor:
+        """The model's inputs -> (B, K) logits of the levels, over the temperature."""
         with torch.no_grad():
             logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
         return self._level_logits(logits.float().cpu())
