@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from ..naming import DEFAULT_MODEL
+from ..naming import DEFAULT_MODEL, naming_model
 from .app import app, report_mistakes, say
-from .loading import load
+from .loading import load, place
 from .options import Debug, Device, Host, MaxNewTokens, ModelArgument
 
 
@@ -26,6 +26,9 @@ def serve(
     max_body_bytes: Annotated[
         int | None, typer.Option(min=1, help="Largest body of a request; 32 MiB.")
     ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Most images that one forward pass scores; 8.")
+    ] = None,
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -41,7 +44,8 @@ def serve(
     device: Device = None,
     debug: Debug = False,
 ) -> None:
-    """Serve a model to OpenAI's clients; SIGTERM or Ctrl-C ends it."""
+    """Serve a model to OpenAI's clients, and scores of images; SIGTERM or Ctrl-C ends it."""
+    from ..scoring.presets import preset_for
     from ..serving import ServerSettings, bind, build_app
     from ..serving import serve as run
 
@@ -49,13 +53,17 @@ def serve(
         "max_image_pixels": max_image_pixels,
         "max_new_tokens": max_new_tokens,
         "max_body_bytes": max_body_bytes,
+        "batch_size": batch_size,
     }
     given = {name: limit for name, limit in limits.items() if limit is not None}
     settings = ServerSettings(**given, allow_image_urls=allow_image_urls, api_key=api_key)
     with bind(host, port) as sock:
+        with naming_model(model or DEFAULT_MODEL):
+            preset = preset_for(place(model))
         loaded, processor = load(model)
         name = model or DEFAULT_MODEL
-        served = build_app(name, loaded.to(device) if device else loaded, processor, settings)
+        loaded = loaded.to(device) if device else loaded
+        served = build_app(name, loaded, processor, settings, preset)
         run(served, sock, lambda url: say(f"serving {name} at {url}"))
 
 

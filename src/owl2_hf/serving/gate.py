@@ -18,6 +18,7 @@ METHODS = {
     "/health": "GET",
     "/v1/models": "GET",
     "/v1/chat/completions": "POST",
+    "/v1/score": "POST",
     "/load_model": "POST",
 }
 MAX_WAITING = 64  # requests that are answered or wait for it

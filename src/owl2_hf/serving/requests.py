@@ -1,15 +1,18 @@
-"""What a chat request may hold: OpenAI's fields, checked before anything is made of them.
+"""What requests may hold, checked before anything is made of them: for chat OpenAI's fields, and those for scores.
 
-What would change the answer and is not supported is refused, not ignored: tools, several answers, log probabilities,
-sound, videos, `chat_template_kwargs`, and most of transformers' own `generation_config`, which reach into the server.
+What would change the answer and is not supported is refused, not ignored: for chat tools, several answers, log
+probabilities, sound, videos, `chat_template_kwargs`, and most of transformers' own `generation_config`, which reach
+into the server.
 """
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 4, 64  # each is compared with the whole vocabulary
+MAX_IMAGES = 256  # of a request for scores
+MAX_LEVELS = 32
 ROLES = {"developer": "system"}  # OpenAI's newer name
 
 
@@ -146,17 +149,43 @@ class ChatRequest(_Strict):
         return [part for message in self.messages for part in message.content]
 
 
-def parse_request(body: dict[str, Any]) -> ChatRequest:
-    """The body as a `ChatRequest`.
+Level = Annotated[str, Field(max_length=64, pattern=r"\S")]
+
+
+class ScoreOptions(_Strict):
+    """What may stand beside the images of `POST /v1/score`."""
+
+    model: str | None = None
+    preset: Annotated[str, Field(max_length=100)] | None = None
+    task: Annotated[str, Field(max_length=100)] = "quality"
+    levels: Annotated[list[Level], Field(min_length=2, max_length=MAX_LEVELS)] | None = None
+
+
+class ScoreRequest(ScoreOptions):
+    """The body of `POST /v1/score`, in JSON."""
+
+    images: Annotated[list[str], Field(min_length=1, max_length=MAX_IMAGES)]  # URLs
+
+
+Body = TypeVar("Body", bound=_Strict)
+
+
+def parse(kind: type[Body], body: Any) -> Body:
+    """The body of a request.
 
     Raises:
         ValueError: A field is unknown, not supported, of a wrong type or out of range; the message names it.
     """
     try:
-        return ChatRequest.model_validate(body)
+        return kind.model_validate(body)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         fields = [
             f"{'.'.join(map(str, one['loc']))[:100]}: {one['msg'][:200]}" for one in found[:3]
         ]
         raise ValueError("; ".join([*fields, *(["..."] if len(found) > 3 else [])])) from None
+
+
+def parse_request(body: dict[str, Any]) -> ChatRequest:
+    """As `parse`, of the body of `POST /v1/chat/completions`."""
+    return parse(ChatRequest, body)

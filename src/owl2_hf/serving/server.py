@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -32,10 +31,14 @@ from transformers.utils import logging
 from ..limits import Context, open_pictures, url_of
 from ..modeling import MplugOwl2ForConditionalGeneration
 from ..processing.image_processing_mplug_owl2 import MAX_IMAGE_PIXELS
+from ..scoring import PRESETS, Preset
 from .gate import Gate, error_body
 from .pictures import is_http, read_pictures
 from .requests import ChatRequest, ClientConfig, parse_request
+from .scores import FAILED as SCORING_FAILED
+from .scores import ScoreHandler
 from .stopping import StopFilter, find_stop
+from .threads import in_thread
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +57,7 @@ class ServerSettings:
         max_image_pixels: Pixels of all pictures of one request together.
         max_new_tokens: Longest answer, in tokens; requests may ask for less.
         max_body_bytes: Largest body of a request.
+        batch_size: Most images that one forward pass scores.
         allow_image_urls: Whether pictures are also fetched from http(s) URLs on public addresses.
         api_key: What clients must send, if not `None`.
     """
@@ -61,11 +65,12 @@ class ServerSettings:
     max_image_pixels: int = MAX_IMAGE_PIXELS
     max_new_tokens: int = 1024
     max_body_bytes: int = 32 * 2**20
+    batch_size: int = 8
     allow_image_urls: bool = False
     api_key: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_image_pixels", "max_new_tokens", "max_body_bytes"):
+        for name in ("max_image_pixels", "max_new_tokens", "max_body_bytes", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.api_key is not None and not self.api_key.strip():
@@ -156,21 +161,6 @@ class Run:
         return torch.full((len(input_ids),), self.is_cancelled.is_set(), device=input_ids.device)
 
 
-def in_thread(function: Callable, *args) -> asyncio.Future:
-    """As `asyncio.to_thread`, but the end of the process does not wait for the thread."""
-    future: Future = Future()
-    future.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return asyncio.wrap_future(future)
-
-
 class ChatHandler(ChatCompletionHandler):
     """`POST /v1/chat/completions` for the pinned model."""
 
@@ -224,12 +214,16 @@ class ChatHandler(ChatCompletionHandler):
         finally:
             run.is_cancelled.set()
 
+    def check_name(self, model: str | None) -> None:
+        """Refuse a request that names another model."""
+        if model not in (None, self.name):
+            raise HTTPException(
+                404, f"the model {ascii(model)[:200]} is not here; this is {self.name!r}."
+            )
+
     def _check(self, request: ChatRequest) -> None:
         """What can be said before pictures are opened and text is cut into tokens."""
-        if request.model not in (None, self.name):
-            raise HTTPException(
-                404, f"the model {ascii(request.model)[:200]} is not here; this is {self.name!r}."
-            )
+        self.check_name(request.model)
         if request.logit_bias and max(map(int, request.logit_bias)) >= self.num_outputs:
             raise ValueError(f"logit_bias: token ids must be below {self.num_outputs}.")
         self.context.check(len(request.image_urls), request.num_characters)
@@ -283,7 +277,11 @@ class ServedModel(Gate):
 
 
 def build_app(
-    name: str, model: Any, processor: Any, settings: ServerSettings | None = None
+    name: str,
+    model: Any,
+    processor: Any,
+    settings: ServerSettings | None = None,
+    preset: Preset | None = None,
 ) -> ServedModel:
     """The ASGI application that serves a model.
 
@@ -291,6 +289,7 @@ def build_app(
         name: What requests call it.
         model: An `MplugOwl2ForConditionalGeneration`, on the device where it is to run.
         processor: Its processor.
+        preset: How it scores where a request does not say; as OneAlign does if not given.
 
     Raises:
         ValueError: It is another family's model.
@@ -302,15 +301,17 @@ def build_app(
     settings = settings or ServerSettings()
     pinned, state = PinnedModel(name, model, processor), GenerationState()
     handler = ChatHandler(pinned, state, settings)
+    scores = ScoreHandler(handler, preset or PRESETS["one-align"])
     app = build_server(pinned, handler, None, None, None, None, state)
 
     @app.get("/v1/models/{model:path}")
     def retrieve_model(model: str) -> dict:
-        if model != name:
-            raise HTTPException(
-                404, f"the model {ascii(model)[:200]} is not here; this is {name!r}."
-            )
+        handler.check_name(model)
         return pinned.card
+
+    @app.post("/v1/score")
+    async def score(request: Request) -> dict:
+        return await scores.handle_request(request)
 
     # transformers' own would load what a request names.
     app.router.routes[:] = [
@@ -349,7 +350,9 @@ def _shape_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        message = FAILED if str(error) == FAILED else "the server failed; its log says why."
+        message = str(error)
+        if message not in (FAILED, SCORING_FAILED):
+            message = "the server failed; its log says why."
         return JSONResponse(error_body(500, message, "internal_error"), 500)
 
 

@@ -1,0 +1,21 @@
+"""Work that would keep the event loop waiting."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+
+def in_thread(function: Callable, *args) -> asyncio.Future:
+    """As `asyncio.to_thread`, but the end of the process does not wait for the thread."""
+    future: Future = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return asyncio.wrap_future(future)
