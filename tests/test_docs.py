@@ -101,6 +101,7 @@ RUN_ELSEWHERE = {
     "demo.md": "demo/test_page.py",
     "export.md": "test_export.py",
     "performance.md": "test_docs.py",
+    "rewards.md": "serving/test_scores.py",
     "scale-out.md": "modeling/test_scale_out.py",
     "scoring.md": "test_docs.py",
     "serving.md": "serving/test_server.py",

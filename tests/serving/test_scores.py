@@ -307,9 +307,9 @@ def test_room_is_given_back_after_bad_images_and_clients_that_leave(parts, image
             await asyncio.sleep(0.02)
             left.cancel()
             await asyncio.gather(left, return_exceptions=True)
-        return await asyncio.wait_for(call(built, body_of(*images)), 60)
+        return await call(built, body_of(*images))
 
-    status, body = asyncio.run(run())
+    status, body = asyncio.run(asyncio.wait_for(run(), 60))
     assert status == 200
     scores = [one["score"] for one in body["data"]]
     assert scores == pytest.approx([one.score for one in expected], abs=1e-5)
