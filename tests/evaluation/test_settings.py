@@ -29,6 +29,7 @@ def test_prompts_are_the_originals():
     assert [name for name, one in EVALUATIONS.items() if one.ending == "ASSISTANT:"] == [
         "mmmu",
         "mmmu-open",
+        "qbench",
     ]
     with pytest.raises(ValueError, match="the prompt needs 'question', got"):
         EVALUATIONS["vqa"].fill(text="?")

@@ -12,10 +12,17 @@ from .app import app, report_mistakes, say, say_json
 from .loading import load, place
 from .options import JSON, AllowOutside, Debug, Device, Levels, OriginalReading, Preset, Prompt
 
+# Options without a meaning for questions.
+_OF_SCORES = (
+    *("image_folder", "preset", "task", "levels", "prompt", "splits", "original_reading"),
+    *("allow_outside", "plot", "card"),
+)
+
 
 @app.command(name="evaluate-scores")
 @report_mistakes
 def evaluate_scores(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model that scores.")],
     data: Annotated[
         str | None,
@@ -26,7 +33,8 @@ def evaluate_scores(
     benchmark: Annotated[
         str | None,
         typer.Option(
-            help="In place of DATA koniq, spaq, kadid, livec, agiqa, csiq, ava or lsvq, with --root."
+            help="In place of DATA koniq, spaq, kadid, livec, agiqa, csiq, ava or lsvq, or the "
+            "questions of qbench; with --root."
         ),
     ] = None,
     root: Annotated[
@@ -66,8 +74,9 @@ def evaluate_scores(
 ) -> None:
     """Judge a scorer by people's opinions: SRCC, KRCC, PLCC before and after the logistic fit, RMSE, with intervals.
 
-    With standard deviations of the opinions also KL, JS and Wasserstein distances. What cannot be scored is named on
-    stderr, the others count, and the exit code is 1.
+    With standard deviations of the opinions also KL, JS and Wasserstein distances. Of qbench the
+    accuracy of the answers. What cannot be scored is named on stderr, the others count, and the
+    exit code is 1.
     """
     from ..scoring import Scorer, custom_preset, evaluate, load_opinions
     from ..scoring.benchmarks import read_benchmark
@@ -81,6 +90,12 @@ def evaluate_scores(
     if (data is None) == (benchmark is None) or (benchmark is None) != (root is None):
         say("owl2-hf: give opinions, or --benchmark with --root", err=True)
         raise typer.Exit(2)
+    if benchmark == "qbench" and root is not None:
+        _refuse_options(context, _OF_SCORES)
+        _evaluate_qbench(
+            model, root, split or "dev", samples, seed, batch_size, device, as_json, as_csv
+        )
+        return
     if plot is not None:
         check_plot(plot)
     if card is not None:
@@ -121,5 +136,53 @@ def evaluate_scores(
         write_score_card(
             card, report, chosen, name if split is None else f"{name}, part {split}", task
         )
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def _refuse_options(context: typer.Context, names: tuple[str, ...]) -> None:
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        # By its name: some releases of typer carry a click of their own.
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        say(f"owl2-hf: qbench asks questions: leave out {', '.join(given)}", err=True)
+        raise typer.Exit(2)
+
+
+def _evaluate_qbench(
+    model: str,
+    root: Path,
+    split: str,
+    samples: int,
+    seed: int,
+    batch_size: int,
+    device: str | None,
+    as_json: bool,
+    as_csv: bool,
+) -> None:
+    """Ask the questions of Q-Bench, and print how many answers are right."""
+    from ..evaluation.qbench import evaluate_qbench, load_questions
+
+    questions = load_questions(root, split)
+    loaded, processor = load(model)
+    loaded = loaded.to(device) if device else loaded
+
+    def show_progress(asked: int) -> None:
+        if asked % 100 < batch_size:
+            say(f"{asked:,} of {len(questions):,} questions", err=True)
+
+    report = evaluate_qbench(loaded, processor, questions, batch_size, samples, seed, show_progress)
+    for question, error in report.failed:
+        say(f"owl2-hf: qbench: row {question.row}: {' '.join(str(error).split())}", err=True)
+    if as_json:
+        say_json(report.to_dict())
+    elif as_csv:
+        csv.writer(sys.stdout, lineterminator="\n").writerows(report.table())
+    else:
+        for line in report.lines():
+            say(line)
     if report.failed:
         raise typer.Exit(1)

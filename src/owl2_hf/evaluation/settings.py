@@ -1,4 +1,7 @@
-"""Prompts and generation settings of the original's evaluation scripts (mplug_owl2/evaluate), as data."""
+"""Prompts and generation settings of evaluation scripts, as data.
+
+The original's (mplug_owl2/evaluate), and Q-Bench's as Q-Align and DeQA-Score ship it.
+"""
 
 import re
 from dataclasses import dataclass, field
@@ -93,4 +96,10 @@ EVALUATIONS: dict[str, Evaluation] = {
     # Options are "A. ..." and so on, one a line. Upstream: here, and only here, no space ends the prompt.
     "mmmu": Evaluation(f"USER: {{question}}\n{{options}}\n{_LETTER}".rstrip(), _MMMU),
     "mmmu-open": Evaluation(f"USER: {{question}}\n{_SHORT}".rstrip(), _MMMU),
+    # Not the original's: eval_qbench_mcq.py of Q-Align and DeQA-Score, whose apostrophe is a plain one.
+    "qbench": Evaluation(
+        "USER: The input image:<|image|>{question}\n{options}\n"
+        "Answer with the option's letter from the given choices directly.\n ASSISTANT:",
+        {"max_new_tokens": 512},
+    ),
 }
