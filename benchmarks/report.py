@@ -222,6 +222,17 @@ def full_size() -> str:
     return table(["", "time", "over reading"], rows)
 
 
+def image_cache() -> str:
+    rows = []
+    for what, found in read("image_cache").items():
+        for name in ("filling", "with"):
+            if name in found:
+                shown = {"filling": "while it is filled", "with": "with the cache"}[name]
+                times = [f"{found[one]['seconds']:.2f} s" for one in ("without", name)]
+                rows.append([f"{what}, {shown}", *times, ratio(found[name])])
+    return table(["", "without", "time", "ratio"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "decoder": decoder,
     "compiled": compiled,
@@ -232,6 +243,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "processor": processor,
     "prompts": prompts,
     "gradients": gradients,
+    "image_cache": image_cache,
     "quantized": quantized,
     "agreement": agreement,
     "start": start,

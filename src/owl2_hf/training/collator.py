@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
+from .image_cache import ImageCache
 from .messages import ORIGIN, pictures_of, to_messages
 
 logger = logging.get_logger(__name__)
@@ -41,6 +42,7 @@ class Collator:
         name_rows: The batch also holds "rows", what to call each row in an error: `Owl2Trainer` takes it out again.
         skip_bad: Leave out rows that cannot be learned from, count them, and warn about each. A batch of such rows
             alone is one row without a label.
+        image_cache: Folder of an `ImageCache`, which keeps prepared images.
 
     Raises:
         ValueError: A row cannot be learned from, and should not be left out; the message names it.
@@ -55,6 +57,7 @@ class Collator:
         pad_to_multiple_of: int | None = None,
         name_rows: bool = False,
         skip_bad: bool = False,
+        image_cache: str | Path | None = None,
     ):
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}.")
@@ -68,6 +71,9 @@ class Collator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.name_rows = name_rows
         self.skip_bad = skip_bad
+        self._cache = (
+            None if image_cache is None else ImageCache(image_cache, processor.image_processor)
+        )
         # Workers of a DataLoader write each into a line of its own, line 0 is the main process's.
         self._counts = torch.zeros(MAX_WORKERS, len(COUNTS), dtype=torch.long).share_memory_()
 
@@ -179,7 +185,7 @@ class Collator:
 
     def _open(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with their pictures opened, so that an error names its row and sizes are known."""
-        fetch = self.processor.image_processor.fetch_images
+        fetch = (self._cache or self.processor.image_processor).fetch_images
         return [
             {
                 **message,

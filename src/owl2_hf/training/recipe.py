@@ -48,6 +48,7 @@ class DataRecipe:
         allow_outside: Rows may name pictures outside the folder and http(s) URLs.
         bad_rows: `stop` looks at all rows of the files before the first step, and ends there if one cannot be learned
             from; `skip` leaves such rows out when they come, and says which.
+        image_cache: Folder that keeps prepared images, for later epochs and runs; see `ImageCache`.
     """
 
     train: str | list[str] = ""
@@ -57,6 +58,7 @@ class DataRecipe:
     streaming: bool = False
     allow_outside: bool = False
     bad_rows: str = "stop"
+    image_cache: str | None = None
 
     def __post_init__(self):
         _check_choice("bad_rows", self.bad_rows, ("stop", "skip"))

@@ -129,7 +129,8 @@ def train(
     output_dir, checkpoint = _output(recipe, resume)
     if dry_run:
         with TemporaryDirectory() as folder:
-            trainer = _trainer(replace(recipe, output_dir=folder))
+            data = replace(recipe.data, image_cache=None)
+            trainer = _trainer(replace(recipe, output_dir=folder, data=data))
             rows = count_parameters(trainer.model, trainer.create_optimizer().param_groups)
         on_parameters(rows)
         return TrainReport(str(output_dir), 0, None, None, rows)
@@ -217,6 +218,7 @@ def _trainer(recipe: Recipe) -> Owl2Trainer:
                 recipe.data.max_length,
                 name_rows=not recipe.data.streaming,
                 skip_bad=recipe.data.bad_rows == "skip",
+                image_cache=recipe.data.image_cache,
             ),
             processing_class=processor,
             learning_rates=recipe.learning_rates,
@@ -243,7 +245,9 @@ def _score_trainer(
     set_seed(arguments.seed)
     model, processor = load_for_training(recipe)
     processor.image_processor.image_aspect_ratio = scores.image_aspect_ratio
-    collator = ScoreCollator(processor, recipe.data.max_length, name_rows=True)
+    collator = ScoreCollator(
+        processor, recipe.data.max_length, name_rows=True, image_cache=recipe.data.image_cache
+    )
     prefix, level_ids = answer_ids(collator, scores)
     try:
         return ScoreTrainer(
