@@ -183,6 +183,7 @@ def test_what_a_folder_lacks_is_named(name, tmp_path):
             "../../secret.png",
             "row 2: .* leads out of the image folder",
         ),
+        ("kadid", "dmos.csv", "0.49", "-0.49", "row 2: expected a 'var' of at least 0, got -0.49"),
         ("koniq", "koniq10k_distributions_sets.csv", "50,50", "0,0", "row 2: expected votes"),
         (
             "ava",
@@ -268,3 +269,35 @@ def test_the_command_judges_by_a_benchmark(tmp_path):
         assert (
             result.exit_code == 2 and "give opinions, or --benchmark with --root" in result.stderr
         )
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_command_checks_a_folder_as_training_takes_it(name, tmp_path):
+    expected = LAYOUTS[name](tmp_path)
+    result = CliRunner().invoke(app, ["data", "check", f"{name}:{tmp_path}", "--skip-pictures"])
+    if name == "ava":  # the opinions of its two images are equal, and a third one is missing
+        assert "every MOS is the same" in result.stdout
+        assert "1 files are not there: they are left out" in result.stdout
+    else:
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith(f"{len(expected)} rows of opinions, 0 bad")
+    assert len(load_opinions(f"{name}:{tmp_path}")) == len(expected)
+
+
+def test_the_check_names_every_bad_image_of_a_folder(tmp_path):
+    kadid(tmp_path)
+    (tmp_path / "images" / "I01_01_01.png").write_bytes(b"broken")
+    (tmp_path / "images" / "I01_01_02.png").unlink()
+    result = CliRunner().invoke(app, ["data", "check", f"kadid:{tmp_path}"])
+    assert result.exit_code == 1
+    first, second, counts = result.stdout.splitlines()
+    assert first.startswith("row 2: ") and "I01_01_01.png" in first
+    assert second.startswith("row 3: there is no picture")
+    assert counts == "2 rows of opinions, 2 bad, 0 duplicates"
+    missing = CliRunner().invoke(app, ["data", "check", f"spaq:{tmp_path}"])
+    assert missing.exit_code == 1 and "holds no Annotations/MOS" in missing.stderr
+
+
+def test_images_of_one_reference_are_told(tmp_path):
+    kadid(tmp_path)
+    assert [row.reference for row in read_benchmark("kadid", tmp_path)] == ["I01.png", "I01.png"]

@@ -23,7 +23,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def write_csv(path, rows, names=("image", "mos", "std", "split", "dataset")):
+NAMES = ("image", "mos", "std", "split", "dataset", "reference")
+
+
+def write_csv(path, rows, names=NAMES):
     lines = [
         ",".join(names),
         *(",".join("" if row.get(n) is None else str(row[n]) for n in names) for row in rows),
@@ -254,3 +257,44 @@ def test_conversations_beside_opinions_are_looked_at_too(folder):
 def test_tokens_of_opinions_are_not_counted(folder):
     result = check(write_csv(folder / "rows.csv", ROWS), "--opinions", "--model", "default")
     assert result.exit_code == 1 and "leave out --opinions, or --model" in result.stderr
+
+
+def test_a_reference_in_two_parts_is_bad(folder):
+    rows = [
+        {"image": "a.png", "mos": 1, "split": "train", "reference": "I01.png"},
+        {"image": "b.png", "mos": 2, "split": "test", "reference": "I01.png"},
+        {"image": "c.png", "mos": 3, "split": "test", "reference": "I02.png"},
+    ]
+    assert load_opinions(write_csv(folder / "rows.csv", rows)).rows[2].reference == "I02.png"
+    result = check(folder / "rows.csv")
+    assert result.exit_code == 1 and result.stdout.splitlines()[:2] == [
+        "row 3: its reference 'I01.png' is in 'test' here and in 'train' in row 2: leave it in one part.",
+        "3 rows of opinions, 1 bad, 0 duplicates",
+    ]
+    apart = [{**row, "dataset": row["split"]} for row in rows]
+    assert check(write_csv(folder / "apart.csv", apart)).exit_code == 0
+
+
+def test_q_aligns_rows_without_a_mos_have_it_in_their_id(folder):
+    turns = [
+        {"from": "human", "value": "Rate the quality of this image.\n<|image|>"},
+        {"from": "gpt", "value": "The quality of the image is fair."},
+    ]
+    rows = [
+        {"id": f"koniq->x/{name}->{mos}", "image": name, "conversations": turns}
+        for name, mos in (("a.png", "45.75"), ("b.png", "-3"))
+    ]
+    (folder / "train.json").write_text(json.dumps(rows))
+    found = load_opinions(folder / "train.json")
+    assert [row.mos for row in found] == [45.75, -3.0]
+    assert is_opinions(folder / "train.json") and check(folder / "train.json").exit_code == 0
+    rows[1]["id"] = "b.png"
+    (folder / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="row 2: expected a value of 'mos'"):
+        load_opinions(folder / "train.json")
+
+
+def test_q_aligns_files_to_test_on_call_an_image_img_path(folder):
+    (folder / "agi.json").write_text(json.dumps([{"img_path": "a.png", "gt_score": "0.9656"}]))
+    (row,) = load_opinions(folder / "agi.json")
+    assert row.mos == 0.9656 and row.image == str(folder / "a.png")

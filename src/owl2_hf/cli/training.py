@@ -100,8 +100,9 @@ def check_data(
     file: Annotated[
         str,
         typer.Argument(
-            help="LLaVA's JSON, JSON lines, a folder saved by datasets, or the id of a data set on the Hub; opinions "
-            "also as CSV or Parquet."
+            help="LLaVA's JSON, JSON lines, a folder saved by datasets, or the id of a data set on "
+            "the Hub; opinions also as CSV or Parquet, or as koniq:FOLDER and other published data "
+            "sets."
         ),
     ],
     image_folder: Annotated[

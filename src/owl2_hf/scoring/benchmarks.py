@@ -48,19 +48,14 @@ def read_benchmark(name: str, root: str | Path, split: str | None = None) -> Opi
     Raises:
         ValueError: There is no such data set, or the folder does not hold it; the message says what is missing.
     """
-    if name not in BENCHMARKS:
-        raise ValueError(f"expected a benchmark of {', '.join(BENCHMARKS)}, got {name!r}.")
-    folder = Path(root)
-    if not folder.is_dir():
-        raise ValueError(f"{name}: there is no folder {str(root)!r}.")
-    place, rows, missing = Place(folder, is_open=False), [], 0
-    for row in BENCHMARKS[name](folder):
-        try:
-            rows.append(replace(row, image=locate_picture(str(Path(row.image).absolute()), place)))
-        except ValueError as error:
-            if name not in _INCOMPLETE or "there is no picture" not in str(error):
-                raise ValueError(f"{name}: row {row.row}: {error} {_LAYOUTS[name]}") from None
+    folder, rows, missing = Path(root), [], 0
+    for number, row in benchmark_rows(name, root):
+        if isinstance(row, ValueError):
+            raise ValueError(f"{name}: row {number}: {row} {_LAYOUTS[name]}") from None
+        if row is None:
             missing += 1
+        else:
+            rows.append(row)
     if missing and rows:
         logger.warning(
             f"{name}: {missing:,} of {missing + len(rows):,} files are not in {folder}, and left out."
@@ -68,6 +63,29 @@ def read_benchmark(name: str, root: str | Path, split: str | None = None) -> Opi
     if not rows:
         raise ValueError(f"{name}: {folder} holds none of its {missing:,} files; {_LAYOUTS[name]}")
     return opinions_of(f"{name} ({folder})", rows).select(split)
+
+
+def benchmark_rows(
+    name: str, root: str | Path
+) -> Iterator[tuple[int, Opinion | ValueError | None]]:
+    """Number and opinion of each row, or what is wrong with its file; `None` if it may be missing.
+
+    Raises:
+        ValueError: There is no such data set, or its tables are not in the folder or damaged.
+    """
+    if name not in BENCHMARKS:
+        raise ValueError(f"expected a benchmark of {', '.join(BENCHMARKS)}, got {name!r}.")
+    folder = Path(root)
+    if not folder.is_dir():
+        raise ValueError(f"{name}: there is no folder {str(root)!r}.")
+    place = Place(folder, is_open=False)
+    for row in BENCHMARKS[name](folder):
+        try:
+            image = locate_picture(str(Path(row.image).absolute()), place)
+            yield row.row, replace(row, image=image)
+        except ValueError as error:
+            may_miss = name in _INCOMPLETE and "there is no picture" in str(error)
+            yield row.row, None if may_miss else error
 
 
 def _koniq(root: Path) -> Iterator[Opinion]:
@@ -110,10 +128,14 @@ def _kadid(root: Path) -> Iterator[Opinion]:
     path, images = _find(root, "kadid", "dmos.csv"), _find(root, "kadid", "images")
     for number, row in _csv(path):
         mos = _number(path, number, row, "dmos")
-        std = math.sqrt(_number(path, number, row, "var"))
-        yield Opinion(
-            str(images / _text(path, number, row, "dist_img")), mos, std, None, "kadid", number
-        )
+        variance = _number(path, number, row, "var")
+        if variance < 0:
+            raise ValueError(
+                f"{path}: row {number}: expected a 'var' of at least 0, got {variance:g}."
+            )
+        std = math.sqrt(variance)
+        image = str(images / _text(path, number, row, "dist_img"))
+        yield Opinion(image, mos, std, None, "kadid", number, reference=row.get("ref_img"))
 
 
 def _livec(root: Path) -> Iterator[Opinion]:
@@ -167,7 +189,7 @@ def _csiq(root: Path) -> Iterator[Opinion]:
         name = f"{source}.{part}.{int(_number(path, number, row, 'dst_lev'))}.png"
         image = images / folder / name if (images / folder).is_dir() else images / name
         mos, std = 1 - _number(path, number, row, "dmos"), _number(path, number, row, "dmos_std")
-        yield Opinion(str(image), mos, std, None, "csiq", number)
+        yield Opinion(str(image), mos, std, None, "csiq", number, reference=source)
 
 
 def _ava(root: Path) -> Iterator[Opinion]:

@@ -1,14 +1,18 @@
 """People's opinions of images, as files have them.
 
-A row names an image (or video) and its mean opinion score, `mos`; the standard deviation of the opinions, `std`, the
-part of the data set that it belongs to, `split`, and the data set, `dataset`, may be missing. Files of Q-Align and
-DeQA-Score are read as they are: `gt_score` is the MOS there, `level_probs` the soft label, and the answer names the
-level.
+A row names an image (or video) and its mean opinion score, `mos`. It may hold the standard
+deviation of the opinions, `std`, the part of the data set that it belongs to, `split`, the data
+set, `dataset`, and the image that it was made of, `reference`.
+
+Files of Q-Align and DeQA-Score are read as they are: `gt_score` is the MOS there, or the number
+behind the arrow of an `id` such as `a.jpg->3.5`. The image may be `img_path`, `level_probs` is the
+soft label, and the answer names the level.
 """
 
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -27,7 +31,9 @@ Row = Mapping[str, Any]
 Numbered = tuple[int, Row | ValueError]
 
 _MOS = ("mos", "gt_score")
-_IMAGE = ("image", "video")
+_IMAGE = ("image", "img_path", "video")
+# Q-Align's files to train on have the MOS there alone.
+_MOS_OF_ID = re.compile(r".*->(-?\d+(?:\.\d+)?)", re.DOTALL)
 # DeQA-Score keeps opinions and the parts of a data set in two files.
 _MOS_FILE, _SPLIT_FILE = "mos.json", "split.json"
 
@@ -45,6 +51,7 @@ class Opinion:
         row: Its number in the source, counted from 1; in files of lines the line.
         level_probs: A soft label that the file gives, best level first.
         answer: An answer that the file gives; it names the level.
+        reference: Name of the image that this one was made of.
     """
 
     image: Any
@@ -55,6 +62,7 @@ class Opinion:
     row: int = 0
     level_probs: tuple[float, ...] | None = None
     answer: str | None = None
+    reference: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,11 +129,10 @@ def load_opinions(
     Raises:
         ValueError: The source, or a row of it, cannot be read; the message names both.
     """
-    from .benchmarks import BENCHMARKS, read_benchmark
+    from .benchmarks import read_benchmark
 
-    benchmark, colon, root = str(source).partition(":") if isinstance(source, str) else ("", "", "")
-    if colon and benchmark in BENCHMARKS:
-        return read_benchmark(benchmark, root, split)
+    if (benchmark := _benchmark(source)) is not None:
+        return read_benchmark(*benchmark, split)
     place, name = _place(source, image_folder, allow_outside), _name(source)
     rows = []
     for number, row in _rows(source):
@@ -155,7 +162,12 @@ def opinions_of(name: str, rows: Sequence[Opinion]) -> Opinions:
 
 
 def is_opinions(source: str | Path) -> bool:
-    """Whether a file or folder holds opinions, by its kind or its first rows; what is not here does not."""
+    """Whether a file or folder holds opinions, by its kind or its first rows; what is not here does not.
+
+    A published data set with its folder, such as `koniq:path/to/koniq`, does.
+    """
+    if _benchmark(source) is not None:
+        return True
     path = Path(source)
     if path.suffix.lower() in (".csv", ".parquet") or _mos_file(path) is not None:
         return True
@@ -163,9 +175,7 @@ def is_opinions(source: str | Path) -> bool:
         first = [row for _, row in islice(_rows(source), 10)] if path.exists() else []
     except ValueError:
         return False
-    return any(
-        row.get(key) is not None for row in first if isinstance(row, Mapping) for key in _MOS
-    )
+    return any(_mos(row) is not None for row in first if isinstance(row, Mapping))
 
 
 @dataclass
@@ -187,15 +197,18 @@ class OpinionReport:
 
     Args:
         rows: In all.
-        bad: Rows that cannot be used, and why; a row whose image is also in another part of its data set is one.
+        bad: Rows that cannot be used, and why; a row whose image, or whose reference, is also in
+            another part of its data set is one.
         duplicates: Rows whose image an earlier row of the same part has.
         datasets: Counts of the good rows.
+        left_out: Files of a published data set that are not there, of which no copy is complete.
     """
 
     rows: int = 0
     bad: list[BadRow] = field(default_factory=list)
     duplicates: list[BadRow] = field(default_factory=list)
     datasets: dict[str, Counts] = field(default_factory=dict)
+    left_out: int = 0
 
     def summary(self) -> str:
         """The counts, in lines."""
@@ -208,6 +221,8 @@ class OpinionReport:
                 f"{name or 'opinions'}: {own.rows:,} rows{f' ({parts})' if parts else ''}, MOS {own.low:g} to "
                 f"{own.high:g}, mean {own.mean:.4g}; std is missing in {own.without_std:,} and 0 in {own.zero_std:,}"
             )
+        if self.left_out:
+            lines.append(f"{self.left_out:,} files are not there: they are left out")
         return "\n".join(lines)
 
 
@@ -223,37 +238,33 @@ def check_opinions(
     The same image is found under any name, by the content of its file; without `open_images` by its path.
 
     Args:
-        source, image_folder, allow_outside: As in `load_opinions`.
+        source, image_folder, allow_outside: As in `load_opinions`, a published data set too.
         open_images: Decode every image; else only see whether its file is there.
         on_row: Called with the number of rows seen so far.
 
     Raises:
         ValueError: The source as a whole cannot be read.
     """
-    place, name, report = (
-        _place(source, image_folder, allow_outside),
-        _name(source),
-        OpinionReport(),
-    )
+    name, report = _name(source), OpinionReport()
     good: list[Opinion] = []
     seen: dict[tuple[str, Any], Opinion] = {}
-    for number, row in _rows(source):
+    references: dict[tuple[str, Any], Opinion] = {}
+    for number, row, opinion in _each_opinion(source, image_folder, allow_outside):
+        if opinion is None:
+            report.left_out += 1
+            continue
         report.rows += 1
         try:
-            if isinstance(row, ValueError):
-                raise row
-            opinion = _opinion(row, number, place)
-            if row.get("conversations") is not None:
-                to_messages(row, place.folder, place.is_open)
+            if isinstance(opinion, ValueError):
+                raise opinion
             if open_images:
                 _open(opinion.image)
             key = (opinion.dataset, _identity(opinion.image, open_images))
             first = seen.setdefault(key, opinion)
-            if first.split != opinion.split:
-                raise ValueError(
-                    f"its image {_shown(opinion.image)} is in {opinion.split!r} here and in {first.split!r} in row "
-                    f"{first.row}: leave it in one part."
-                )
+            _check_parts(first, opinion, f"its image {_shown(opinion.image)}")
+            if opinion.reference is not None:
+                same = references.setdefault((opinion.dataset, opinion.reference), opinion)
+                _check_parts(same, opinion, f"its reference {opinion.reference!r}")
             if first is not opinion:
                 report.duplicates.append(
                     BadRow(
@@ -277,6 +288,45 @@ def check_opinions(
             )
         )
     return report
+
+
+def _each_opinion(
+    source: Any, image_folder: str | Path | None, allow_outside: bool
+) -> Iterator[tuple[int, Any, Opinion | ValueError | None]]:
+    """Number, row, and opinion or what is wrong with it; `None` for a file that may be missing."""
+    from .benchmarks import benchmark_rows
+
+    if (benchmark := _benchmark(source)) is not None:
+        yield from ((number, None, found) for number, found in benchmark_rows(*benchmark))
+        return
+    place = _place(source, image_folder, allow_outside)
+    for number, row in _rows(source):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            opinion = _opinion(row, number, place)
+            if row.get("conversations") is not None:
+                to_messages(row, place.folder, place.is_open)
+            yield number, row, opinion
+        except ValueError as error:
+            yield number, row, error
+
+
+def _check_parts(first: Opinion, opinion: Opinion, what: str) -> None:
+    """Refuse what is in two parts."""
+    if first.split != opinion.split:
+        raise ValueError(
+            f"{what} is in {opinion.split!r} here and in {first.split!r} in row {first.row}: "
+            "leave it in one part."
+        )
+
+
+def _benchmark(source: Any) -> tuple[str, str] | None:
+    """Name and folder of a published data set, of a text such as `koniq:path/to/koniq`."""
+    from .benchmarks import BENCHMARKS
+
+    name, colon, root = str(source).partition(":") if isinstance(source, str) else ("", "", "")
+    return (name, root) if colon and name in BENCHMARKS else None
 
 
 def _count(rows: Sequence[Opinion]) -> Counts:
@@ -305,7 +355,7 @@ def _opinion(row: Row, number: int, place: Place) -> Opinion:
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object with 'image' and 'mos', got {type(row).__name__}.")
-    image, mos = _first(row, _IMAGE), _first(row, _MOS)
+    image, mos = _first(row, _IMAGE), _mos(row)
     if image is None or mos is None:
         missing = "image" if image is None else "mos"
         raise ValueError(
@@ -324,11 +374,21 @@ def _opinion(row: Row, number: int, place: Place) -> Opinion:
         number,
         _level_probs(row.get("level_probs")),
         _answer(row.get("conversations")),
+        _text(row.get("reference")),
     )
 
 
 def _first(row: Row, keys: Iterable[str]) -> Any:
     return next((row[key] for key in keys if row.get(key) not in (None, "")), None)
+
+
+def _mos(row: Row) -> Any:
+    """The MOS, or in a file of Q-Align's without one what the id says."""
+    mos = _first(row, _MOS)
+    if mos is None and row.get("conversations") is not None:
+        match = _MOS_OF_ID.fullmatch(str(row.get("id")))
+        return match and match[1]
+    return mos
 
 
 def _number(value: Any, name: str) -> float:
