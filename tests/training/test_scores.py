@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import PeftModel, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
@@ -34,6 +35,7 @@ from owl2_hf.training.scores import (
     ScoreCollator,
     ScoreRows,
     answer_ids,
+    checked_score_rows,
     load_score_rows,
     preset_of,
     question_parts,
@@ -540,6 +542,18 @@ def test_each_recipe_runs_from_the_command_line_and_its_model_scores(folder, tmp
     assert json.loads(judged.stdout)["datasets"][""]["images"] == 16
 
 
+def test_an_adapter_of_a_scorer_reloads_through_peft_without_a_missing_key(recipe, tmp_path):
+    adapter = {"preset": "q-align", "r": 4, "lora_alpha": 8, "train_connector": True}
+    train(recipe(adapter=adapter, scores={"labels": "soft"}, trainer={"max_steps": 1}))
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(
+        owl2_hf.load_default(dtype=torch.float32)[0], str(tmp_path / "run")
+    )
+    assert same(get_peft_model_state_dict(loaded), saved)
+    assert any("visual_abstractor" in name for name in saved)
+    assert any(value.any() for name, value in saved.items() if "lora_B" in name)
+
+
 def test_the_lora_recipes_train_the_originals_modules():
     model, _ = load_for_training(load_recipe("score-soft-lora", ["model=default"]))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -578,7 +592,6 @@ def test_the_lora_recipes_train_the_originals_modules():
             "both remove checkpoints",
         ),
         ({"data": {"streaming": True}}, r"data\.streaming: a scorer needs all its rows"),
-        ({"data": {"bad_rows": "skip"}}, r"data\.bad_rows: a scorer takes no bad rows"),
         ({"trainer": {"label_smoothing_factor": 0.1}}, "a scorer has labels of its own"),
         (
             {"scores": {"train_split": "val"}},
@@ -606,6 +619,35 @@ def test_a_broken_image_is_named_before_the_model_is_loaded(recipe, folder, tmp_
     (tmp_path / "rows.csv").write_text("image,mos,dataset\na.png,1,x\na.png,2,x\na.png,2,y\n")
     with pytest.raises(ValueError, match=r"every MOS of 'y' is 2: nothing to learn"):
         train(made)
+
+
+def test_bad_opinions_are_left_out_where_a_recipe_says_so(recipe, tmp_path, caplog):
+    """A row without a MOS, one without its image, and one whose image only decoding finds broken."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for name in ("a.png", "b.png", "c.png", "cut.png"):
+        Image.fromarray(noise).save(tmp_path / name)
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    lines = ["image,mos,std", "a.png,1,0.5", "b.png,high,0.5", "none.png,2,0.5"]
+    lines += ["cut.png,2,0.5", "b.png,3,0.5", "c.png,4,0.5"]
+    (tmp_path / "mine.csv").write_text("\n".join(lines))
+    data = {"train": str(tmp_path / "mine.csv"), "eval": str(tmp_path / "mine.csv")}
+    scores = {"labels": "soft", "train_split": None, "eval_split": None}
+    with pytest.raises(ValueError, match=r"mine\.csv: row 3: expected a number as 'mos'"):
+        train(recipe(data=data, scores=scores))
+    made = recipe(data={**data, "bad_rows": "skip"}, scores=scores)
+    report = train(made)
+    assert report.counts["skipped"] == 3 and report.steps == 4
+    assert "3 rows skipped" in report.summary()
+    for row, reason in ((3, "a number as 'mos'"), (4, "no picture"), (5, "cut.png")):
+        (line,) = (m for m in caplog.messages if f"mine.csv: row {row}: " in m)
+        assert reason in line and line.endswith("The row is skipped.")
+    rows, eval_rows, _ = checked_score_rows(made, 0)
+    assert [row.row for row in rows.groups[0].rows] == [2, 6, 7] and len(rows) == 3
+    assert len(eval_rows) == 3 and rows.groups[0].bounds == (1.0, 4.0)
+    (tmp_path / "mine.csv").write_text("\n".join([lines[0], lines[4], "cut.png,3,0.5"]))
+    with pytest.raises(ValueError, match="no row of 'mine' is left, all are bad"):
+        checked_score_rows(made, 0)
 
 
 def test_videos_are_scored_and_learned_from(recipe, tmp_path):

@@ -37,13 +37,19 @@ _INCOMPLETE = ("ava", "lsvq")
 _KONIQ_SETS = {"training": "train", "validation": "val", "test": "test"}
 
 
-def read_benchmark(name: str, root: str | Path, split: str | None = None) -> Opinions:
+def read_benchmark(
+    name: str,
+    root: str | Path,
+    split: str | None = None,
+    on_bad: Callable[[str], None] | None = None,
+) -> Opinions:
     """Opinions of a published data set.
 
     Args:
         name: One of `BENCHMARKS`.
         root: Its folder, as it was unpacked.
         split: Only rows of this part, where the data set names parts.
+        on_bad: As in `load_opinions`.
 
     Raises:
         ValueError: There is no such data set, or the folder does not hold it; the message says what is missing.
@@ -51,8 +57,10 @@ def read_benchmark(name: str, root: str | Path, split: str | None = None) -> Opi
     folder, rows, missing = Path(root), [], 0
     for number, row in benchmark_rows(name, root):
         if isinstance(row, ValueError):
-            raise ValueError(f"{name}: row {number}: {row} {_LAYOUTS[name]}") from None
-        if row is None:
+            if on_bad is None:
+                raise ValueError(f"{name}: row {number}: {row} {_LAYOUTS[name]}") from None
+            on_bad(f"{name}: row {number}: {row}")
+        elif row is None:
             missing += 1
         else:
             rows.append(row)

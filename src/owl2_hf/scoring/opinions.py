@@ -115,6 +115,7 @@ def load_opinions(
     image_folder: str | Path | None = None,
     split: str | None = None,
     allow_outside: bool = False,
+    on_bad: Callable[[str], None] | None = None,
 ) -> Opinions:
     """Opinions from a file, a folder, a data set of the Hub, or rows.
 
@@ -125,14 +126,15 @@ def load_opinions(
         image_folder: Where relative paths of images start; the folder of the file if not given.
         split: Only rows of this part.
         allow_outside: As in `owl2_hf.training.data.load_rows`.
+        on_bad: Called with what is wrong with a bad row, which is left out then.
 
     Raises:
-        ValueError: The source, or a row of it, cannot be read; the message names both.
+        ValueError: The source cannot be read, or without `on_bad` a row; the message names both.
     """
     from .benchmarks import read_benchmark
 
     if (benchmark := _benchmark(source)) is not None:
-        return read_benchmark(*benchmark, split)
+        return read_benchmark(*benchmark, split, on_bad)
     place, name = _place(source, image_folder, allow_outside), _name(source)
     rows = []
     for number, row in _rows(source):
@@ -141,7 +143,10 @@ def load_opinions(
                 raise row
             rows.append(_opinion(row, number, place))
         except ValueError as error:
-            raise ValueError(f"{name}: row {number}: {error}") from None
+            message = f"{name}: row {number}: {error}"
+            if on_bad is None:
+                raise ValueError(message) from None
+            on_bad(message)
     return opinions_of(name, rows).select(split)
 
 

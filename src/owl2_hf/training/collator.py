@@ -103,6 +103,10 @@ class Collator:
         """Rows so far, in all workers: learned from, truncated, without a label, and left out."""
         return dict(zip(COUNTS, self._counts.sum(0).tolist(), strict=True))
 
+    def count_skipped(self, number: int) -> None:
+        """Count rows that were left out before they came here."""
+        self._count(skipped=number)
+
     def encode(self, rows: Sequence[dict[str, Any]]) -> list["EncodedRow"]:
         """Rows before truncation, without bad ones if these are skipped."""
         try:

@@ -354,15 +354,18 @@ def check_rows(
     return report
 
 
-def look_over(rows: Any, num_workers: int = 0, first: int = 0, step: int = 1) -> list[BadRow]:
-    """Rows that cannot be learned from, as far as that is seen without decoding an image: its header is read.
+def look_over(
+    rows: Any, num_workers: int = 0, first: int = 0, step: int = 1, decode: bool = False
+) -> list[BadRow]:
+    """Rows that cannot be learned from, as far as the headers of their images tell.
 
     Args:
         rows: `Rows`, or others by index that tell the `number_of` each.
         num_workers: Processes that look; none for a few rows.
         first, step: Look at every `step`-th row from index `first` on.
+        decode: Decode every image, which takes longer and finds all that is wrong with it.
     """
-    share = Subset(_Verdicts(rows), range(first, len(rows), step))
+    share = Subset(_Verdicts(rows, decode), range(first, len(rows), step))
     num_workers = min(num_workers, len(share) // ROWS_OF_A_WORKER)
     loader = DataLoader(
         share, batch_size=ROWS_OF_A_WORKER, num_workers=num_workers, collate_fn=list
@@ -373,14 +376,17 @@ def look_over(rows: Any, num_workers: int = 0, first: int = 0, step: int = 1) ->
 class _Verdicts(Dataset):
     """What is wrong with each row, `None` where nothing is."""
 
-    def __init__(self, rows: Any):
-        self.rows = rows
+    def __init__(self, rows: Any, decode: bool):
+        self.rows, self.decode = rows, decode
 
     def __getitem__(self, index: int) -> BadRow | None:
         row: Any = {}
         try:
             row = self.rows[index]
-            for picture in pictures_of(to_messages(row)):
+            messages = to_messages(row)
+            if self.decode:
+                _open(messages)
+            for picture in pictures_of(messages):
                 _look_at(picture)
         except (ValueError, OSError) as error:
             return _bad_row(self.rows.number_of(index), row, error)

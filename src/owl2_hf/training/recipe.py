@@ -47,7 +47,7 @@ class DataRecipe:
         streaming: Read row by row, never all at once.
         allow_outside: Rows may name pictures outside the folder and http(s) URLs.
         bad_rows: `stop` looks at all rows of the files before the first step, and ends there if one cannot be learned
-            from; `skip` leaves such rows out when they come, and says which.
+            from; `skip` leaves such rows out when they come, and says which; of opinions before the first step.
         image_cache: Folder that keeps prepared images, for later epochs and runs; see `ImageCache`.
     """
 
@@ -211,10 +211,6 @@ class Recipe:
         if self.data.streaming:
             raise ValueError(
                 "data.streaming: a scorer needs all its rows for their range: leave it out."
-            )
-        if self.data.bad_rows == "skip":
-            raise ValueError(
-                "data.bad_rows: a scorer takes no bad rows: `owl2-hf data check` names all of them."
             )
         if self.trainer.get("label_smoothing_factor"):
             raise ValueError(

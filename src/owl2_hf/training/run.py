@@ -38,7 +38,7 @@ from .data import load_rows, look_over
 from .recipe import DataRecipe, Recipe, ScoreRecipe
 from .resolution import set_image_size
 from .score_trainer import ScoreTrainer
-from .scores import ScoreCollator, SingleRows, answer_ids, load_score_rows, preset_of
+from .scores import ScoreCollator, answer_ids, checked_score_rows, preset_of
 from .trainer import Owl2Trainer, RunRecord
 
 # What this package needs of the Trainer; a recipe may not say otherwise.
@@ -232,22 +232,17 @@ def _score_trainer(
     recipe: Recipe, scores: ScoreRecipe, arguments: TrainingArguments
 ) -> Owl2Trainer:
     """The Trainer of a scorer, whose rows are opinions."""
-    rows, eval_rows = load_score_rows(
-        recipe, arguments.seed if arguments.data_seed is None else arguments.data_seed
-    )
-    for own in [rows] if eval_rows is None else [rows, eval_rows]:
-        for number, group in enumerate(own.groups):
-            for bad in look_over(SingleRows(own, number), *_looking(arguments)):
-                reason = bad.reason.removeprefix(f"{group.source}: row {bad.row}: ")
-                raise ValueError(
-                    f"{group.source}: row {bad.row}: {reason} `owl2-hf data check` names all bad rows."
-                )
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    rows, eval_rows, skipped = checked_score_rows(recipe, seed, *_looking(arguments))
+    for message in skipped if arguments.process_index == 0 else ():
+        logger.warning(f"{message} The row is skipped.")
     set_seed(arguments.seed)
     model, processor = load_for_training(recipe)
     processor.image_processor.image_aspect_ratio = scores.image_aspect_ratio
     collator = ScoreCollator(
         processor, recipe.data.max_length, name_rows=True, image_cache=recipe.data.image_cache
     )
+    collator.count_skipped(len(skipped))
     prefix, level_ids = answer_ids(collator, scores)
     try:
         return ScoreTrainer(

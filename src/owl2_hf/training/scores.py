@@ -3,8 +3,8 @@
 Sources: Q-Align (arXiv:2312.17090) and DeQA-Score (arXiv:2501.11561) with their released code. B: images, K: levels.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..scoring.labels import hard_level, soft_label
 from ..scoring.opinions import Opinion, load_opinions
 from ..scoring.scorer import level_id
 from .collator import IGNORED, Collator
-from .data import Row
+from .data import Row, look_over
 from .messages import ORIGIN
 from .recipe import Recipe, ScoreRecipe
 
@@ -58,6 +58,7 @@ class ScoreRows(Dataset):
         asks_first: bool = False,
     ):
         self.groups, self.recipe, self.seed, self.in_pairs = groups, recipe, seed, in_pairs
+        self.weights, self.asks_first = weights, asks_first
         for group in groups if in_pairs else ():
             if len(group.rows) < 2:
                 raise ValueError(
@@ -141,6 +142,19 @@ class ScoreRows(Dataset):
             opinion.mos, opinion.std or 0.0, *group.bounds, group.density, len(self.recipe.levels)
         )
 
+    def without(self, bad: Mapping[int, set[int]]) -> "ScoreRows":
+        """The same without some rows of its groups, by their numbers in the source."""
+        groups = [
+            replace(group, rows=tuple(row for row in group.rows if row.row not in bad[number]))
+            for number, group in enumerate(self.groups)
+        ]
+        for group in groups:
+            if not group.rows:
+                raise ValueError(f"{group.source}: no row of {group.name!r} is left, all are bad.")
+        return ScoreRows(
+            groups, self.recipe, self.weights, self.seed, self.in_pairs, self.asks_first
+        )
+
 
 class SingleRows(Dataset):
     """Every image of one data set once, to be looked over as rows of conversations are; videos take too long.
@@ -169,8 +183,14 @@ class SingleRows(Dataset):
         return self.rows.groups[self.group].rows[self._places[index]].row
 
 
-def load_score_rows(recipe: Recipe, seed: int) -> tuple[ScoreRows, ScoreRows | None]:
+def load_score_rows(
+    recipe: Recipe, seed: int, on_bad: Callable[[str], None] | None = None
+) -> tuple[ScoreRows, ScoreRows | None]:
     """Rows of a recipe to train on, and to evaluate on if it names any.
+
+    Args:
+        seed: Of questions, shares and pairs.
+        on_bad: As in `load_opinions`.
 
     Raises:
         ValueError: Opinions cannot be read, or do not make labels.
@@ -185,7 +205,7 @@ def load_score_rows(recipe: Recipe, seed: int) -> tuple[ScoreRows, ScoreRows | N
     )
     groups, weights = [], []
     for index, (source, density) in enumerate(zip(sources, densities, strict=True)):
-        own = _groups(recipe, source, scores.train_split, density)
+        own = _groups(recipe, source, scores.train_split, density, on_bad)
         groups += own
         weights += [scores.weights[index] if scores.weights else 1.0] * len(own)
     for group in groups:
@@ -198,13 +218,68 @@ def load_score_rows(recipe: Recipe, seed: int) -> tuple[ScoreRows, ScoreRows | N
         return rows, None
     found = [data.eval] if isinstance(data.eval, str) else data.eval
     held_out = [
-        group for source in found for group in _groups(recipe, source, scores.eval_split, "pdf")
+        group
+        for source in found
+        for group in _groups(recipe, source, scores.eval_split, "pdf", on_bad)
     ]
     return rows, ScoreRows(held_out, scores, seed=seed, asks_first=True)
 
 
-def _groups(recipe: Recipe, source: str, split: str | None, density: str) -> list[_Group]:
-    opinions = load_opinions(source, recipe.data.image_folder, split, recipe.data.allow_outside)
+def checked_score_rows(
+    recipe: Recipe, seed: int, workers: int = 0, first: int = 0, step: int = 1
+) -> tuple[ScoreRows, ScoreRows | None, list[str]]:
+    """Rows to train and to evaluate on, looked over as `data.bad_rows` says.
+
+    Args:
+        seed: Of questions, shares and pairs.
+        workers: Processes that look over the rows.
+        first, step: This rank's share of the rows, as in `look_over`.
+
+    Returns:
+        Both, and what is wrong with each row that was left out.
+
+    Raises:
+        ValueError: A row is bad, and should not be left out; or none is left.
+    """
+    if recipe.data.bad_rows == "stop":
+        rows, eval_rows = load_score_rows(recipe, seed)
+        for own in [rows] if eval_rows is None else [rows, eval_rows]:
+            for message, _, _ in _bad_opinions(own, workers, first, step):
+                raise ValueError(f"{message} `owl2-hf data check` names all bad rows.")
+        return rows, eval_rows, []
+    skipped: list[str] = []
+    rows, eval_rows = load_score_rows(recipe, seed, skipped.append)
+    kept: list[ScoreRows] = []
+    for own in [rows] if eval_rows is None else [rows, eval_rows]:
+        bad: dict[int, set[int]] = {number: set() for number in range(len(own.groups))}
+        # Every rank looks at all rows, so that all leave out the same ones.
+        for message, number, row in _bad_opinions(own, workers, 0, 1, decode=True):
+            bad[number].add(row)
+            skipped.append(message)
+        kept.append(own.without(bad))
+    # A file that is trained on and evaluated on is read twice.
+    return kept[0], None if eval_rows is None else kept[1], list(dict.fromkeys(skipped))
+
+
+def _bad_opinions(
+    rows: ScoreRows, workers: int, first: int, step: int, decode: bool = False
+) -> Iterator[tuple[str, int, int]]:
+    """What is wrong with each bad row, the number of its group, and its own in the source."""
+    for number, group in enumerate(rows.groups):
+        for bad in look_over(SingleRows(rows, number), workers, first, step, decode):
+            where = f"{group.source}: row {bad.row}: "
+            yield where + bad.reason.removeprefix(where), number, bad.row
+
+
+def _groups(
+    recipe: Recipe,
+    source: str,
+    split: str | None,
+    density: str,
+    on_bad: Callable[[str], None] | None,
+) -> list[_Group]:
+    data = recipe.data
+    opinions = load_opinions(source, data.image_folder, split, data.allow_outside, on_bad)
     return [
         _Group(opinions.name, name or Path(source).stem, rows, opinions.ranges[name], density)
         for name, rows in opinions.by_dataset().items()
