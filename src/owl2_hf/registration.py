@@ -36,6 +36,7 @@ TABLES = {
 
 def register() -> None:
     """Enter our classes in the tables; they may stand there already."""
+    import transformers
     from transformers import (
         AutoConfig,
         AutoModel,
@@ -66,12 +67,14 @@ def register() -> None:
     ):
         AutoConfig.register(model_type, config, exist_ok=True)
     AutoModel.register(MplugOwl2Config, MplugOwl2Model, exist_ok=True)
-    auto_classes = (
+    auto_classes: tuple[Any, ...] = (
         AutoModelForPreTraining,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
     )
+    if hasattr(transformers, "AutoModelForDecision"):  # since 5.23
+        auto_classes += (transformers.AutoModelForDecision,)
     for auto_class in auto_classes:
         auto_class.register(MplugOwl2Config, MplugOwl2ForConditionalGeneration, exist_ok=True)
     AutoModelForSequenceClassification.register(

@@ -21,6 +21,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
+    # transformers 5.23; `transformers serve` looks for no other.
+    "AutoModelForDecision": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
     "AutoModelForSequenceClassification": "modeling_mplug_owl2_classification.MplugOwl2ForSequenceClassification",
     "AutoImageProcessor": "image_processing_mplug_owl2.MplugOwl2ImageProcessor",
     "AutoProcessor": "processing_mplug_owl2.MplugOwl2Processor",

@@ -195,6 +195,8 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
                 f"The adapter {peft_model_id} has tensors of other shapes than this model, as the report above shows: "
                 "load the model that it was trained on."
             ) from error
+        if peft_model_id is not None:
+            self._adapter_place = str(peft_model_id), hub  # a scorer has its preset there
         return info
 
     @classmethod

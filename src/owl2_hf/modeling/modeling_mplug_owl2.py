@@ -32,6 +32,7 @@ from .outputs_mplug_owl2 import (
     MplugOwl2ImageFeatures,
     MplugOwl2ModelOutputWithPast,
 )
+from .scoring_mplug_owl2 import ScoresImages
 
 # A folder that names the classifier needs its file: those named here are saved with this one.
 if TYPE_CHECKING:
@@ -293,9 +294,9 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
 
 
 class MplugOwl2ForConditionalGeneration(
-    MplugOwl2PreTrainedModel, MplugOwl2Generation, GenerationMixin
+    ScoresImages, MplugOwl2PreTrainedModel, MplugOwl2Generation, GenerationMixin
 ):
-    """mPLUG-Owl2 with the language-model head: text from text and pictures."""
+    """mPLUG-Owl2 with the language-model head: text from text and pictures, and scores of images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

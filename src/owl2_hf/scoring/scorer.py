@@ -1,7 +1,7 @@
 """Scores of pictures and videos by the probabilities of level words, as Q-Align, Q-Instruct and DeQA-Score read them.
 
-The model is shown a picture and the beginning of an answer; the probabilities of a few words at its next position, and
-the value of each word, make the score. B: pictures of one batch, K: levels, V: embedding rows.
+What makes a score of a picture is in `owl2_hf.modeling.scoring_mplug_owl2`, which travels with the weights; here are
+batches, videos, crops and scales. B: pictures of one batch, K: levels.
 
 Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (arXiv:2501.11561), and their released
 code.
@@ -17,25 +17,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..modeling.presets_mplug_owl2 import PRESETS, Preset
+from ..modeling.scoring_mplug_owl2 import (
+    expected_score,
+    level_id,
+    level_ids,
+    level_inputs,
+    level_logits,
+    own_preset,
+    read_levels,
+)
 from ..processing.image_processing_mplug_owl2 import is_many
 from .frames import is_video_path, read_frames
-from .presets import IMAGE_TOKEN, PRESETS, Preset
 
-# Ids of the level words in LLaMA-2's vocabulary, which is told by its size.
-_LLAMA2_SIZE = 32000
-_LLAMA2_IDS = {
-    "excellent": 15129,
-    "good": 1781,
-    "fair": 6534,
-    "poor": 6460,
-    "bad": 4319,
-    "average": 6588,
-    "inferior": 20773,
-    "worse": 15029,
-    "similar": 2788,
-    "better": 2253,
-    "superior": 11558,
-}
+__all__ = ["Score", "Scorer", "crop_boxes", "level_id"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class Scorer:
     Args:
         model: `MplugOwl2ForConditionalGeneration`, in evaluation mode.
         processor: Its processor.
-        preset: A name in `PRESETS`, or one of your own.
+        preset: A name in `PRESETS`, or one of your own; if not given that beside the weights, else OneAlign's.
         scale: Lowest and highest score, where not the preset's.
         batch_size: Pictures in one forward pass; it does not change the scores.
         crops: Score squares of the model's size, cut from the image at its own resolution, and average them. This is
@@ -73,19 +68,21 @@ class Scorer:
         original_reading: Read files as the originals do, for the papers' numbers; see `MplugOwl2ImageProcessor`.
 
     Raises:
-        ValueError: The preset is unknown, or a level word is not one token of the vocabulary.
+        ValueError: The preset is unknown or damaged, or a level word is not one token of the vocabulary.
     """
 
     def __init__(
         self,
         model: Any,
         processor: Any,
-        preset: str | Preset = "one-align",
+        preset: str | Preset | None = None,
         scale: tuple[float, float] | None = None,
         batch_size: int = 8,
         crops: bool = False,
         original_reading: bool = False,
     ):
+        if preset is None:
+            preset = own_preset(model) or PRESETS["one-align"]
         if isinstance(preset, str):
             if preset not in PRESETS:
                 raise ValueError(f"expected a preset of {', '.join(PRESETS)}, got {preset!r}.")
@@ -95,9 +92,10 @@ class Scorer:
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.crops, self.original_reading = crops, original_reading
         self.preset = preset if scale is None else replace(preset, scale=scale)
-        groups = [(level,) if isinstance(level, str) else level for level in preset.levels]
-        self._names = tuple(group[0] for group in groups)
-        self._ids = [[level_id(processor.tokenizer, word) for word in group] for group in groups]
+        self._names = tuple(
+            level if isinstance(level, str) else level[0] for level in preset.levels
+        )
+        self._ids = level_ids(processor.tokenizer, preset)
 
     @property
     def levels(self) -> tuple[str, ...]:
@@ -210,15 +208,11 @@ class Scorer:
     def _levels(self, images: Sequence[Any], prompt: str) -> Tensor:
         """(B, K) logits of the levels, over the temperature."""
         frames = [list(image) if is_many(image) else [image] for image in images]
-        if not all(frames):
-            raise ValueError("expected at least one frame of each video, got a list without any.")
         return self._read(self._inputs(frames, prompt))
 
     def _read(self, inputs: Any) -> Tensor:
         """The model's inputs -> (B, K) logits of the levels, over the temperature."""
-        with torch.no_grad():
-            logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
-        return self._level_logits(logits.float().cpu())
+        return read_levels(self.model, inputs, self._ids, self.preset)
 
     def _inputs(self, frames: list[list[Any]], prompt: str, size: Any = None) -> Any:
         """What the model takes for B images or videos.
@@ -227,20 +221,16 @@ class Scorer:
             frames: Those of each; an image is one.
             size: Of the square, where not the processor's.
         """
-        # Frames of a video stand where one picture would, one behind the other.
-        prompts = [prompt] * len(frames)
-        if self.preset.images_per_prompt == 1:
-            prompts = [prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * len(own)) for own in frames]
-        return self.processor(
-            images=frames,
-            text=prompts,
-            padding=True,
-            padding_side="left",
-            image_aspect_ratio=self.preset.image_aspect_ratio,
+        options = {} if size is None else {"size": size}
+        return level_inputs(
+            self.model,
+            self.processor,
+            self.preset,
+            frames,
+            prompt,
             original_reading=self.original_reading,
-            return_tensors="pt",
-            **({} if size is None else {"size": size}),
-        ).to(self.model.device)
+            **options,
+        )
 
     def _level_logits(self, logits: Tensor) -> Tensor:
         """(B, V) logits of the next token -> (B, K) of the levels, over the temperature.
@@ -248,24 +238,11 @@ class Scorer:
         Raises:
             ValueError: The model gives NaN.
         """
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        levels = (
-            torch.stack([logits[:, ids].mean(-1) for ids in self._ids], -1)
-            / self.preset.temperature
-        )
-        if not levels.isfinite().all():
-            raise ValueError(
-                f"the model's logits are not finite ({levels.tolist()}): try another dtype, or verify it."
-            )
-        return levels
+        return level_logits(logits, self._ids, self.preset)
 
     def _score(self, levels: Tensor) -> Score:
         """(K,) logits of the levels -> the score."""
-        probs = levels.softmax(-1)
-        low, high = self.preset.scale
-        values = low + (high - low) * torch.tensor(self.preset.values)
-        mean = float(probs @ values)
-        std = math.sqrt(max(0.0, float(probs @ (values - mean) ** 2)))
+        mean, std, probs = expected_score(levels, self.preset)
         return Score(
             mean, std, tuple(probs.tolist()), self._names, tuple(levels.tolist()), self.preset.scale
         )
@@ -301,20 +278,3 @@ def crop_boxes(width: int, height: int, side: int) -> list[tuple[int, int, int, 
         for top in starts(height)
         for left in starts(width)
     ]
-
-
-def level_id(tokenizer: Any, word: str) -> int:
-    """The token that a word is behind other words, with its space."""
-    before = tokenizer("a", add_special_tokens=False).input_ids
-    ids = tokenizer(f"a {word}", add_special_tokens=False).input_ids[len(before) :]
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        pieces = tokenizer.convert_ids_to_tokens(ids)
-        raise ValueError(
-            f"the level {word!r} is not one token of this vocabulary but {pieces}: choose another word."
-        )
-    expected = _LLAMA2_IDS.get(word)
-    if expected is not None and len(tokenizer) == _LLAMA2_SIZE + 1 and ids[0] != expected:
-        raise ValueError(
-            f"the level {word!r} has id {ids[0]}, LLaMA-2's vocabulary has {expected}: it is damaged."
-        )
-    return ids[0]

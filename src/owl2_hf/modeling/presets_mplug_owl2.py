@@ -1,0 +1,137 @@
+"""How each scorer of the family is asked: prompt, level words and their values; in scorer.json beside the weights.
+
+Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (arXiv:2501.11561), and their released
+code.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+IMAGE_TOKEN = "<|image|>"
+# Beside the weights of a model that scores.
+PRESET_FILE = "scorer.json"
+# All that says how a model scores: ours, and what transformers' pipeline("decision") reads.
+SCORER_FILES = (PRESET_FILE, "decision.json", "decision_template.jinja")
+_ALIGN_PROMPT = (
+    "USER: How would you rate the {aspect} of this {medium}?\n{image}\n"
+    "ASSISTANT: The {aspect} of the {medium} is"
+)
+_ALIGN_LEVELS = ("excellent", "good", "fair", "poor", "bad")
+_ALIGN_VALUES = (1.0, 0.75, 0.5, 0.25, 0.0)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How one model of the family scores.
+
+    Args:
+        prompts: Task -> prompt, with `<|image|>` at the place of the picture, or of a video's frames.
+        levels: Words, best first; or groups of words that mean the same, whose logits are averaged.
+        values: What each level is worth, from 0 to 1.
+        image_aspect_ratio: How a picture becomes square, see `MplugOwl2ImageProcessor`.
+        scale: Lowest and highest score.
+        temperature: The logits are divided by it.
+        images_per_prompt: Pictures that the prompt names; a video's frames stand in the place of one.
+    """
+
+    prompts: dict[str, str]
+    levels: tuple[str | tuple[str, ...], ...] = _ALIGN_LEVELS
+    values: tuple[float, ...] = _ALIGN_VALUES
+    image_aspect_ratio: str = "pad"
+    scale: tuple[float, float] = (1.0, 5.0)
+    temperature: float = 1.0
+    images_per_prompt: int = 1
+
+    def __post_init__(self):
+        if len(self.levels) != len(self.values) or len(self.levels) < 2:
+            raise ValueError(
+                f"expected a value for each of two or more levels, got {self.levels} and {self.values}."
+            )
+        for task, prompt in self.prompts.items():
+            if prompt.count(IMAGE_TOKEN) != self.images_per_prompt:
+                times = "once" if self.images_per_prompt == 1 else f"{self.images_per_prompt} times"
+                raise ValueError(
+                    f"the prompt of task {task!r} must hold {IMAGE_TOKEN} {times}, got {prompt!r}."
+                )
+
+    def to_json(self) -> str:
+        """The preset as a file for the model's folder, which `load_preset` reads."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def _align(aspect: str, medium: str) -> str:
+    return _ALIGN_PROMPT.format(aspect=aspect, medium=medium, image=IMAGE_TOKEN)
+
+
+_Q_INSTRUCT_PROMPT = f"USER: {IMAGE_TOKEN}Rate the quality of the image.\nASSISTANT: "
+PRESETS: dict[str, Preset] = {
+    # Upstream: Q-Align's repository asks for "the image of the quality"; its model on the Hub, like this, does not.
+    "one-align": Preset(
+        {
+            "quality": _align("quality", "image"),
+            "aesthetics": _align("aesthetics", "image"),
+            "video": _align("quality", "video"),
+        }
+    ),
+    "deqa": Preset({"quality": _align("quality", "image")}),
+    "q-instruct": Preset(
+        {"quality": _Q_INSTRUCT_PROMPT},
+        ("good", "average", "poor"),
+        (1.0, 0.5, 0.0),
+        "crop",
+        scale=(0.0, 1.0),
+    ),
+    "q-instruct-boost": Preset(
+        {"quality": _Q_INSTRUCT_PROMPT},
+        (("good", "high", "fine"), ("average", "medium", "acceptable"), ("poor", "low", "bad")),
+        (1.0, 0.5, 0.0),
+        "crop",
+        scale=(0.0, 1.0),
+    ),
+}
+
+
+def load_preset(model: str, **hub: Any) -> Preset | None:
+    """The preset that a scorer has beside its weights, `None` for a model without one.
+
+    Args:
+        model: Folder or Hub id.
+        hub: Where to look on the Hub, as `cached_file` takes it, for instance `revision`.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    found = cached_file(
+        model,
+        PRESET_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+        **hub,
+    )
+    return None if found is None else read_preset(found)
+
+
+def read_preset(file: str | Path) -> Preset:
+    """The preset in a file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+        levels = tuple(
+            level if isinstance(level, str) else tuple(level) for level in values["levels"]
+        )
+        plain = {
+            "values": tuple(values["values"]),
+            "scale": tuple(values["scale"]),
+            "levels": levels,
+        }
+        return Preset(**{**values, **plain})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no preset of a scorer: {error}") from None

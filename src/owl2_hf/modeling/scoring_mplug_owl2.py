@@ -1,0 +1,303 @@
+"""Scores of images by the probabilities of level words, and the `score` of the published scorers.
+
+The model is shown an image and the beginning of an answer; the probabilities of a few words at its next position, and
+the value of each word, make the score.
+
+B: images or videos of one batch, K: levels, V: embedding rows.
+
+Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (arXiv:2501.11561), and their released
+code.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters_mplug_owl2 import find_file
+from .presets_mplug_owl2 import (
+    IMAGE_TOKEN,
+    PRESET_FILE,
+    PRESETS,
+    SCORER_FILES,
+    Preset,
+    read_preset,
+)
+
+# Ids of the level words in LLaMA-2's vocabulary, which is told by its size.
+_LLAMA2_SIZE = 32000
+_LLAMA2_IDS = {
+    "excellent": 15129,
+    "good": 1781,
+    "fair": 6534,
+    "poor": 6460,
+    "bad": 4319,
+    "average": 6588,
+    "inferior": 20773,
+    "worse": 15029,
+    "similar": 2788,
+    "better": 2253,
+    "superior": 11558,
+}
+
+
+def own_preset(model: Any) -> Preset | None:
+    """The preset beside the weights, or beside the adapter, that a model was loaded from; `None` where there is none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    file = next(_own_files(model, PRESET_FILE), None)
+    return None if file is None else read_preset(file)
+
+
+def _own_files(model: Any, name: str) -> Iterator[Path]:
+    """Files of this name in the folders or repositories that a model was loaded from, the adapter's first."""
+    places = [getattr(model, "_adapter_place", None), _place(model)]
+    for source, hub in filter(None, places):
+        try:
+            file = find_file(source, name, hub)
+        except OSError:  # a folder that is gone, or no repository
+            continue
+        if file is not None:
+            yield file
+
+
+def _place(model: Any) -> tuple[str, dict[str, Any]] | None:
+    """Where the weights came from, and of which commit; `None` for a model that was not loaded."""
+    name = getattr(model, "name_or_path", None)
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return (str(name), {"revision": commit} if commit else {}) if name else None
+
+
+def level_id(tokenizer: Any, word: str) -> int:
+    """The token that a word is behind other words, with its space."""
+    before = tokenizer("a", add_special_tokens=False).input_ids
+    ids = tokenizer(f"a {word}", add_special_tokens=False).input_ids[len(before) :]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        raise ValueError(
+            f"the level {word!r} is not one token of this vocabulary but {pieces}: choose another word."
+        )
+    expected = _LLAMA2_IDS.get(word)
+    if expected is not None and len(tokenizer) == _LLAMA2_SIZE + 1 and ids[0] != expected:
+        raise ValueError(
+            f"the level {word!r} has id {ids[0]}, LLaMA-2's vocabulary has {expected}: it is damaged."
+        )
+    return ids[0]
+
+
+def level_ids(tokenizer: Any, preset: Preset) -> list[list[int]]:
+    """The tokens of each level's words.
+
+    Raises:
+        ValueError: A word is not one token of the vocabulary.
+    """
+    groups = [(level,) if isinstance(level, str) else level for level in preset.levels]
+    return [[level_id(tokenizer, word) for word in group] for group in groups]
+
+
+def level_inputs(
+    model: Any,
+    processor: Any,
+    preset: Preset,
+    frames: Sequence[Sequence[Any]],
+    prompt: str,
+    **options: Any,
+) -> Any:
+    """What the model takes for B images or videos.
+
+    Args:
+        frames: For each of B prompts its images, as the processor takes them: one, the frames of a video, or as many
+            as the prompt names.
+        prompt: One of the preset's.
+        options: Of the image processor, for instance `original_reading`.
+
+    Raises:
+        ValueError: A list of frames is empty, or an image cannot be read.
+    """
+    if not all(frames):
+        raise ValueError("expected at least one frame of each video, got a list without any.")
+    # Frames of a video stand where one picture would, one behind the other.
+    prompts = [prompt] * len(frames)
+    if preset.images_per_prompt == 1:
+        prompts = [prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * len(own)) for own in frames]
+    return processor(
+        images=frames,
+        text=prompts,
+        padding=True,
+        padding_side="left",
+        image_aspect_ratio=preset.image_aspect_ratio,
+        return_tensors="pt",
+        **options,
+    ).to(model.device)
+
+
+def level_logits(logits: Tensor, ids: Sequence[Sequence[int]], preset: Preset) -> Tensor:
+    """(B, V) logits of the next token -> (B, K) of the levels, over the temperature.
+
+    Raises:
+        ValueError: The model gives NaN.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    levels = torch.stack([logits[:, own].mean(-1) for own in ids], -1) / preset.temperature
+    if not levels.isfinite().all():
+        raise ValueError(
+            f"the model's logits are not finite ({levels.tolist()}): try another dtype, or verify it."
+        )
+    return levels
+
+
+def read_levels(model: Any, inputs: Any, ids: Sequence[Sequence[int]], preset: Preset) -> Tensor:
+    """(B, K) logits of the levels at the place of the answer's first word, without gradients, on the CPU.
+
+    Args:
+        inputs: As `level_inputs` makes them.
+        ids: Tokens of each level, as `level_ids` finds them.
+
+    Raises:
+        ValueError: The model gives NaN.
+    """
+    with torch.no_grad():
+        logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+    return level_logits(logits.float().cpu(), ids, preset)
+
+
+def expected_score(levels: Tensor, preset: Preset) -> tuple[float, float, Tensor]:
+    """(K,) logits of the levels -> expected value and standard deviation, on the preset's scale, and probabilities."""
+    probs = levels.softmax(-1)
+    low, high = preset.scale
+    values = low + (high - low) * torch.tensor(preset.values)
+    mean = float(probs @ values)
+    return mean, math.sqrt(max(0.0, float(probs @ (values - mean) ** 2))), probs
+
+
+class ScoresImages:
+    """`score`, the call of Q-Align's and DeQA-Score's published models, for a model with a language-model head."""
+
+    device: torch.device
+
+    def score(
+        self,
+        images: Sequence[Any],
+        task_: str = "quality",
+        input_: str = "image",
+        *,
+        processor: Any = None,
+        batch_size: int = 8,
+    ) -> Tensor:
+        """Scores of images or videos, asked for as scorer.json beside the weights says; without one as OneAlign is.
+
+        Args:
+            images: A list of images as the processor takes them; for videos a list of lists of frames.
+            task_: "quality" or "aesthetics", or another task of the model's own preset.
+            input_: "image" or "video".
+            processor: Where not the one of the model's folder, which is loaded at the first call.
+            batch_size: Images or videos in one forward pass; it does not change the scores.
+
+        Returns:
+            (B,) float32 on the model's device, on the preset's scale: 1 to 5 for OneAlign and DeQA-Score.
+
+        Raises:
+            ValueError: There is no processor or no such task, an image cannot be read, or the model gives NaN.
+        """
+        if batch_size < 1:
+            raise ValueError(f"expected a batch_size of at least 1, got {batch_size}.")
+        preset = own_preset(self) or PRESETS["one-align"]
+        prompt = _prompt(preset, task_, input_)
+        if processor is None:
+            processor = self._own_processor()
+        ids = level_ids(processor.tokenizer, preset)
+        scores: list[float] = []
+        frames = _as_frames(images, is_video=input_ == "video")
+        for start in range(0, len(frames), batch_size):
+            batch = frames[start : start + batch_size]
+            inputs = level_inputs(self, processor, preset, batch, prompt)
+            for levels in read_levels(self, inputs, ids, preset):
+                scores.append(expected_score(levels, preset)[0])
+        return torch.tensor(scores, dtype=torch.float32, device=self.device)
+
+    def _own_processor(self) -> Any:
+        """The processor beside the weights; loaded once."""
+        place = _place(self)
+        found, loaded_from = getattr(self, "_scoring_processor", (None, None))
+        if found is not None and loaded_from == place:
+            return found
+        reason = "this model was not loaded from one"
+        if place is not None:
+            # Not at the top: the Auto classes may be in the middle of being imported while this file is.
+            from transformers import AutoProcessor
+
+            name, hub = place
+            # Code of the folder runs here only where the model itself is such code: then it was trusted already.
+            is_remote = type(self).__module__.startswith("transformers_modules.")
+            try:
+                found = AutoProcessor.from_pretrained(name, trust_remote_code=is_remote, **hub)
+            except (OSError, ValueError, KeyError, ImportError) as error:
+                reason = f"{name!r} has none that loads ({' '.join(str(error).split())[:200]})"
+            else:
+                if hasattr(found, "image_processor") and hasattr(found, "tokenizer"):
+                    self._scoring_processor = (found, place)
+                    return found
+                reason = f"{name!r} has none"
+        raise ValueError(
+            f"score needs the processor of the model's folder, but {reason}: pass processor=..., or convert the "
+            "checkpoint again with --tokenizer."
+        )
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; what says how the model scores goes with it."""
+        folder = Path(save_directory)
+        preset = next(_own_files(self, PRESET_FILE), None)
+        if preset is not None and kwargs.get("is_main_process", True) and not folder.is_file():
+            for name in SCORER_FILES:
+                file = next(_own_files(self, name), None)
+                if file is not None and file.parent == preset.parent:
+                    text = file.read_text(encoding="utf-8")
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_text(text, encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+def _prompt(preset: Preset, task: str, kind: str) -> str:
+    """The prompt of the published call's two arguments.
+
+    Raises:
+        ValueError: The preset has none for them.
+    """
+    if kind not in ("image", "video"):
+        raise ValueError(f"expected input_ 'image' or 'video', got {kind!r}.")
+    if kind == "video" and "video" not in preset.prompts:
+        raise ValueError(
+            "this scorer has no prompt for videos: with input_='image' each list of frames is scored in the place of "
+            "one image."
+        )
+    if kind == "video" and task == "quality":
+        return preset.prompts["video"]
+    if task == "aesthetic" and task not in preset.prompts:  # pyiqa's word
+        task = "aesthetics"
+    tasks = {name: prompt for name, prompt in preset.prompts.items() if name != "video"}
+    if task not in tasks:
+        raise ValueError(
+            f"expected a task_ of {', '.join(tasks)}, got {task!r}; videos are told by input_='video'."
+        )
+    if kind == "image":
+        return tasks[task]
+    # Upstream: one template for all pairs of task and medium; the preset holds the one that was trained for.
+    return preset.prompts["video"].replace("quality", task)
+
+
+def _as_frames(images: Any, is_video: bool) -> list[list[Any]]:
+    """For each score its images: one, or the frames of a video. A single image or video may stand without a list."""
+    several = list(images) if _is_many(images) else [images]
+    if is_video and several and not any(map(_is_many, several)):
+        several = [several]
+    return [list(one) if _is_many(one) else [one] for one in several]
+
+
+def _is_many(images: Any) -> bool:
+    """As the processor's files, which this one cannot import, tell several images from one."""
+    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
