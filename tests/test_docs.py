@@ -219,7 +219,8 @@ def test_the_page_on_scoring_runs_from_an_image_to_a_model_card(
     Image.new("RGB", (8, 6)).save("photo.jpg")
     capsys.readouterr()
     exec(compile(code, "README.md", "exec"), {})
-    assert 1 <= float(capsys.readouterr().out) <= 3
+    (score,) = json.loads(capsys.readouterr().out)
+    assert 1 <= score <= 3
 
 
 def test_the_presets_run_through_the_command(place, monkeypatch):

@@ -48,6 +48,9 @@ def interface() -> dict:
     calls["MplugOwl2ForSequenceClassification.forward"] = (
         owl2_hf.MplugOwl2ForSequenceClassification.forward
     )
+    calls["MplugOwl2ForConditionalGeneration.score"] = (
+        owl2_hf.MplugOwl2ForConditionalGeneration.score
+    )
     calls["MplugOwl2Processor"] = owl2_hf.MplugOwl2Processor.__init__
     return {
         "names": sorted(owl2_hf.__all__),

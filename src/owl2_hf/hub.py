@@ -23,7 +23,8 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _PICTURE = re.compile(r"(pictures/)?\w[\w.+-]*\.(png|jpe?g)", re.IGNORECASE)
 _ALLOWED = re.compile(
     r"((generation_|processor_|preprocessor_|tokenizer_|adapter_)?config|tokenizer|special_tokens_map|added_tokens"
-    r"|conversion_report|scorer|model\.safetensors\.index)\.json|tokenizer\.model|qwen\.tiktoken|chat_template\.jinja|README\.md"
+    r"|conversion_report|scorer|decision|model\.safetensors\.index)\.json|tokenizer\.model|qwen\.tiktoken"
+    r"|(chat|decision)_template\.jinja|README\.md"
     r"|(LICENSE|NOTICE)[\w-]*(\.txt|\.md)?|\.gitattributes|\w+_mplug_owl2\w*\.py"
     rf"|(adapter_model|non_lora_trainables)\.safetensors|{_WEIGHTS.pattern}"
 )
@@ -131,6 +132,10 @@ def checked_names(folder: Path) -> list[str]:
         elif _PICTURE.fullmatch(name):
             _check_picture(folder / name)
     check_code(folder, names)
+    if any(name.startswith(("scorer.", "decision")) for name in names):
+        from .scoring.decision import check_scorer  # torch, which takes seconds
+
+        check_scorer(folder)
     _check_weights(folder, names)
     return names
 

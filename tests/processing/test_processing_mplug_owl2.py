@@ -7,7 +7,6 @@ from collections import UserDict
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import pytest
 import torch
@@ -291,7 +290,7 @@ def test_a_hostile_chat_template_reaches_nothing(processor, tmp_path, monkeypatc
     messages = [user(picture(RED), "hi")]
     try:
         prompt = processor.apply_chat_template(messages, chat_template=template)
-    except (jinja2.TemplateError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         prompt = str(error)
     assert "<class" not in prompt and "root:" not in prompt
     assert len(messages) == 1 and not list(tmp_path.iterdir())

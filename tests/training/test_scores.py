@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from peft import PeftModel, get_peft_model_state_dict
 from PIL import Image
@@ -466,7 +467,17 @@ def test_evaluation_gives_the_srcc_of_the_scores(recipe, folder, tmp_path, label
     best = max(range(3), key=lambda step: (steps[step], step)) + 1
     kept = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
     assert kept == {f"checkpoint-{best}", "checkpoint-3"}
-    assert (tmp_path / "run" / "checkpoint-3" / "scorer.json").is_file()
+    for name in ("scorer.json", "decision.json", "decision_template.jinja"):
+        assert (tmp_path / "run" / "checkpoint-3" / name).is_file()
+        assert (tmp_path / "run" / name).is_file()
+    image = next(iter(load_opinions(folder / "one.csv", split="test"))).image
+    assert model.score([image]).tolist() == pytest.approx([scorer(image)[0].score])
+    if hasattr(transformers, "DecisionPipeline"):  # since 5.23
+        decide = transformers.pipeline("decision", model=str(tmp_path / "run"))
+        question = {"type": "score", "criteria": LEVELS[::-1]}
+        request = {"state": "img", "questions": {"q": question}, "assets": {"img": str(image)}}
+        found = 1 + decide(request)["q"]["score"]
+        assert found == pytest.approx(scorer(image)[0].score, abs=1e-5)
 
 
 def test_the_best_checkpoints_stay_and_the_newest(tmp_path):

@@ -20,7 +20,10 @@ SOURCE is recognised by what it holds, not by its name:
 - Megatron: release/, iter_*/ with its tracker file, or mp_rank_00/ ...; one or several tensor-parallel ranks;
   config.json and tokenizer come from --base, the published model's sizes are taken without it
 - a LoRA fine-tune: adapter_config.json, the adapter and non_lora_trainables.bin; needs its --base model
-- this package's own format: nothing to do, unless for --to original or another --dtype
+- this package's own format: nothing to do, unless for --to original, another --dtype or a --preset
+
+What a scorer is asked is written beside the weights: as the source's scorer.json says, or its config.json, or the
+code beside it, which is read and never run; --preset says it where none of them does.
 """
 
 
@@ -53,6 +56,12 @@ def convert(
         Path | None,
         typer.Option(help="Folder or file to read the tokenizer from, where the source has none."),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Which scorer it is, where it cannot be seen: one-align, deqa, q-instruct or q-instruct-boost."
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Type of the weights; as they are if not given.")
     ] = None,
@@ -73,6 +82,7 @@ def convert(
         to=to.value,
         base=base,
         tokenizer=tokenizer,
+        preset=preset,
         dtype=dtype and dtype.value,
         max_shard_size=max_shard_size,
         allow_nonfinite=allow_nonfinite,

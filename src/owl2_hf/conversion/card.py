@@ -4,8 +4,11 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..modeling.scoring_mplug_owl2 import Preset
+from ..scoring.card import one_liner
+
 _PACKAGE = Path(__file__).parents[1]
-_FACTS = "<!-- facts -->"
+_FACTS, _USE = "<!-- facts -->", "## Use\n"
 _NEW = """\
 # A new mPLUG-Owl2
 
@@ -27,12 +30,15 @@ def _template() -> Path:
     )
 
 
-def write_card(folder: Path, facts: dict[str, str], is_published: bool) -> None:
+def write_card(
+    folder: Path, facts: dict[str, str], is_published: bool, scorer: Preset | None = None
+) -> None:
     """README.md of a converted folder.
 
     Args:
         facts: What the table of this checkpoint says, by row.
         is_published: The model has the published one's sizes: it is the base model, or was tuned from it.
+        scorer: How it scores, if it does.
     """
     card = ModelCard.load(_template())
     if not is_published:
@@ -40,6 +46,11 @@ def write_card(folder: Path, facts: dict[str, str], is_published: bool) -> None:
             card.data.pop(name)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     card.text = card.text.replace(_FACTS, f"## This checkpoint\n\n| | |\n| --- | --- |\n{rows}")
+    if scorer is not None:
+        card.data.tags.append("image-quality-assessment")
+        card.text = card.text.replace(
+            _USE, f"## Scores\n\n{one_liner('path/or/id', scorer)}\n\n{_USE}"
+        )
     card.save(folder / "README.md")
 
 

@@ -26,6 +26,7 @@ from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
 from ..modeling.conversion_mplug_owl2 import original_key, to_original
 from ..modeling.loading_mplug_owl2 import original_generation_config
 from ..modeling.modeling_mplug_owl2_abstractor import image_position_table, query_position_table
+from ..modeling.scoring_mplug_owl2 import Preset
 from ..printing import printable
 from ..processing import MplugOwl2Processor
 from ..processing.tokenization_mplug_owl2 import (
@@ -40,6 +41,7 @@ from .lora import LoraSource, is_lora, save_adapter
 from .megatron import MegatronSource, is_megatron
 from .original_config import original_config, save_original_processor
 from .reading import DTYPES, ConversionError, has_weights, is_finite, sha256
+from .scorers import find_preset, fit_processor, write_preset
 from .sources import HuggingFaceSource, OnFile, Source, expected_tensors, model_class, read_config
 from .staging import check_apart, staged_folder
 from .writing import ShardWriter
@@ -74,6 +76,7 @@ class ConversionReport:
     casts: dict[str, int] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     tokenizer: str | None = None
+    scorer: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -89,6 +92,7 @@ class ConversionReport:
         return (
             f"{self.num_parameters:,} parameters in {self.num_tensors} tensors, {self.dtype}, from {self.layout}; "
             f"{len(self.dropped)} dropped, {len(self.rebuilt)} rebuilt; {tokenizer}"
+            + (f"; scores as {self.scorer}" if self.scorer else "")
         )
 
 
@@ -128,6 +132,7 @@ def convert(
     to: str = "ours",
     base: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    preset: str | None = None,
     dtype: str | None = None,
     max_shard_size: str | int = _SHARD_SIZE,
     allow_nonfinite: bool = False,
@@ -142,6 +147,7 @@ def convert(
         to: "ours" for transformers, "original" for the original's code, "adapter" for PEFT (LoRA fine-tunes only).
         base: See `open_source`.
         tokenizer: File or folder to read the tokenizer from where the source has none.
+        preset: Which scorer it is, a name in `owl2_hf.scoring.PRESETS`, where the source does not tell.
         dtype: "float32", "float16" or "bfloat16"; each tensor's own if not given. The sin-cos tables stay as they are.
         max_shard_size: Upper bound of one target file, as in `save_pretrained`.
         allow_nonfinite: Convert NaN and infinite values, and report them, instead of refusing them.
@@ -162,13 +168,15 @@ def convert(
         and to == "ours"
         and dtype is None
         and tokenizer is None
+        and preset is None
         and max_shard_size == _SHARD_SIZE
     ):
         return report
+    scorer, report.scorer = find_preset(opened, preset)
     with staged_folder(Path(target), overwrite) as folder:
         if to == "adapter":
             files = _write_adapter(opened, folder)
-            hashes = {file: sha256(file) for file in files}
+            hashes, processor = {file: sha256(file) for file in files}, None
         else:
             conversion = _Conversion(opened, report, DTYPES.get(dtype or ""), allow_nonfinite)
             if to == "original":
@@ -180,7 +188,9 @@ def convert(
                 )
                 hashes = {file: found.result() for file, found in waiting.items()}
             write_around = _write_around_original if to == "original" else _write_around_ours
-            report.tokenizer = write_around(opened, folder, tokenizer)
+            report.tokenizer, processor = write_around(opened, folder, tokenizer, scorer)
+        if scorer is not None and not write_preset(folder, scorer, processor, bool(preset)):
+            report.scorer = scorer = None
         report.files = {
             name: {"sha256": hashes[file], "bytes": file.stat().st_size}
             for file, name in _file_names(hashes).items()
@@ -190,7 +200,8 @@ def convert(
         }
         (folder / "conversion_report.json").write_text(json.dumps(vars(report), indent=2) + "\n")
         if to == "ours":
-            write_card(folder, _facts(report, opened.config), _has_published_sizes(opened.config))
+            facts = _facts(report, opened.config)
+            write_card(folder, facts, _has_published_sizes(opened.config), scorer)
     return report
 
 
@@ -245,6 +256,7 @@ def _facts(report: ConversionReport, config: MplugOwl2Config) -> dict[str, str]:
         "Tokenizer": "none in the source"
         if report.tokenizer is None
         else f"from `{report.tokenizer}`",
+        **({"Scores as": report.scorer} if report.scorer else {}),
         "Converted with": ", ".join(f"{name} {number}" for name, number in report.versions.items()),
     }
 
@@ -457,8 +469,10 @@ def _write_adapter(source: Source, folder: Path) -> list[Path]:
     return source.own_files
 
 
-def _write_around_ours(source: Source, folder: Path, tokenizer: str | Path | None) -> str | None:
-    """All but the weights; returns where the tokenizer came from."""
+def _write_around_ours(
+    source: Source, folder: Path, tokenizer: str | Path | None, scorer: Preset | None
+) -> tuple[str | None, MplugOwl2Processor | None]:
+    """All but the weights and the preset; returns where the tokenizer came from, and the processor."""
     with torch.device("meta"):
         model = model_class(source.config)(source.config)
     model.config.architectures = [type(model).__name__]
@@ -474,8 +488,10 @@ def _write_around_ours(source: Source, folder: Path, tokenizer: str | Path | Non
             f"{str(source.folder)!r} has no {expected}: the converted folder has no processor. Convert again with "
             "--tokenizer PATH to give it one."
         )
-        return None
+        return None, None
     processor = load_processor(source, tokenizer)
+    if scorer is not None:
+        fit_processor(processor, scorer)
     processor.save_pretrained(folder)
     if source.config.is_owl21 and generation.eos_token_id is None:
         # Upstream: no configuration names the token that ends a text; the tokenizer knows it.
@@ -483,12 +499,13 @@ def _write_around_ours(source: Source, folder: Path, tokenizer: str | Path | Non
         generation.save_pretrained(folder)
     if (vocabulary := vocabulary_file(Path(origin))) is not None:
         shutil.copyfile(vocabulary, folder / _vocabulary_name(vocabulary))  # for the way back
-    return Path(origin).name
+    return Path(origin).name, processor
 
 
 def _write_around_original(
-    source: Source, folder: Path, tokenizer: str | Path | None
-) -> str | None:
+    source: Source, folder: Path, tokenizer: str | Path | None, scorer: Preset | None
+) -> tuple[str | None, None]:
+    """As for our format; the original's code has no processor, and its folder gets the preset alone."""
     config = original_config(source.config)
     generation_config(source).save_pretrained(folder)
     origin = tokenizer or (source.folder if has_tokenizer(source.folder) else None)
@@ -509,7 +526,7 @@ def _write_around_original(
             vocabulary = Path(origin) / "tokenizer.json" if Path(origin).is_dir() else Path(origin)
         save_original_processor(processor, vocabulary, folder)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return None if origin is None else Path(origin).name
+    return None if origin is None else Path(origin).name, None
 
 
 def load_processor(source: Source, tokenizer: str | Path | None) -> MplugOwl2Processor:

@@ -11,7 +11,9 @@ from transformers.utils import PROCESSOR_NAME
 
 from ..hub import check_code
 from ..modeling import MplugOwl2Config
+from ..modeling.scoring_mplug_owl2 import PRESET_FILE, level_ids
 from ..processing import MplugOwl2Processor
+from ..scoring.decision import check_scorer
 from .convert import open_source
 from .reading import ConversionError, is_finite
 from .sources import HuggingFaceSource, Source, expected_tensors, model_class, read_config
@@ -64,6 +66,7 @@ def verify(
     else:
         checks.append("there is no processor: the folder answers to ids and pixels alone")
     checks.append(_check_code(target))
+    checks += _check_preset(target, processor)
     if against is not None:
         original = open_source(against, base)
         is_loadable = isinstance(original, HuggingFaceSource)
@@ -125,6 +128,20 @@ def _check_code(target: Path) -> str:
         if names
         else "there is no code for trust_remote_code"
     )
+
+
+def _check_preset(target: Path, processor: MplugOwl2Processor | None) -> list[str]:
+    """What says how the model scores, where it does."""
+    try:
+        preset = check_scorer(target)
+        if preset is None:
+            return []
+        if processor is not None:
+            level_ids(processor.tokenizer, preset)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+    asked = f"{PRESET_FILE} asks for {', '.join(preset.prompts)} in {len(preset.levels)} levels"
+    return [asked if processor is None else f"{asked}, whose words the vocabulary has"]
 
 
 def _check_processor(processor: MplugOwl2Processor, config: MplugOwl2Config) -> list[str]:

@@ -16,7 +16,8 @@ from transformers.utils import logging
 from ..default import default_pictures
 from ..limits import url_of
 from ..processing.image_processing_mplug_owl2 import FORMATS, MAX_FILE_BYTES
-from ..scoring import PRESETS, Score, Scorer, custom_preset
+from ..scoring import PRESETS, Preset, Score, Scorer, custom_preset
+from ..scoring.presets import own_preset
 from .chat import problem, to_messages
 from .worker import DemoSettings, ModelWorker
 
@@ -25,6 +26,7 @@ logger = logging.get_logger(__name__)
 FAILED = "the model failed; the log of the page says why."
 PICTURES = [f".{name.lower()}" for name in (*FORMATS, "jpg", "tif")]
 SCALES = {"the preset's": None, "1-5": (1.0, 5.0), "0-1": (0.0, 1.0)}
+OWN_PRESET = "the model's own"
 # For a model whose vocabulary lacks the level words, such as the bundled one.
 OWN_QUESTION, OWN_LEVELS = "USER: <|image|>Is this an animal? ASSISTANT:", "yes, no"
 UPLOAD_SECONDS = 24 * 3600  # how long an upload is kept
@@ -180,7 +182,10 @@ def _add_scores(worker: ModelWorker) -> None:
             if not pictures:
                 raise ValueError("there is no picture: upload one or more.")
             chosen = custom_preset(
-                preset, task, prompt.strip() or None, levels.split(",") if levels.strip() else None
+                presets[preset],
+                task,
+                prompt.strip() or None,
+                levels.split(",") if levels.strip() else None,
             )
             rows: list[list[Any]] = []
             words: list[str] = [
@@ -192,22 +197,21 @@ def _add_scores(worker: ModelWorker) -> None:
                 rows.append(_row(name, found, len(words)))
                 yield {"headers": ["picture", "score", "std", *words, "problem"], "data": rows}
 
+    presets, first = _presets(worker)
     try:
-        Scorer(worker.model, worker.processor)
+        Scorer(worker.model, worker.processor, presets[first])
         prompt, levels = "", ""
     except ValueError:
         prompt, levels = OWN_QUESTION, OWN_LEVELS
-    presets = list(PRESETS)
     with gr.Row():
         pictures = gr.Gallery(
             type="filepath", file_types=PICTURES, sources=["upload"], label="Pictures", height=300
         )
         with gr.Column():
             with gr.Row():
-                preset = gr.Dropdown(presets, value=presets[0], label="Preset", min_width=100)
-                task = gr.Dropdown(
-                    _tasks(presets[0]), value=_tasks(presets[0])[0], label="Task", min_width=100
-                )
+                preset = gr.Dropdown(list(presets), value=first, label="Preset", min_width=100)
+                tasks = _tasks(presets[first])
+                task = gr.Dropdown(tasks, value=tasks[0], label="Task", min_width=100)
                 scale = gr.Dropdown(
                     list(SCALES), value=next(iter(SCALES)), label="Scale", min_width=100
                 )
@@ -224,7 +228,7 @@ def _add_scores(worker: ModelWorker) -> None:
         headers=["picture", "score", "std"], label="Scores", interactive=False, buttons=["copy"]
     )
     preset.change(
-        lambda name: gr.Dropdown(_tasks(name), value=_tasks(name)[0]),
+        lambda name: gr.Dropdown(_tasks(presets[name]), value=_tasks(presets[name])[0]),
         preset,
         task,
         api_visibility="private",
@@ -234,8 +238,17 @@ def _add_scores(worker: ModelWorker) -> None:
     stop.click(None, cancels=scoring, api_visibility="private")
 
 
-def _tasks(preset: str) -> list[str]:
-    return [task for task in PRESETS[preset].prompts if task != "video"]
+def _presets(worker: ModelWorker) -> tuple[dict[str, Preset], str]:
+    """What a visitor may choose from, by name, and the name of the model's own."""
+    own = own_preset(worker.model)
+    if own is None:
+        return PRESETS, next(iter(PRESETS))
+    name = next((name for name, preset in PRESETS.items() if preset == own), OWN_PRESET)
+    return {name: own, **PRESETS}, name
+
+
+def _tasks(preset: Preset) -> list[str]:
+    return [task for task in preset.prompts if task != "video"]
 
 
 def _row(name: str, found: Score | ValueError, num_levels: int) -> list[Any]:

@@ -423,7 +423,8 @@ class MplugOwl2Processor(ProcessorMixin):
         `sanitize_control_tokens` is always in force.
 
         Raises:
-            ValueError: A message or part makes no sense, or the template has no place for `tools` or `documents`.
+            ValueError: A message or part makes no sense, the template refuses it, or has no place for `tools` or
+                `documents`.
         """
         given = {**dict(zip(("chat_template", "tools", "documents"), args, strict=False)), **kwargs}
         template = given.get("chat_template") or self.chat_template
@@ -448,7 +449,12 @@ class MplugOwl2Processor(ProcessorMixin):
         chats = [self._plain(_as_data(chat)) for chat in chats]
         if (images := (kwargs.get("processor_kwargs") or {}).get("images")) is not None:
             kwargs["processor_kwargs"] = _fill_places(chats, images, kwargs["processor_kwargs"])
-        return super().apply_chat_template(chats if is_batch else chats[0], *args, **kwargs)
+        try:
+            return super().apply_chat_template(chats if is_batch else chats[0], *args, **kwargs)
+        except Exception as error:
+            if not type(error).__module__.startswith("jinja2."):
+                raise
+            raise ValueError(f"The chat template refuses this: {error}") from error
 
     def _plain(self, conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The conversation with its text escaped and its videos as pictures; the original stays as it is."""

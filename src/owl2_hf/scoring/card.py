@@ -17,20 +17,22 @@ _NAMES = {
     "js": "JS distance",
     "wasserstein": "Wasserstein distance",
 }
+_ONE_LINER = """\
+```python
+from PIL import Image
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+print(model.score([Image.open("photo.jpg")], task_="{task}", input_="image").tolist())
+```
+
+Scores go from {low:g} to {high:g}."""
 _TEXT = """\
 # {title}
 
 A model of the mPLUG-Owl2 family that scores images by the probabilities of {count} words, from {low:g} to {high:g}.
 
-```python
-from owl2_hf.scoring import Scorer
-from owl2_hf.scoring.presets import preset_for
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-name = "{title}"
-model, processor = AutoModelForImageTextToText.from_pretrained(name), AutoProcessor.from_pretrained(name)
-print(Scorer(model.eval(), processor, preset_for(name))("photo.jpg")[0].score)
-```
+{one_liner}
 
 ## How it is asked
 
@@ -91,6 +93,7 @@ def write_score_card(
     )
     text = _TEXT.format(
         title=title,
+        one_liner=one_liner(title, preset, task),
         count=len(preset.levels),
         low=preset.scale[0],
         high=preset.scale[1],
@@ -104,6 +107,18 @@ def write_score_card(
     )
     check_new(path)
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}").save(path)
+
+
+def one_liner(name: str, preset: Preset, task: str = "quality") -> str:
+    """The published scorers' call, as a card shows it.
+
+    Args:
+        name: Folder or Hub id of the model.
+        task: Of the preset; the first of its own where it has no such task.
+    """
+    low, high = preset.scale
+    shown = task if task in preset.prompts else next(iter(preset.prompts))
+    return _ONE_LINER.format(name=name, task=shown, low=low, high=high)
 
 
 def check_new(file: str | Path) -> None:

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from ..default import default_dir
 from ..naming import naming_model
-from ..scoring.presets import PRESET_FILE
+from ..scoring.decision import scorer_files
 from .adapters import lora_config
 from .checkpoints import STATE, VERSIONS, is_finished, last_checkpoint, num_processes, steps_of
 from .collator import Collator
@@ -155,7 +155,8 @@ def train(
     versions = _versions(trainer.args.world_size)
     files = {"recipe.yaml": recipe.to_yaml(), VERSIONS: versions}
     if recipe.scores is not None:
-        files[PRESET_FILE] = preset_of(recipe.scores, trainer.processing_class).to_json()
+        processor = trainer.processing_class
+        files |= scorer_files(preset_of(recipe.scores, processor), processor)
     record = RunRecord(files, keep)
     trainer.add_callback(record)
     first = 0 if checkpoint is None else steps_of(checkpoint)
