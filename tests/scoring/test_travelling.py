@@ -1,14 +1,9 @@
-"""Scores travel with the weights: the published call, with the package and without it, and transformers' own door."""
+"""Scores travel with the weights: the published call, with the package and without it."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
-import transformers
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -20,15 +15,11 @@ from owl2_hf.conversion import ConversionError, convert
 from owl2_hf.conversion.verify import verify
 from owl2_hf.hub import push
 from owl2_hf.scoring import PRESETS, Preset, Scorer, custom_preset
-from owl2_hf.scoring.decision import decision_files, scorer_files
+from owl2_hf.scoring.decision import scorer_files
 from owl2_hf.scoring.presets import load_preset, own_preset
 
-from ..test_docs import place  # noqa: F401
+from .conftest import NAMES, ask_a_stranger, edit
 
-ENDINGS = ("photo.jpg", "other.jpg", "third.jpg")
-NAMES = ("scorer.json", "decision.json", "decision_template.jinja")
-LOWEST_FIRST = ["bad", "poor", "fair", "good", "excellent"]
-QUESTION = {"type": "score", "criteria": LOWEST_FIRST}
 # The call as Q-Align's and DeQA-Score's READMEs have it, where `import owl2_hf` fails.
 STRANGER = """
     import json, sys
@@ -51,75 +42,6 @@ STRANGER = """
         assert isinstance(found, torch.Tensor) and found.ndim == 1 and not found.requires_grad
     print(json.dumps([found.tolist() for found in scores]))
 """
-DECIDER = """
-    import json, sys
-    sys.modules["owl2_hf"] = None
-    from transformers import pipeline
-    folder, path = sys.argv[1:]
-    decide = pipeline("decision", model=folder, trust_remote_code=True)
-    levels = ["bad", "poor", "fair", "good", "excellent"]
-    question = {"type": "score", "instructions": "quality", "criteria": levels}
-    print(json.dumps(decide({"state": "img", "questions": {"q": question}, "assets": {"img": path}})["q"]["score"]))
-"""
-needs_decisions = pytest.mark.skipif(
-    not hasattr(transformers, "DecisionPipeline"),
-    reason="this release of transformers has no pipeline('decision')",
-)
-
-
-def edit(folder, **values):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-@pytest.fixture(scope="module")
-def originals(place):  # noqa: F811
-    """Small checkpoints in the original's layout, as the published scorers tell what they are."""
-    for name in ("one-align", "deqa"):
-        convert(place / "path" / "to" / name, place / "original" / name, to="original")
-    edit(place / "original" / "one-align", _name_or_path="q-future/one-align")
-    edit(place / "original" / "deqa", level_ids=[1, 2, 3, 4, 5], softkl_loss=True)
-    return place / "original"
-
-
-@pytest.fixture(scope="module")
-def converted(place, originals):  # noqa: F811
-    for name in ("one-align", "deqa"):
-        convert(originals / name, place / "converted" / name)
-    return place / "converted"
-
-
-@pytest.fixture(scope="module")
-def paths(place):  # noqa: F811
-    return [str(place / name) for name in ENDINGS]
-
-
-@pytest.fixture(scope="module")
-def loaded(converted):
-    """OneAlign's small stand-in, its processor, and its scorer."""
-    folder = converted / "one-align"
-    model = owl2_hf.MplugOwl2ForConditionalGeneration.from_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(folder)
-    return model, processor, Scorer(model, processor, "one-align")
-
-
-def ask_a_stranger(script, tmp_path, *arguments):
-    """What a process prints that cannot import the package."""
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path),
-        "HF_MODULES_CACHE": str(tmp_path / "m"),
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", ["one-align", "deqa"])
@@ -245,7 +167,7 @@ CODE = 'def score(self, images):\n    words = ["excellent", "good"]\nraise Runti
     ],
 )
 def test_a_scorer_is_known_by_what_its_folder_holds(
-    place,  # noqa: F811
+    place,
     originals,
     tmp_path,
     config,
@@ -268,7 +190,7 @@ def test_a_scorer_is_known_by_what_its_folder_holds(
     assert (tmp_path / "target" / "decision.json").exists() == (mode == "pad")
 
 
-def test_the_preset_may_be_told_and_comes_back(place, converted, tmp_path):  # noqa: F811
+def test_the_preset_may_be_told_and_comes_back(place, converted, tmp_path):
     source = place / "path" / "to" / "owl2"
     assert convert(source, tmp_path / "noop").is_noop
     result = CliRunner().invoke(
@@ -328,7 +250,7 @@ def test_scorer_command_and_card_take_the_preset_from_the_folder(
 
 
 @pytest.mark.parametrize(("name", "shown"), [("deqa", "deqa"), ("owl2", "one-align")])
-def test_the_web_page_begins_with_the_models_own_preset(place, converted, name, shown):  # noqa: F811
+def test_the_web_page_begins_with_the_models_own_preset(place, converted, name, shown):
     pytest.importorskip("gradio", reason="gradio is not installed")
     from owl2_hf.demo import build_page
 
@@ -342,7 +264,7 @@ def test_the_web_page_begins_with_the_models_own_preset(place, converted, name, 
     assert own_preset(model) is None
 
 
-def test_a_card_shows_the_call_that_runs(converted, place, monkeypatch, capsys):  # noqa: F811
+def test_a_card_shows_the_call_that_runs(converted, place, monkeypatch, capsys):
     text = ModelCard.load(converted / "one-align" / "README.md").text
     code = text.partition("## Scores")[2].partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(place)
@@ -351,7 +273,7 @@ def test_a_card_shows_the_call_that_runs(converted, place, monkeypatch, capsys):
     assert 1 < score < 5
 
 
-def test_a_folder_without_preset_scores_as_before(place, paths):  # noqa: F811
+def test_a_folder_without_preset_scores_as_before(place, paths):
     folder = place / "path" / "to" / "owl2"
     assert not (folder / "scorer.json").exists()
     model, processor = (
@@ -363,7 +285,7 @@ def test_a_folder_without_preset_scores_as_before(place, paths):  # noqa: F811
     assert model.score(paths).tolist() == torch.tensor([one.score for one in expected]).tolist()
 
 
-def test_an_adapter_is_asked_as_it_was_trained(place, paths, tmp_path):  # noqa: F811
+def test_an_adapter_is_asked_as_it_was_trained(place, paths, tmp_path):
     peft = pytest.importorskip("peft")
     base = place / "path" / "to" / "owl2"
     model = owl2_hf.MplugOwl2ForConditionalGeneration.from_pretrained(base)
@@ -403,103 +325,3 @@ def test_a_damaged_preset_is_refused(converted, paths, tmp_path):
     (folder / "scorer.json").unlink()
     with pytest.raises(ValueError, match=r"has decision\.json without scorer\.json"):
         push(folder, "me/deqa", dry_run=True)
-
-
-def test_the_preset_says_no_more_than_the_pipeline_can_do():
-    assert set(decision_files(PRESETS["one-align"])) == set(NAMES[1:])
-    assert decision_files(PRESETS["q-instruct-boost"]) == {}  # groups of words
-    assert decision_files(Preset({"quality": "<|image|>"}, ("a", "b", "c"), (1.0, 0.9, 0.0))) == {}
-
-
-@needs_decisions
-def test_transformers_pipeline_gives_the_scorers_numbers(loaded, converted, paths):
-    from transformers import pipeline
-
-    scorer = loaded[2]
-    decide = pipeline("decision", model=str(converted / "one-align"))
-    tasks = ("quality", "aesthetics", "video")
-    questions = {task: {**QUESTION, "instructions": task} for task in tasks} | {"plain": QUESTION}
-    for path in paths:
-        image = Image.open(path)
-        answers = decide({"state": "img", "questions": questions, "assets": {"img": image}})
-        for task in tasks:
-            shown = [[image]] if task == "video" else [image]
-            (expected,) = scorer(shown, task)
-            assert 1 + answers[task]["score"] == pytest.approx(expected.score, abs=1e-5)
-            assert list(answers[task]["probabilities"].values()) == pytest.approx(
-                expected.probs[::-1], abs=1e-6
-            )
-        assert answers["plain"] == answers["quality"]
-    frames = {
-        name: Image.open(path)
-        for name, path in zip(("img-1", "img-2", "img-3"), paths, strict=True)
-    }
-    request = {"state": {"id": 3, "frames": ["img-1", "img-2", "img-3"]}, "assets": frames}
-    found = decide({**request, "questions": {"q": questions["video"]}})["q"]["score"]
-    assert 1 + found == pytest.approx(scorer([paths], "video")[0].score, abs=1e-5)
-
-
-@needs_decisions
-def test_transformers_pipeline_refuses_what_would_give_another_number(converted, paths):
-    from transformers import pipeline
-
-    decide = pipeline("decision", model=str(converted / "one-align"))
-    for state, question, message in (
-        ("img", {**QUESTION, "criteria": LOWEST_FIRST[::-1]}, "the lowest first"),
-        ("img", {**QUESTION, "criteria": LOWEST_FIRST[1:]}, "the lowest first"),
-        ("img", {"type": "noul"}, "questions of type 'score'"),
-        ("img", {**QUESTION, "instructions": "beauty"}, "one of .*aesthetics"),
-        ("a text", QUESTION, "the state holds no image"),
-    ):
-        request = {"state": state, "questions": {"q": question}, "assets": {"img": paths[0]}}
-        with pytest.raises(ValueError, match=message):
-            decide(request)
-
-
-@needs_decisions
-def test_transformers_pipeline_scores_without_the_package(loaded, converted, paths, tmp_path):
-    found = ask_a_stranger(DECIDER, tmp_path, converted / "one-align", paths[0])
-    assert 1 + found == pytest.approx(loaded[2](paths[0])[0].score, abs=1e-5)
-
-
-@needs_decisions
-def test_transformers_server_scores_without_the_package(loaded, converted, paths, tmp_path):
-    pytest.importorskip("fastapi", reason="transformers serve needs fastapi")
-    pytest.importorskip("uvicorn", reason="transformers serve needs uvicorn")
-    found = ask_a_stranger(SERVED, tmp_path, converted / "one-align", paths[0])
-    assert found[0] == 200
-    assert 1 + found[1]["answers"]["q"]["score"] == pytest.approx(
-        loaded[2](paths[0])[0].score, abs=1e-5
-    )
-    assert found[2] == 400 and "the lowest first" in found[3]["detail"]
-
-
-# The server's own loading and handler, in process.
-SERVED = """
-    import asyncio, base64, json, sys
-    sys.modules["owl2_hf"] = None
-    from fastapi import HTTPException
-    from transformers.cli.serving.model_manager import ModelManager
-    from transformers.cli.serving.systemone import SystemOneHandler
-    from transformers.cli.serving.utils import GenerationState
-    folder, path = sys.argv[1:]
-    manager = ModelManager(trust_remote_code=True, device="cpu")
-    handler = SystemOneHandler(manager, GenerationState())
-    image = base64.b64encode(open(path, "rb").read()).decode()
-    def ask(levels):
-        body = {
-            "model": folder,
-            "state": "img",
-            "questions": {"q": {"type": "score", "criteria": levels}},
-            "assets": {"img": {"type": "image", "format": "jpg", "data_base64": image}},
-        }
-        try:
-            response = asyncio.run(handler.handle_request(body, "1"))
-            return response.status_code, json.loads(response.body)
-        except HTTPException as error:
-            return error.status_code, {"detail": error.detail}
-    levels = ["bad", "poor", "fair", "good", "excellent"]
-    print(json.dumps([*ask(levels), *ask(levels[1:])]), flush=True)
-    import os
-    os._exit(0)
-"""
