@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..modeling.scoring_mplug_owl2 import Preset
+from ..modeling.presets_mplug_owl2 import Preset
 from ..scoring.card import one_liner
 
 _PACKAGE = Path(__file__).parents[1]

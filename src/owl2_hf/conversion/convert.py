@@ -26,7 +26,7 @@ from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
 from ..modeling.conversion_mplug_owl2 import original_key, to_original
 from ..modeling.loading_mplug_owl2 import original_generation_config
 from ..modeling.modeling_mplug_owl2_abstractor import image_position_table, query_position_table
-from ..modeling.scoring_mplug_owl2 import Preset
+from ..modeling.presets_mplug_owl2 import Preset
 from ..printing import printable
 from ..processing import MplugOwl2Processor
 from ..processing.tokenization_mplug_owl2 import (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers.utils import CONFIG_NAME, logging
 
-from ..modeling.scoring_mplug_owl2 import PRESET_FILE, PRESETS, Preset, read_preset
+from ..modeling.presets_mplug_owl2 import PRESET_FILE, PRESETS, Preset, read_preset
 from ..processing import MplugOwl2Processor
 from ..processing.tokenization_mplug_owl2 import read_json
 from ..scoring.decision import scorer_files

@@ -11,7 +11,8 @@ from transformers.utils import PROCESSOR_NAME
 
 from ..hub import check_code
 from ..modeling import MplugOwl2Config
-from ..modeling.scoring_mplug_owl2 import PRESET_FILE, level_ids
+from ..modeling.presets_mplug_owl2 import PRESET_FILE
+from ..modeling.scoring_mplug_owl2 import level_ids
 from ..processing import MplugOwl2Processor
 from ..scoring.decision import check_scorer
 from .convert import open_source

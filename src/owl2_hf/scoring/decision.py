@@ -10,14 +10,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..modeling.scoring_mplug_owl2 import (
+from ..modeling.presets_mplug_owl2 import (
     IMAGE_TOKEN,
     PRESET_FILE,
     SCORER_FILES,
     Preset,
-    level_ids,
     read_preset,
 )
+from ..modeling.scoring_mplug_owl2 import level_ids
 
 _, CONFIG_FILE, TEMPLATE_FILE = SCORER_FILES
 
