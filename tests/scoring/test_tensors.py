@@ -276,7 +276,7 @@ def test_what_cannot_be_scored_is_refused(default, scorer):
             (image * 255).byte(),
             r"image 1 of 1: expected floats from 0 to 1, got torch.uint8: divide",
         ),
-        (image * 255, "expected values from 0 to 1, their mean is 12"),
+        (image * 255, "expected values from 0 to 1, their mean is 1"),
         (
             image.permute(1, 2, 0),
             r"image 1 of 1: expected the shape \(3, H, W\), got \(20, 30, 3\)",
