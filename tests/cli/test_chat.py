@@ -158,7 +158,9 @@ def test_lines_come_back_errors_are_one_line_and_ctrl_d_ends(tmp_path):
             assert answer.count("\n") == 1
         assert terminal.ask("/clear") == "new conversation.\n"
         assert terminal.ask(f"/image {BANANA}") == f"{BANANA} goes with your next message.\n"
-        terminal.type("half a line\x03")
+        terminal.type("half a line")
+        terminal.read_until("half a line")  # readline listens for Ctrl-C by now
+        terminal.type("\x03")
         terminal.read_until("\n> ")
         assert terminal.ask("What is this?") == "banana\n"
         assert terminal.ask("/save chat.json") == "saved to chat.json\n"

@@ -6,14 +6,13 @@ Sources of the calls: TRL's `GRPOTrainer`, flow_grpo (github.com/yifan123/flow_g
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .presets import Preset, preset_for
+from .presets import Preset
 from .scorer import Scorer
 
 # Beyond 0 to 1, for what half precision rounds; further out an image is in -1 to 1, or was never clipped.
@@ -60,8 +59,6 @@ def reward(
         raise ValueError(f"expected a style of trl, flow_grpo, ddpo, got {style!r}.")
     if task == "video":
         raise ValueError("expected a task for images, got 'video': score frames by another task.")
-    if preset is None:
-        preset = _own_preset(model)
     scorer = Scorer(model, processor, preset, scale, batch_size)
     scorer._prompt(task)  # which says now whether the preset has this task
     model.eval()
@@ -180,11 +177,3 @@ def _as_list(row: Any) -> list[Any]:
     if row is None:
         return []
     return list(row) if isinstance(row, (list, tuple)) else [row]
-
-
-def _own_preset(model: Any) -> str | Preset:
-    place = getattr(model, "name_or_path", "")
-    is_folder = Path(place).is_absolute() or place.startswith(".")
-    if not place or (is_folder and not Path(place).is_dir()):  # made here, or gone since
-        return "one-align"
-    return preset_for(place)
