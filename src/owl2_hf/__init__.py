@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .default import default_pictures, load_default
+from .default_scorer import default_scorer_images, load_default_scorer
 from .registration import register_when_looked_up
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ __all__ = [
     "MplugOwl21Config",
     "check",
     "default_pictures",
+    "default_scorer_images",
     "load_default",
+    "load_default_scorer",
 ]
 
 if not TYPE_CHECKING:  # to a type checker the names above are all there are

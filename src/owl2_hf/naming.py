@@ -1,10 +1,18 @@
-"""Errors of loading a model say which model it was, and what its name was taken for."""
+"""Names of models: those of the package itself, and errors of loading that say which model it was."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 DEFAULT_MODEL = "default"  # the small model inside the package
+DEFAULT_SCORER = "default-scorer"  # the small scorer inside the package
+_FOLDERS = {DEFAULT_MODEL: "default", DEFAULT_SCORER: "default_scorer"}
+
+
+def place(model: str) -> str:
+    """What `from_pretrained` takes for a model's name: of a model inside the package its folder."""
+    folder = _FOLDERS.get(model)
+    return model if folder is None else str(Path(__file__).parent / folder)
 
 
 @contextmanager
@@ -12,14 +20,14 @@ def naming_model(model: str) -> Iterator[None]:
     """Name the model in whatever ValueError or OSError comes of loading it.
 
     Args:
-        model: A folder, the id of a model on the Hub, or `DEFAULT_MODEL`.
+        model: A folder, the id of a model on the Hub, `DEFAULT_MODEL`, or `DEFAULT_SCORER`.
 
     Raises:
         ValueError: There is no such folder and it is no id; or loading failed.
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    is_here = model == DEFAULT_MODEL or Path(model).exists()
+    is_here = model in _FOLDERS or Path(model).exists()
     try:
         if not is_here:
             validate_repo_id(model)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from .. import __version__, default, registration
-from ..naming import naming_model
+from ..naming import naming_model, place
 from . import consistency
 from .report import FAILED, OK, SKIPPED, Check, Report
 from .speed import speed
@@ -160,7 +160,7 @@ def _load(
     try:
         if model is None:
             return default.load_default(dtype=dtype or torch.float32, **options)
-        folder = str(default.default_dir()) if str(model) == "default" else str(model)
+        folder = place(str(model))
         with naming_model(folder):
             _check_type(folder)
             options["dtype"] = dtype or "auto"

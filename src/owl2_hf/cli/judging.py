@@ -23,7 +23,12 @@ _OF_SCORES = (
 @report_mistakes
 def evaluate_scores(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model that scores.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or Hub id of a model that scores, or default-scorer for the one inside the package."
+        ),
+    ],
     data: Annotated[
         str | None,
         typer.Argument(

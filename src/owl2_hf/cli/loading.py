@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..naming import DEFAULT_MODEL, naming_model
+from ..naming import place as place_of
 
 
 def load(model: str | None) -> tuple[Any, Any]:
@@ -10,15 +11,13 @@ def load(model: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
-    if model in (None, DEFAULT_MODEL):
-        from ..default import load_default
-
-        logging.disable_progress_bar()  # it takes no time
-        return load_default()
+    model = DEFAULT_MODEL if model is None else model
+    source = place_of(model)
+    if source != model:
+        logging.disable_progress_bar()  # a model inside the package takes no time
     with naming_model(model):
-        return AutoModelForImageTextToText.from_pretrained(model), AutoProcessor.from_pretrained(
-            model
-        )
+        loaded = AutoModelForImageTextToText.from_pretrained(source)
+        return loaded, AutoProcessor.from_pretrained(source)
 
 
 def load_processor(model: str) -> Any:
@@ -30,6 +29,4 @@ def load_processor(model: str) -> Any:
 
 def place(model: str | None) -> str:
     """What `from_pretrained` takes for a model's name."""
-    from ..default import default_dir
-
-    return str(default_dir()) if model in (None, DEFAULT_MODEL) else str(model)
+    return place_of(DEFAULT_MODEL if model is None else model)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..naming import naming_model
+from ..naming import DEFAULT_SCORER, naming_model
 from ..printing import printable
 from .app import app, report_mistakes, say, say_json
 from .loading import load, place
@@ -25,12 +25,18 @@ class Scale(str, Enum):
 @report_mistakes
 def score(
     images: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            help="Images, folders of images, videos; for task video also folders of videos or of a video's frames."
+            help="Images, folders of images, videos; for task video also folders of videos or of a video's frames. "
+            "Two images inside the package if none are given."
         ),
-    ],
-    model: Annotated[str, typer.Option(help="Folder or Hub id of a model that scores.")],
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Folder or Hub id of a model that scores; the small scorer inside the package if not given."
+        ),
+    ] = DEFAULT_SCORER,
     preset: Preset = None,
     task: Annotated[
         str,
@@ -65,6 +71,7 @@ def score(
 ) -> None:
     """Score pictures or videos by the probabilities of level words.
 
+    The scorer inside the package tells degraded images from sharp ones; it learned no people's opinions.
     Of a video one frame a second counts. What cannot be read is named on stderr, the others are scored, and the exit
     code is 1.
     """
@@ -74,6 +81,10 @@ def score(
     if as_json and as_csv:
         say("owl2-hf: give one of --json and --csv, not both", err=True)
         raise typer.Exit(2)
+    if not images:
+        from ..default_scorer import default_scorer_images
+
+        images = [str(path) for path in default_scorer_images().values()]
     with naming_model(model):
         own = preset_for(place(model), preset)
     chosen = custom_preset(own, task, prompt, levels.split(",") if levels else None)

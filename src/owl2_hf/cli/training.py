@@ -25,7 +25,10 @@ def train(
         ),
     ],
     model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id to train; default for the bundled one.")
+        str | None,
+        typer.Option(
+            help="Folder or Hub id to train; default or default-scorer for a bundled one."
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,

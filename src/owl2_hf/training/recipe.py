@@ -150,7 +150,7 @@ class Recipe:
     """A training run.
 
     Args:
-        model: Folder or Hub id; `default` for the embedded model.
+        model: Folder or Hub id; `default` or `default-scorer` for a model inside the package.
         output_dir: Folder to make.
         trains: What trains: a name in `TRAINABLE`, or a list of names in `COMPONENTS`.
         image_size: Side of a picture in pixels, where not the model's own.

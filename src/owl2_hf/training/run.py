@@ -27,8 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..default import default_dir
-from ..naming import naming_model
+from ..naming import naming_model, place
 from ..scoring.decision import scorer_files
 from .adapters import lora_config
 from .checkpoints import STATE, VERSIONS, is_finished, last_checkpoint, num_processes, steps_of
@@ -266,7 +265,7 @@ def _score_trainer(
 
 def load_for_training(recipe: Recipe) -> tuple[Any, Any]:
     """The model of a recipe, with its adapter and with what it says frozen, and the processor."""
-    source = str(default_dir()) if recipe.model == "default" else recipe.model
+    source = place(recipe.model)
     if not source:
         raise ValueError(
             "the recipe names no model: set model to a folder or Hub id, or to default."
