@@ -1,6 +1,7 @@
 """Scores on Ray Data, on one node."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import owl2_hf
 from owl2_hf.integrations import ray as integration
 from owl2_hf.scoring import Scorer, custom_preset
 
-from ..scoring.test_dataset import PRESET, assert_scores, noise
+from ..scoring.test_dataset import PRESET, assert_scores, noise, page, place  # noqa: F401
+from ..test_docs import examples
 
 LEVELS = ["high", "soft", "bad"]
 
@@ -108,3 +110,12 @@ def test_settings_reach_the_actors(rows):
     scorer = Scorer(*owl2_hf.load_default(dtype=torch.float32), preset, (0.0, 1.0), crops=True)
     (row,) = found
     assert row["score"] == pytest.approx(scorer(str(rows / "00.jpg"))[0].score, abs=1e-5)
+
+
+def test_the_example_of_the_page_runs(page):  # noqa: F811
+    (code,) = [block for block in examples(page) if "import ray" in block]
+    # Ray's processes may have been started anywhere.
+    code = re.sub(r'"(path/|photos|list|scores)', rf'"{Path.cwd()}/\1', code)
+    exec(compile(code, "score-datasets.md", "exec"), {})
+    scores = parquet.read_table("scores")
+    assert scores.num_rows == 2 and scores["error"].null_count == 2

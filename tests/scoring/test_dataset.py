@@ -3,6 +3,8 @@
 import csv
 import io
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from owl2_hf.scoring import Scorer, custom_preset
 from owl2_hf.scoring.dataset import score_dataset
 from owl2_hf.scoring.prefix import PrefixScorer, with_prefix
 
+from ..test_docs import DOCS, examples, place  # noqa: F401  # a fixture
 from ..test_scale_out import ROOT, torchrun
 from ..test_videos import make_video
 
@@ -566,3 +569,35 @@ def test_a_terminal_shows_rate_and_time_left(model, many, tmp_path):
     assert process.wait() == 0 and process.stdout.read() == b""
     process.stdout.close()
     assert b"120/120" in shown and b"images/s" in shown
+
+
+@pytest.fixture
+def page(place, tmp_path, monkeypatch):  # noqa: F811
+    """The folder that the page on data sets speaks of."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    monkeypatch.chdir(tmp_path)
+    Path("path").symlink_to(place / "path")
+    for folder in ("photos", "shards"):
+        Path(folder).mkdir()
+    for index, name in enumerate("ab"):
+        noise(index).save(f"photos/{name}.jpg")
+    Path("list.csv").write_text("image\nphotos/a.jpg\n")
+    pack("shards/0.tar", "w", ["photos/a.jpg", "photos/b.jpg"])
+    parquet.write_table(pyarrow.table({"image": ["a.jpg", "b.jpg"]}), "list.parquet")
+    return DOCS / "score-datasets.md"
+
+
+def test_the_page_on_data_sets_runs(page, capsys):
+    commands = re.findall(r"^\$ owl2-hf (.*)", page.read_text(encoding="utf-8"), re.M)
+    assert len(commands) == 2
+    for command in commands:
+        result = CliRunner().invoke(app, shlex.split(command))
+        assert result.exit_code == 0, result.output
+    header = re.findall(r"^image,.*error$", page.read_text(encoding="utf-8"), re.M)
+    assert Path("scores.csv").read_text().splitlines()[:1] == header
+    (code,) = [block for block in examples(page) if "ray" not in block]
+    capsys.readouterr()
+    exec(compile(code, "score-datasets.md", "exec"), {})
+    assert capsys.readouterr().out == "2 0\n"

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -12,6 +13,8 @@ from .scorer import Score, Scorer
 from .sources import HubFile, Member, Row
 
 PREFIX = "input_"  # of a column of the data set that has the name of one of the output's own
+# Batches are prepared on the CPU, wherever the model is.
+_NO_MODEL = SimpleNamespace(device="cpu")
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Preparation(Dataset):
 
     def __init__(self, scorer: Scorer, task: str):
         self.scorer = copy.copy(scorer)
-        self.scorer.model = None  # it stays where it is
-        self.is_video, self.prompt = task == "video", scorer.prompt(task)
+        self.scorer.model = _NO_MODEL
+        self.is_video, self.prompt = task == "video", scorer._prompt(task)
 
     def __getitem__(self, rows: list[Row]) -> Prepared:
         frames: list[list[Any]] = []
@@ -48,7 +51,7 @@ class Preparation(Dataset):
             return Prepared(errors, None)
         if self.scorer.crops:
             return Prepared(errors, [image for (image,) in frames])
-        return Prepared(errors, self.scorer.inputs(frames, self.prompt))
+        return Prepared(errors, self.scorer._inputs(frames, self.prompt))
 
     def _open(self, image: Any) -> list[Any]:
         if isinstance(image, ValueError):
@@ -85,7 +88,8 @@ class BatchScorer:
             if self.scorer.crops:
                 scores = [*self.scorer(prepared.inputs, self.task)]
             else:
-                scores = [*self.scorer.score_inputs(prepared.inputs)]
+                inputs = prepared.inputs.to(self.scorer.model.device)
+                scores = [*self.scorer.score_prepared(inputs)]
         except ValueError as error:
             if len(rows) == 1:
                 return [str(error)]

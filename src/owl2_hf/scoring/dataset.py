@@ -78,7 +78,7 @@ def score_dataset(
             model gives NaN.
     """
     check_kind(out)
-    scorer.prompt(task)
+    scorer._prompt(task)
     ranks = Ranks()
     is_video = task == "video"
     found = open_sources(sources, column, split, image_folder, allow_outside, is_video)
