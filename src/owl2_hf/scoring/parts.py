@@ -67,9 +67,8 @@ class Table:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"another process is writing {self.out}.") from None
-        for file in self.folder.iterdir():
-            # What a run was writing when it was killed goes in any case.
-            if file.name != LOCK and (overwrite or file.suffix == NEW):
+        for file in self.folder.iterdir() if overwrite else ():
+            if file.name != LOCK:
                 file.unlink()
         file, wanted = self.folder / SETTINGS, json.loads(json.dumps(settings, default=str))
         if not file.exists():
