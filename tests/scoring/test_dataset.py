@@ -24,8 +24,8 @@ from owl2_hf.scoring import Scorer, custom_preset
 from owl2_hf.scoring.dataset import score_dataset
 from owl2_hf.scoring.prefix import PrefixScorer, with_prefix
 
+from ..modeling.test_scale_out import ROOT, torchrun
 from ..test_docs import DOCS, examples, place  # noqa: F401  # a fixture
-from ..test_scale_out import ROOT, torchrun
 from ..test_videos import make_video
 
 PRESET = custom_preset("one-align", levels=["high", "soft", "bad"])
@@ -494,7 +494,7 @@ def test_names_that_are_no_utf8_come_out_whole(scorer, images):
 
 
 def test_an_image_that_the_model_chokes_on_is_named(scorer, images, monkeypatch):
-    read = Scorer._read
+    read = PrefixScorer._read
 
     def choke(self, inputs):
         if inputs["pixel_values"].mean() > 1.5:  # white
@@ -503,7 +503,7 @@ def test_an_image_that_the_model_chokes_on_is_named(scorer, images, monkeypatch)
             raise ValueError("the model's logits are not finite")
         return read(self, inputs)
 
-    monkeypatch.setattr(Scorer, "_read", choke)
+    monkeypatch.setattr(PrefixScorer, "_read", choke)
     Image.new("RGB", (8, 8), "white").save("white.png")
     score_dataset(scorer, ["white.png", "images/a.png"], "out.csv", num_workers=0)
     rows = table()
