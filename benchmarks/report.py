@@ -202,6 +202,22 @@ def loading() -> str:
     return table(["", "time", "peak memory"], rows)
 
 
+def score_dataset() -> str:
+    rows = [
+        [name, f"{one['images per second']:.1f}", ratio(one)]
+        for name, one in read("score_dataset")["ways"].items()
+    ]
+    return table(["", "images a second", "time, ratio"], rows)
+
+
+def prefix() -> str:
+    rows = [
+        [f"batch of {batch}", milliseconds(one["whole prompt"]), ratio(one["prefix kept"])]
+        for batch, one in read("score_dataset")["prefix"].items()
+    ]
+    return table(["", "whole prompt", "kept, ratio"], rows)
+
+
 def full_size() -> str:
     found = read("full_size_speed")["speed"]
     reading = f"{found['read_seconds']:.3f} s ({found['bandwidth_gb_per_second']:.1f} GB/s)"
@@ -249,6 +265,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "start": start,
     "loading": loading,
     "full_size": full_size,
+    "score_dataset": score_dataset,
+    "prefix": prefix,
 }
 
 

@@ -103,6 +103,7 @@ RUN_ELSEWHERE = {
     "performance.md": "test_docs.py",
     "rewards.md": "serving/test_scores.py",
     "scale-out.md": "modeling/test_scale_out.py",
+    "score-datasets.md": "scoring/test_dataset.py",
     "scoring.md": "test_docs.py",
     "serving.md": "serving/test_server.py",
     "training.md": "training/test_run.py",

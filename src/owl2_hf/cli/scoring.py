@@ -3,7 +3,8 @@
 import csv
 import sys
 from enum import Enum
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -11,7 +12,7 @@ from ..naming import DEFAULT_SCORER, naming_model
 from ..printing import printable
 from .app import app, report_mistakes, say, say_json
 from .loading import load, place
-from .options import Debug, Device, Levels, OriginalReading, Preset, Prompt
+from .options import AllowOutside, Debug, Device, Levels, OriginalReading, Preset, Prompt
 
 
 class Scale(str, Enum):
@@ -28,6 +29,7 @@ def score(
         list[str] | None,
         typer.Argument(
             help="Images, folders of images, videos; for task video also folders of videos or of a video's frames. "
+            "With --out also globs, CSV and Parquet lists, tar files, and data sets of the package datasets. "
             "Two images inside the package if none are given."
         ),
     ] = None,
@@ -67,15 +69,45 @@ def score(
     as_csv: Annotated[
         bool, typer.Option("--csv", help="Print comma-separated values, the names first.")
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a .csv or .parquet file, for a whole data set: decoded ahead, resumed after an interruption."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --out: begin anew, whatever is there.")
+    ] = False,
+    column: Annotated[
+        str | None, typer.Option(help="With --out: the column of a list that holds images; image.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="With --out: part of a data set; all parts if not given.")
+    ] = None,
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="With --out: where a list's paths start; the list's own folder."),
+    ] = None,
+    allow_outside: AllowOutside = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --out: processes that decode images; half the processors."),
+    ] = None,
+    part_rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --out: rows that are written together; 128."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Score pictures or videos by the probabilities of level words.
 
     The scorer inside the package tells degraded images from sharp ones; it learned no people's opinions.
     Of a video one frame a second counts. What cannot be read is named on stderr, the others are scored, and the exit
-    code is 1.
+    code is 1. With --out it is named in the column error, and the exit code is 0; several processes share the rows:
+    torchrun --nproc-per-node N -m owl2_hf score ...
     """
     from ..scoring import Scorer, custom_preset, score_paths
+    from ..scoring.parts import check_kind
     from ..scoring.presets import preset_for
 
     if as_json and as_csv:
@@ -85,13 +117,37 @@ def score(
         from ..default_scorer import default_scorer_images
 
         images = [str(path) for path in default_scorer_images().values()]
+    options = {
+        "column": column,
+        "split": split,
+        "image_folder": image_folder,
+        "allow_outside": allow_outside or None,
+        "num_workers": workers,
+        "part_rows": part_rows,
+        "overwrite": overwrite or None,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    if out is None and options:
+        name = next(iter(options)).replace("num_", "").replace("_", "-")
+        raise ValueError(f"--{name} needs --out, the file to write.")
+    if out is not None:
+        check_kind(out)
+        if as_json or as_csv:
+            raise ValueError("the name of --out tells the format: leave out --json and --csv.")
     with naming_model(model):
         own = preset_for(place(model), preset)
     chosen = custom_preset(own, task, prompt, levels.split(",") if levels else None)
     bounds = None if scale is None else tuple(float(bound) for bound in scale.value.split("-"))
     loaded, processor = load(model)
+    if out is not None:
+        from ..scoring.dataset import local_device
+
+        device = device or local_device()
     loaded = loaded.to(device) if device else loaded
     scorer = Scorer(loaded, processor, chosen, bounds, batch_size, crops, original_reading)  # type: ignore[arg-type]
+    if out is not None:
+        _score_dataset(scorer, images, out, task, options)
+        return
     table = csv.writer(sys.stdout, lineterminator="\n")
     if as_csv:
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names keep their bytes
@@ -114,3 +170,17 @@ def score(
             say(f"{found.score:.4f} of {low:g} to {high:g}, std {found.std:.4f}  {name}")
     if failed:
         raise typer.Exit(1)
+
+
+def _score_dataset(
+    scorer: Any, images: list[str], out: Path, task: str, options: dict[str, Any]
+) -> None:
+    from ..scoring.dataset import score_dataset
+
+    summary = score_dataset(scorer, images, out, task, **options)
+    if summary is not None:
+        before = f", {summary.found:,} of them scored before" if summary.found else ""
+        errors = (
+            f", {summary.errors:,} without a score: see the column error" if summary.errors else ""
+        )
+        say(f"{summary.rows:,} rows in {out}{before}{errors}", err=True)

@@ -9,7 +9,6 @@ behind the arrow of an `id` such as `a.jpg->3.5`. The image may be `img_path`, `
 soft label, and the answer names the level.
 """
 
-import csv
 import json
 import math
 import re
@@ -26,6 +25,7 @@ from ..processing.image_processing_mplug_owl2 import open_image
 from ..training.data import BadRow, JsonLines, read_rows
 from ..training.messages import Place, locate_picture, to_messages
 from .frames import is_video_path, read_frames
+from .tables import read_csv, read_parquet
 
 Row = Mapping[str, Any]
 Numbered = tuple[int, Row | ValueError]
@@ -489,9 +489,9 @@ def _rows(source: Any) -> Iterator[Numbered]:
     if (mos_file := _mos_file(path)) is not None:
         yield from _rows_of_two_files(mos_file)
     elif path.suffix.lower() == ".csv" and path.is_file():
-        yield from _rows_of_csv(path)
+        yield from read_csv(path, (_IMAGE, _MOS))
     elif path.suffix.lower() == ".parquet" and path.is_file():
-        yield from _rows_of_parquet(path)
+        yield from read_parquet(path)
     elif path.is_file():
         yield from _numbered(read_rows(path))
     else:
@@ -509,46 +509,6 @@ def _numbered(rows: Any) -> Iterator[Numbered]:
                 yield number, {"split": split, **row}
     else:
         yield from enumerate(rows, 1)
-
-
-def _rows_of_csv(path: Path) -> Iterator[Numbered]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            names = [name.strip() for name in reader.fieldnames or ()]
-            if not set(names) & set(_IMAGE) or not set(names) & set(_MOS):
-                raise ValueError(
-                    f"{path}: expected the columns image and mos, got {', '.join(names) or 'none'}."
-                )
-            reader.fieldnames = names
-            last = reader.line_num
-            for row in reader:
-                number, last = last + 1, reader.line_num
-                if None in row or None in row.values():
-                    count = len(names) + len(row.get(None) or ()) - list(row.values()).count(None)
-                    yield number, ValueError(f"expected {len(names)} values, got {count}.")
-                else:
-                    yield number, row
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8: save it as UTF-8.") from None
-    except csv.Error as error:
-        raise ValueError(f"{path} is no CSV: {error}.") from None
-
-
-def _rows_of_parquet(path: Path) -> Iterator[Numbered]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{path} needs pyarrow: pip install 'owl2_hf[scoring]'.") from None
-    try:
-        number = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no Parquet file: {error}") from None
 
 
 def _rows_of_two_files(path: Path) -> Iterator[Numbered]:

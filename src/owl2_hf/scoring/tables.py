@@ -1,0 +1,91 @@
+"""Rows of CSV and Parquet files."""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Numbered = tuple[int, Mapping[str, Any] | ValueError]
+
+
+def import_parquet(needed_for: str | Path) -> Any:
+    """`pyarrow`, with `pyarrow.parquet`.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{needed_for} needs pyarrow: pip install 'owl2_hf[scoring]'.") from None
+    return pyarrow
+
+
+def csv_columns(path: Path) -> list[str]:
+    """The names in the first line.
+
+    Raises:
+        ValueError: The file is not UTF-8, or no CSV.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return [name.strip() for name in next(csv.reader(file, strict=True), [])]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8: save it as UTF-8.") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV: {error}.") from None
+
+
+def read_csv(path: Path, expected: Sequence[Sequence[str]]) -> Iterator[Numbered]:
+    """Line and row, or what is wrong with it.
+
+    Args:
+        expected: Of each of these groups of names one must be a column.
+
+    Raises:
+        ValueError: Such a column is missing, or the file is no CSV in UTF-8.
+    """
+    names = csv_columns(path)
+    if not all(set(names) & set(group) for group in expected):
+        wanted = " and ".join(group[0] for group in expected)
+        columns = "column" if len(expected) == 1 else "columns"
+        raise ValueError(
+            f"{path}: expected the {columns} {wanted}, got {', '.join(names) or 'none'}."
+        )
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            reader.fieldnames = names if reader.fieldnames else None  # the first line is read
+            last = reader.line_num
+            for row in reader:
+                number, last = last + 1, reader.line_num
+                if None in row or None in row.values():
+                    count = len(names) + len(row.get(None) or ()) - list(row.values()).count(None)
+                    yield number, ValueError(f"expected {len(names)} values, got {count}.")
+                else:
+                    yield number, row
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8: save it as UTF-8.") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV: {error}.") from None
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Iterator[Numbered]:
+    """Number, counted from 1, and row.
+
+    Args:
+        columns: Those to read; all if not given.
+
+    Raises:
+        ValueError: pyarrow is not installed, or the file is no Parquet.
+    """
+    pyarrow = import_parquet(path)
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file: {error}") from None
