@@ -32,6 +32,15 @@ PRESET = custom_preset("one-align", levels=["high", "soft", "bad"])
 OWN = ["image", "score", "std", "high", "soft", "bad", "error"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the other processes of these tests: sums of several threads round differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def scorer():
     return Scorer(*owl2_hf.load_default(dtype=torch.float32), PRESET, batch_size=4)
