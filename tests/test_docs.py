@@ -191,8 +191,8 @@ def test_the_page_on_scoring_runs_from_an_image_to_a_model_card(
 
     for path in place.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "FOLDER_OF_PICTURES").mkdir()
-    Image.new("RGB", (8, 6)).save(tmp_path / "FOLDER_OF_PICTURES" / "a.png")
+    (tmp_path / "FOLDER_OF_IMAGES").mkdir()
+    Image.new("RGB", (8, 6)).save(tmp_path / "FOLDER_OF_IMAGES" / "a.png")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     page = (DOCS / "scoring.md").read_text(encoding="utf-8")
@@ -221,7 +221,7 @@ def test_the_page_on_scoring_runs_from_an_image_to_a_model_card(
     capsys.readouterr()
     exec(compile(code, "README.md", "exec"), {})
     (score,) = json.loads(capsys.readouterr().out)
-    assert 1 <= score <= 3
+    assert 1 <= score <= 5
 
 
 def test_the_presets_run_through_the_command(place, monkeypatch):
