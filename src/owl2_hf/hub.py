@@ -25,6 +25,7 @@ _ALLOWED = re.compile(
     r"((generation_|processor_|preprocessor_|tokenizer_|adapter_)?config|tokenizer|special_tokens_map|added_tokens"
     r"|conversion_report|scorer|model\.safetensors\.index)\.json|tokenizer\.model|qwen\.tiktoken|chat_template\.jinja|README\.md"
     r"|(LICENSE|NOTICE)[\w-]*(\.txt|\.md)?|\.gitattributes|\w+_mplug_owl2\w*\.py"
+    r"|\.eval_results/[\w.-]+\.yaml"
     rf"|(adapter_model|non_lora_trainables)\.safetensors|{_WEIGHTS.pattern}"
 )
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -156,7 +157,7 @@ def _allowed_names(folder: Path) -> list[str]:
 
 def _entries(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
-        if path.name == "pictures" and path.is_dir() and not path.is_symlink():
+        if path.name in ("pictures", ".eval_results") and path.is_dir() and not path.is_symlink():
             yield from sorted(path.iterdir())
         else:
             yield path
