@@ -1,6 +1,19 @@
 """The web page as a Space of the Hub; the Space's variable MODEL names a model of the family, else the bundled one."""
 
 import os
+from importlib.util import find_spec
+from typing import Any
+
+# On ZeroGPU the Hub lends a GPU for each call of a decorated function. Its package changes torch: it comes first.
+if find_spec("spaces"):
+    import spaces
+
+    on_device: Any = spaces.GPU(duration=int(os.environ.get("GPU_SECONDS", "60")))
+else:
+
+    def on_device(function: Any) -> Any:
+        return function
+
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -23,6 +36,7 @@ demo = build_page(
     processor,
     MODEL or "default",
     settings,
+    on_device,
 )
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import owl2_hf
-from owl2_hf.comparison import COMPARE2SCORE
 from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 from owl2_hf.processing.tokenization_mplug_owl2 import llama_tokenizer, load_tokenizer
 from owl2_hf.scoring import PRESETS, Scorer
+from owl2_hf.scoring.comparison import COMPARE2SCORE
 
 from .test_videos import make_video
 

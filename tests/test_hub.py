@@ -213,6 +213,16 @@ def test_a_dry_run_lists_the_files_and_asks_nobody(hub, folder):
     assert hub.requests == []
 
 
+def test_results_of_evaluations_travel_with_the_model(hub, folder):
+    results = folder / ".eval_results"
+    results.mkdir()
+    (results / "tester--photos.yaml").write_text("- value: 0.8\n")
+    send(folder)
+    assert hub.repos["tester/owl"].files()[".eval_results/tester--photos.yaml"]
+    (results / "notes.txt").write_text("mine")
+    refused(folder, r"Not part of a model of this package: \.eval_results/notes\.txt")
+
+
 def test_a_second_push_of_the_same_files_makes_no_commit(hub, folder):
     urls = {send(folder).url, send(folder).url}
     assert len(urls) == 1

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import owl2_hf
 from owl2_hf.cli import app
 from owl2_hf.scoring import Preset, Scorer, score_each, score_paths
-from owl2_hf.videos import is_video_path, read_frames
+from owl2_hf.scoring.frames import is_video_path, read_frames
 
 PROMPT = "USER: <|image|>Is it red? ASSISTANT:"
 YES_NO = Preset({"quality": PROMPT, "video": PROMPT}, ("yes", "no"), (1.0, 0.0), scale=(0.0, 1.0))

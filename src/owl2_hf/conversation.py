@@ -185,7 +185,7 @@ class Conversation:
                 "image": BaseModelOutputWithPooling(pooler_output=features)
             }
 
-        def stops(input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
+        def stops(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
             return torch.full((len(input_ids),), should_stop(), device=input_ids.device)
 
         streamer = _Streamer(self.processor.tokenizer, show)

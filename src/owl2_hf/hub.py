@@ -26,6 +26,7 @@ _ALLOWED = re.compile(
     r"|conversion_report|scorer|decision|model\.safetensors\.index)\.json|tokenizer\.model|qwen\.tiktoken"
     r"|(chat|decision)_template\.jinja|README\.md"
     r"|(LICENSE|NOTICE)[\w-]*(\.txt|\.md)?|\.gitattributes|\w+_mplug_owl2\w*\.py"
+    r"|\.eval_results/[\w.-]+\.yaml"
     rf"|(adapter_model|non_lora_trainables)\.safetensors|{_WEIGHTS.pattern}"
 )
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -161,7 +162,7 @@ def _allowed_names(folder: Path) -> list[str]:
 
 def _entries(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
-        if path.name == "pictures" and path.is_dir() and not path.is_symlink():
+        if path.name in ("pictures", ".eval_results") and path.is_dir() and not path.is_symlink():
             yield from sorted(path.iterdir())
         else:
             yield path

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -123,7 +124,7 @@ def _load_first(module: ModuleType) -> None:
     original = auto_class.from_pretrained.__func__
 
     @functools.wraps(original)
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         _load()
         return original(cls, *args, **kwargs)
 
@@ -136,7 +137,7 @@ def _load() -> None:
     import_module("owl2_hf.processing")
 
 
-class _LazyEntries(dict):
+class _LazyEntries(dict[Any, Any]):
     """Entries that users of transformers registered in a table; ours come with the first look that could find them."""
 
     def __contains__(self, key: object) -> bool:
@@ -149,19 +150,19 @@ class _LazyEntries(dict):
             return self[key]
         raise KeyError(key)
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Any]:
         _load()
         return super().__iter__()
 
-    def keys(self):
+    def keys(self) -> Any:
         _load()
         return super().keys()
 
-    def values(self):
+    def values(self) -> Any:
         _load()
         return super().values()
 
-    def items(self):
+    def items(self) -> Any:
         _load()
         return super().items()
 
@@ -169,7 +170,7 @@ class _LazyEntries(dict):
 class _TableFinder(MetaPathFinder):
     """Finds the modules of `TABLES` as the other finders do, and has their tables made lazy."""
 
-    def find_spec(self, fullname, path, target=None):
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname not in TABLES:
             return None
         others = (finder for finder in sys.meta_path if not isinstance(finder, _TableFinder))
@@ -187,10 +188,10 @@ class _TableLoader(Loader):
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
-    def create_module(self, spec):
+    def create_module(self, spec: Any) -> Any:
         return self.loader.create_module(spec)
 
-    def exec_module(self, module):
+    def exec_module(self, module: Any) -> None:
         # Nobody has to know that we were here.
         module.__loader__ = module.__spec__.loader = self.loader
         self.loader.exec_module(module)

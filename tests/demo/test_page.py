@@ -1,5 +1,7 @@
 """`owl2-hf demo`: its parts, the page through gradio's own client, and the page in a browser."""
 
+import functools
+import importlib.machinery
 import os
 import re
 import shutil
@@ -8,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import urllib.request
 from contextlib import closing
 from itertools import pairwise
@@ -435,13 +438,52 @@ def test_without_gradio_the_command_says_what_to_install():
 # The Space
 
 
-def test_the_app_of_the_space_builds_the_page(monkeypatch):
+def run_app(monkeypatch, spaces=None):
+    """Names that the app of the Space defines; `spaces` stands in for the package of that name."""
     monkeypatch.delenv("MODEL", raising=False)
+    monkeypatch.setitem(sys.modules, "spaces", spaces)
     namespace = {"__name__": "app"}
     exec(compile((ROOT / "space" / "app.py").read_text(), "app.py", "exec"), namespace)
+    return namespace
+
+
+def test_the_app_of_the_space_builds_the_page(monkeypatch):
+    namespace = run_app(monkeypatch)
     functions = namespace["demo"].fns.values()
     assert {"chat", "score", "analyze"} <= {function.api_name for function in functions}
     assert namespace["demo"].worker.settings.max_new_tokens == 512
+
+
+def test_on_zerogpu_each_function_that_runs_the_model_asks_for_a_gpu(monkeypatch):
+    monkeypatch.setenv("GPU_SECONDS", "90")
+    decorated = {}
+
+    def gpu(duration):
+        def decorate(function):
+            decorated[function.__name__] = duration
+
+            @functools.wraps(function)
+            def lent(*args):
+                decorated["calls"] = decorated.get("calls", 0) + 1
+                yield from function(*args)
+
+            return lent if function.__name__ != "analyze" else function
+
+        return decorate
+
+    spaces = types.ModuleType("spaces")
+    spaces.__spec__ = importlib.machinery.ModuleSpec("spaces", None)
+    spaces.GPU = gpu
+    page = run_app(monkeypatch, spaces)["demo"]
+    assert decorated == {"chat": 90, "score": 90, "analyze": 90}
+    page.launch(prevent_thread_lock=True, **demo.LAUNCH_OPTIONS)
+    try:
+        client = gradio_client.Client(page.local_url, verbose=False)
+        question = {"text": "What is this?", "files": [gradio_client.handle_file(picture())]}
+        assert client.predict(question, 8, 0, 1, api_name="/chat") == "banana"
+    finally:
+        page.close(verbose=False)
+    assert decorated["calls"] == 1
 
 
 def test_the_settings_of_the_space_fit_its_files():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import owl2_hf
-from owl2_hf.comparison import COMPARE2SCORE, Comparator, numbered_images, thurstone_map
 from owl2_hf.scoring import Preset
+from owl2_hf.scoring.comparison import COMPARE2SCORE, Comparator, numbered_images, thurstone_map
 
 TINY = Preset(
     {"comparison": "USER: <|image|> <|image|> Is the second red? ASSISTANT:"},

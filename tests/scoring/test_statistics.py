@@ -1,5 +1,6 @@
 """Agreement of scores with opinions: the original's numbers, scipy's, and intervals."""
 
+import itertools
 import json
 import math
 
@@ -8,6 +9,7 @@ import pytest
 
 from owl2_hf.scoring import statistics
 from owl2_hf.scoring.statistics import (
+    LogisticFit,
     bootstrap_interval,
     gaussian_js,
     gaussian_kl,
@@ -119,3 +121,15 @@ def test_without_scipy_the_error_names_the_extra(monkeypatch):
     with pytest.raises(ValueError, match=r"needs scipy: pip install 'owl2_hf\[scoring\]'"):
         krcc([1, 2], [1, 2])
     assert srcc([1, 2, 3], [1, 2, 3]) == 1
+
+
+def test_a_fit_rises_from_its_second_parameter_to_its_first_around_the_third():
+    fit = LogisticFit((5.0, 1.0, 3.0, 0.5))
+    expected = [1.0, 1 + 4 / (1 + math.e), 3.0, 5 - 4 / (1 + math.e), 5.0]
+    np.testing.assert_allclose(fit([-50.0, 2.5, 3.0, 3.5, 50.0]), expected)
+
+
+def test_an_interval_leaves_as_much_out_below_as_above():
+    numbers = itertools.count()
+    found = bootstrap_interval(lambda column: next(numbers), [1.0, 2.0], samples=1001)
+    assert found == pytest.approx((25.0, 975.0))

@@ -10,7 +10,8 @@ from .attention import (
     query_maps,
     uniform_attention,
 )
-from .report import Analysis, Run, analyze, check_target
+from .findings import Run
+from .report import Analysis, analyze, check_target
 
 __all__ = [
     "Analysis",

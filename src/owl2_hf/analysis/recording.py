@@ -68,12 +68,12 @@ class DecoderRecorder:
                     stack.callback(handle.remove)
             yield
 
-    def _enter_layer(self, layer: nn.Module, args: tuple) -> None:
+    def _enter_layer(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         self._residual = args[0]
         self._add_norm("residual", args[0])
 
     def _leave_attention(
-        self, attn: Any, args: tuple, kwargs: dict[str, Any], output: tuple
+        self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]
     ) -> None:
         normed, routing = args[0], kwargs["routing"]
         self._add_norm("input_layernorm", normed)
@@ -87,7 +87,7 @@ class DecoderRecorder:
             for group, share in zip(self._key_groups, shares, strict=True):
                 self.attention[queries][group].append(share)
 
-    def _enter_mlp(self, mlp: nn.Module, args: tuple) -> None:
+    def _enter_mlp(self, mlp: nn.Module, args: tuple[Any, ...]) -> None:
         self._add_norm("post_attention_layernorm", args[0])
 
     def _add_norm(self, state: str, hidden_states: Tensor) -> None:

@@ -152,7 +152,7 @@ class _Reader:
         self.messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
         self.prompt = self._tokenize(self.messages, add_generation_prompt=True)
 
-    def _tokenize(self, messages: list[dict[str, Any]], **kwargs) -> Any:
+    def _tokenize(self, messages: list[dict[str, Any]], **kwargs: Any) -> Any:
         inputs = self.processor.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_tensors="pt", **kwargs
         )

@@ -48,7 +48,7 @@ OTHER_ATTENTION = "use another attn_implementation"
 
 
 def check(
-    model: str | os.PathLike | None = None,
+    model: str | os.PathLike[str] | None = None,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -152,7 +152,7 @@ def _mend(name: str) -> str:
 
 
 def _load(
-    model: str | os.PathLike | None,
+    model: str | os.PathLike[str] | None,
     dtype: torch.dtype | None,
     attention: str | None,
 ) -> tuple[Any, Any]:

@@ -54,11 +54,11 @@ def silence_start_up() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def report_mistakes(command: Callable) -> Callable:
+def report_mistakes(command: Callable[..., None]) -> Callable[..., None]:
     """A user's mistake ends in one line and exit code 1, never in a traceback."""
 
     @wraps(command)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Any, **kwargs: Any) -> None:
         silence_start_up()
         try:
             return command(*args, **kwargs)

@@ -70,6 +70,18 @@ def evaluate_scores(
     card: Annotated[
         Path | None, typer.Option(help="Write a model card with the results, a README.md.")
     ] = None,
+    hub_benchmark: Annotated[
+        str | None,
+        typer.Option(
+            help="Write the results to .eval_results in the model's folder, for this data set of the Hub."
+        ),
+    ] = None,
+    hub_task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Task of --hub-benchmark, as TASK=STATISTIC, once for each; srcc and plcc if not given."
+        ),
+    ] = None,
     device: Device = None,
     as_json: JSON = False,
     as_csv: Annotated[
@@ -86,6 +98,7 @@ def evaluate_scores(
     from ..scoring import Scorer, custom_preset, evaluate, load_opinions
     from ..scoring.benchmarks import read_benchmark
     from ..scoring.card import check_new, write_score_card
+    from ..scoring.eval_results import TASKS, check_eval_results, write_eval_results
     from ..scoring.judging import check_plot
     from ..scoring.presets import preset_for
 
@@ -109,6 +122,9 @@ def evaluate_scores(
         opinions = read_benchmark(benchmark, root, split)
     else:
         opinions = load_opinions(data, image_folder, split, allow_outside)
+    tasks = hub_task or TASKS
+    if hub_benchmark is not None:
+        check_eval_results(model, hub_benchmark, tasks, list(opinions.by_dataset()))
     with naming_model(model):
         own = preset_for(place(model), preset)
     chosen = custom_preset(own, task, prompt, levels.split(",") if levels else None)
@@ -141,6 +157,8 @@ def evaluate_scores(
         write_score_card(
             card, report, chosen, name if split is None else f"{name}, part {split}", task
         )
+    if hub_benchmark is not None:
+        write_eval_results(model, report, hub_benchmark, tasks, f"task {task}")
     if report.failed:
         raise typer.Exit(1)
 

@@ -63,7 +63,7 @@ class LoraSource:
     base: Source
     files: list[Path] = field(default_factory=list)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.layout = f"a LoRA fine-tune on {self.base.layout}"
         adapter = self.folder
         # The fine-tune's configuration says how its pictures became square.

@@ -119,10 +119,10 @@ class _Settings:
 class _Ignored:
     """Takes the place of numpy's arrays in a pickle, the state of random numbers: built from anything, kept nowhere."""
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any) -> None:
         pass
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         pass
 
 
@@ -221,7 +221,7 @@ class MegatronSource:
     base: Path | None = None
     files: list[Path] = field(default_factory=list)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.layout = "Megatron"
         self.files = rank_files(self.folder)
         if len(self.files) > 1:
@@ -282,7 +282,7 @@ class MegatronSource:
         return dict(_flatten(model))
 
 
-def _flatten(values: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _flatten(values: dict[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict) and depth < 8:
             yield from _flatten(value, f"{prefix}{key}.", depth + 1)

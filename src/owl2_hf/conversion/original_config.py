@@ -188,7 +188,7 @@ def _component(model_type: str, values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "model_type": model_type, "transformers_version": _TRANSFORMERS_VERSION}
 
 
-def _parts(config: MplugOwl2Config):
+def _parts(config: MplugOwl2Config) -> tuple[Any, Any, Any]:
     return config.text_config, config.vision_config, config.connector_config
 
 

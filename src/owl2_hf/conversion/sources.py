@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class HuggingFaceSource:
     is_original: bool
     files: list[Path] = field(default_factory=list)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.layout = (
             "the original's Hugging Face layout" if self.is_original else "this package's format"
         )
@@ -209,7 +209,7 @@ def _rows_of(folder: Path, key: str) -> int | None:
     return None
 
 
-def _check_sizes(path: Path, values: dict) -> None:
+def _check_sizes(path: Path, values: dict[str, Any]) -> None:
     """Before a model of a billion layers is built."""
     for name, value in values.items():
         if isinstance(value, dict):

@@ -117,7 +117,7 @@ def read_vision(source: str | Path, image_size: int | None) -> StockVision:
     return _resized(tower, image_size)
 
 
-def _vision_config(source: str | Path, config: Any, **kwargs) -> MplugOwl2VisionConfig:
+def _vision_config(source: str | Path, config: Any, **kwargs: Any) -> MplugOwl2VisionConfig:
     """Ours, from the fields that CLIP and DINOv2 share."""
     if config.num_channels != 3:
         raise ValueError(

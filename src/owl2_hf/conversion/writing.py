@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -46,7 +46,7 @@ class ShardWriter:
         self._files: dict[str, BinaryIO] = {}
         self._open_files = ExitStack()
         self._missing = set(self.plan)
-        self._flushing: Future | None = None
+        self._flushing: Future[None] | None = None
         self._num_waiting = 0
 
     def __enter__(self) -> "ShardWriter":
@@ -56,7 +56,7 @@ class ShardWriter:
             self._write_header(name, keys)
         return self
 
-    def __exit__(self, exception_type, *details) -> None:
+    def __exit__(self, exception_type: Any, *details: Any) -> None:
         self._open_files.close()
         if exception_type is None:
             if self._flushing is not None:
@@ -67,7 +67,7 @@ class ShardWriter:
     def _write_header(self, name: str, keys: list[str]) -> None:
         # Wider elements first: every tensor starts at a multiple of its element's size.
         ordered = sorted(keys, key=lambda key: -self.plan[key].element_size())
-        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
         end = 0
         for key in ordered:
             tensor = self.plan[key]

@@ -43,7 +43,11 @@ LAUNCH_OPTIONS: dict[str, Any] = {
 
 
 def build_page(
-    model: Any, processor: Any, name: str, settings: DemoSettings | None = None
+    model: Any,
+    processor: Any,
+    name: str,
+    settings: DemoSettings | None = None,
+    on_device: Callable[[Any], Any] = lambda function: function,
 ) -> gr.Blocks:
     """The page of a model; `show` opens it, or its own `launch(**LAUNCH_OPTIONS)`.
 
@@ -51,6 +55,7 @@ def build_page(
         model: An `MplugOwl2ForConditionalGeneration`, on the device where it is to run.
         processor: Its processor.
         name: What the page calls it.
+        on_device: Decorates each function that runs the model, as `spaces.GPU` does where a GPU is lent for one call.
 
     Raises:
         ValueError: It is another family's model.
@@ -63,11 +68,11 @@ def build_page(
     ) as page:
         gr.Markdown(f"# mPLUG-Owl2\nThe model is `{name}`.")
         with gr.Tab("Chat"):
-            _add_chat(worker)
+            _add_chat(worker, on_device)
         with gr.Tab("Score"):
-            _add_scores(worker)
+            _add_scores(worker, on_device)
         with gr.Tab("Attention"):
-            _add_analysis(worker)
+            _add_analysis(worker, on_device)
     page.worker = worker
     return page
 
@@ -116,7 +121,7 @@ def _show_plainly(chatbot: gr.Chatbot) -> gr.Chatbot:
     return chatbot
 
 
-def _add_chat(worker: ModelWorker) -> None:
+def _add_chat(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
     def chat(
         question: dict[str, Any],
         history: list[dict[str, Any]],
@@ -148,7 +153,7 @@ def _add_chat(worker: ModelWorker) -> None:
         for path in list(default_pictures().values())[:3]
     ]
     gr.ChatInterface(
-        chat,
+        on_device(chat),
         multimodal=True,
         chatbot=_show_plainly(
             gr.Chatbot(height="60vh", render_markdown=False, buttons=[], label="Chat")
@@ -168,7 +173,7 @@ def _add_chat(worker: ModelWorker) -> None:
     )
 
 
-def _add_scores(worker: ModelWorker) -> None:
+def _add_scores(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
     def score(
         pictures: list[tuple[str, str | None]] | None,
         preset: str,
@@ -234,7 +239,7 @@ def _add_scores(worker: ModelWorker) -> None:
         api_visibility="private",
     )
     inputs = [pictures, preset, task, scale, own_prompt, own_levels]
-    scoring = start.click(score, inputs, table, concurrency_limit=1, api_name="score")
+    scoring = start.click(on_device(score), inputs, table, concurrency_limit=1, api_name="score")
     stop.click(None, cancels=scoring, api_visibility="private")
 
 
@@ -257,7 +262,7 @@ def _row(name: str, found: Score | ValueError, num_levels: int) -> list[Any]:
     return [name, *(round(value, 4) for value in (found.score, found.std, *found.probs)), ""]
 
 
-def _add_analysis(worker: ModelWorker) -> None:
+def _add_analysis(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
     def analyze(question: dict[str, Any]) -> tuple[str, Any, Any, list[tuple[Any, str]]]:
         """See what the model attends to while it answers."""
         with _told_to_visitor():
@@ -297,7 +302,7 @@ def _add_analysis(worker: ModelWorker) -> None:
         maps = gr.Gallery(**figure, columns=1, object_fit="contain", height="auto")
     norms = gr.Image(**figure)
     question.submit(
-        analyze,
+        on_device(analyze),
         question,
         [summary, attention, norms, maps],
         concurrency_limit=1,

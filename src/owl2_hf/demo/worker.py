@@ -104,7 +104,7 @@ class ModelWorker:
         )
         failures: list[Exception] = []
 
-        def stops(input_ids: torch.Tensor, scores: Any, **kwargs) -> torch.Tensor:
+        def stops(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             return torch.full((len(input_ids),), self._ends(is_left), device=input_ids.device)
 
         def generate() -> None:

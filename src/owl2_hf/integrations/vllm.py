@@ -8,6 +8,7 @@ T: tokens of all requests of a step, one after another; D: width of the language
 """
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor
 from vllm.config import VllmConfig
@@ -66,7 +67,9 @@ class MplugOwl2ForVllm(TransformersMultiModalForCausalLM):
         _check_settings(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
-    def _decorate_cls_for_torch_compile(self, cls, dynamic_arg_dims, enable_if, is_encoder):
+    def _decorate_cls_for_torch_compile(
+        self, cls: Any, dynamic_arg_dims: Any, enable_if: Any, is_encoder: Any
+    ) -> None:
         """As in vLLM; the indicators grow with the tokens, as the embeddings do."""
         if not is_encoder:
             dynamic_arg_dims = {**dynamic_arg_dims, "mm_token_type_ids": 1}

@@ -55,7 +55,7 @@ def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in kwargs.items()}
 
 
-def takes_past_key_values(forward: Callable) -> Callable:
+def takes_past_key_values(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of `forward`: `past_key_values`, the name of the cache before 5.24, is taken as `cache`.
 
     Raises:
@@ -63,7 +63,7 @@ def takes_past_key_values(forward: Callable) -> Callable:
     """
 
     @functools.wraps(forward)
-    def renamed(self, *args, **kwargs):
+    def renamed(self: Any, *args: Any, **kwargs: Any) -> Any:
         if (past := kwargs.pop("past_key_values", None)) is not None:
             if kwargs.get("cache") is not None:
                 raise ValueError(TWO_CACHES)
@@ -90,7 +90,7 @@ def create_causal_mask(*, cache: Cache | None, **kwargs: Any) -> Any:
 
 
 def update_cache(
-    cache: Any, key: Tensor, value: Tensor, layer_idx: int, kwargs: dict
+    cache: Any, key: Tensor, value: Tensor, layer_idx: int, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Add the keys and values of a layer to the cache.
 
@@ -155,12 +155,12 @@ else:
     class ComposedConfig(PreTrainedConfig):
         """A configuration whose parts `sub_configs_defaults` describes, as from 5.20 on."""
 
-        def __init_subclass__(cls, *args, **kwargs):
+        def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
             specs = cls.sub_configs_defaults
             cls.sub_configs = {name: spec.config_class for name, spec in specs.items()}
             super().__init_subclass__(*args, **kwargs)
 
-        def __post_init__(self, **kwargs):
+        def __post_init__(self, **kwargs: Any) -> None:
             for name, spec in self.sub_configs_defaults.items():
                 given = getattr(self, name)
                 if not isinstance(given, PreTrainedConfig) and not (
@@ -178,9 +178,9 @@ class AdapterMethods:
     """The adapter methods of transformers, with PEFT from `OLDEST_PEFT` on."""
 
 
-def _with_released_peft(name: str) -> Callable:
+def _with_released_peft(name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(peft.PeftAdapterMixin, name))
-    def method(self, *args, **kwargs):
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         asked = peft.MIN_PEFT_VERSION
         peft.MIN_PEFT_VERSION = min(asked, OLDEST_PEFT, key=parse)
         try:
@@ -211,8 +211,12 @@ class ImagesInGeneration(GenerationMixin):
     """
 
     def _expand_inputs_for_generation(
-        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
-    ):
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
         """As in transformers: each prompt `expand_size` times, with its images."""
         if not hasattr(GenerationMixin, "_expand_multimodal_outputs"):
             encoded = model_kwargs.pop("mm_encoder_outputs", None) or {}
@@ -291,7 +295,7 @@ _PASSED_DOWN = frozenset(TransformersKwargs.__annotations__) | {
 }
 
 
-def known_arguments(forward: Callable) -> Callable:
+def known_arguments(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of `forward`: nothing that the model does not know is swallowed.
 
     `past_key_values`, the name of the cache before transformers 5.24, is taken as `cache`; from 5.24 on with a warning,
@@ -307,7 +311,7 @@ def known_arguments(forward: Callable) -> Callable:
     known = frozenset(inspect.signature(forward).parameters) | _PASSED_DOWN
 
     @functools.wraps(forward)
-    def checked(self, *args, **kwargs):
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("cache")
         if cache is None or isinstance(cache, Cache):
             for name in [name for name in kwargs if name not in known]:
@@ -319,7 +323,7 @@ def known_arguments(forward: Callable) -> Callable:
         return taken
 
     @functools.wraps(taken)
-    def warned(self, *args, **kwargs):
+    def warned(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is not None and not torch.compiler.is_compiling():
             message = f"`past_key_values` is deprecated for `{type(self).__name__}.forward`. Use `cache` instead."
             warnings.warn(message, FutureWarning, stacklevel=2)

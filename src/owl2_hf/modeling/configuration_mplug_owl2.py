@@ -66,7 +66,7 @@ class MplugOwl2VisionConfig(PreTrainedConfig):
     use_post_layernorm: bool = True
     position_grid_size: int | None = None
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         _check_sizes(self)
         _check_divisible(
             "vision hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads
@@ -121,7 +121,7 @@ class MplugOwl2AbstractorConfig(PreTrainedConfig):
     use_cls_token: bool = True
     projection_dim: int = 4096
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         _check_sizes(self)
         _check_divisible(
             "abstractor hidden_size",
@@ -167,7 +167,7 @@ class MplugOwl2HReducerConfig(PreTrainedConfig):
     grid_size: int = 32
     projection_dim: int = 4096
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         _check_sizes(self)
         _check_divisible("H-Reducer grid_size", self.grid_size, "kernel_width", self.kernel_width)
 
@@ -204,7 +204,7 @@ class MplugOwl2TextConfig(LlamaConfig):
     rope_dynamic_ntk_length: int | None = None
     log_n_length: int | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         _check_sizes(self)
         # Of this configuration alone: a rule that fits no layer of a model makes transformers warn.
         own = {
@@ -227,7 +227,7 @@ class MplugOwl2TextConfig(LlamaConfig):
                 values.pop(name, None)
         return values
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         super().validate_architecture()
         if self.modality_specific_projections not in ([], ["k", "v"], ["q", "k", "v"]):
             raise ValueError(
@@ -296,7 +296,7 @@ class MplugOwl2Config(ComposedConfig):
     output_vocab_size: int | None = None
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if "visual_config" in kwargs:
             kwargs = self._read_original_form(kwargs)
         elif self.text_config is None:
@@ -311,11 +311,11 @@ class MplugOwl2Config(ComposedConfig):
             self.model_type = MplugOwl21Config.model_type
 
     @PreTrainedConfig._attn_implementation.setter
-    def _attn_implementation(self, value: str | dict | None):
+    def _attn_implementation(self, value: str | dict[str, str] | None) -> None:
         self.check_attn_implementation(value)
         PreTrainedConfig._attn_implementation.fset(self, value)
 
-    def check_attn_implementation(self, value: str | dict | None) -> None:
+    def check_attn_implementation(self, value: str | dict[str, str] | None) -> None:
         """Refuse a dict with names that transformers would ignore.
 
         Raises:
@@ -328,7 +328,7 @@ class MplugOwl2Config(ComposedConfig):
             )
 
     @classmethod
-    def get_config_dict(cls, *args, **kwargs):
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in transformers, which would warn of the other names of this class's models."""
         values, kwargs = super().get_config_dict(*args, **kwargs)
         found = values.get("model_type")
@@ -397,7 +397,7 @@ class MplugOwl2Config(ComposedConfig):
             "not read by this configuration."
         )
 
-    def _complete_connector_config(self):
+    def _complete_connector_config(self) -> None:
         """Sizes that the connector shares with its neighbours are taken from them unless given."""
         if self.connector_type not in CONNECTOR_TYPES:
             raise ValueError(
@@ -421,7 +421,7 @@ class MplugOwl2Config(ComposedConfig):
             shared.update(hidden_size=vision.hidden_size)
         setattr(self, name, {**shared, **(given or {})})
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         vision, connector, text = self.vision_config, self.connector_config, self.text_config
         for kind in CONNECTOR_TYPES:
             if kind != self.connector_type and getattr(self, f"{kind}_config") is not None:
@@ -502,7 +502,7 @@ class MplugDocOwlConfig(MplugOwl2Config):
     model_type = DOCOWL_MODEL_TYPE
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         return MplugOwl2Config.from_dict(config_dict, **kwargs)
 
 
@@ -516,7 +516,7 @@ class MplugOwl21Config(MplugOwl2Config):
     model_type = "mplug_owl2_1"
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         return MplugOwl2Config.from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ derived. Importing this file tells transformers how to load a checkpoint in the 
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,7 +164,7 @@ _OWL2 = _Names({**RENAMED, **Q_SCORER}, FUSED, {}, PADDED)
 _OWL21 = _Names(QWEN_RENAMED, QWEN_FUSED, QWEN_STACKED, QWEN_PADDED)
 
 
-def _names_of(config) -> _Names:
+def _names_of(config: Any) -> _Names:
     return _OWL21 if config is not None and config.is_owl21 else _OWL2
 
 
@@ -209,7 +209,7 @@ def resize_rows(table: Tensor, num_rows: int) -> Tensor:
     return torch.cat([table, table.new_zeros(missing, *table.shape[1:])])
 
 
-def to_ours(key: str, tensor: Tensor, config) -> Iterator[tuple[str, Tensor]]:
+def to_ours(key: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor]]:
     """One tensor of the original under our names, none where it is dropped on purpose.
 
     Args:
@@ -268,7 +268,7 @@ def owner_of(key: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def original_key(name: str, config=None) -> tuple[str, tuple[str, ...]]:
+def original_key(name: str, config: Any = None) -> tuple[str, tuple[str, ...]]:
     """Where the original keeps one of our parameters: its key, and all of our names that go into it.
 
     Args:
@@ -282,7 +282,7 @@ def original_key(name: str, config=None) -> tuple[str, tuple[str, ...]]:
     return source.format(number), tuple(target.format(number) for target in targets)
 
 
-def to_original(key: str, parts: Mapping[str, Tensor], config) -> Tensor:
+def to_original(key: str, parts: Mapping[str, Tensor], config: Any) -> Tensor:
     """The original's tensor from ours.
 
     Args:
@@ -316,7 +316,12 @@ class SplitQueryKeyValue(ConversionOps):
 
     @torch.no_grad()
     def convert(
-        self, input_dict, source_patterns, target_patterns, config=None, **kwargs
+        self,
+        input_dict: Any,
+        source_patterns: Any,
+        target_patterns: Any,
+        config: Any = None,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         (fused,) = map(_single, input_dict.values())
         vision = getattr(config, "vision_config", config)
@@ -334,7 +339,12 @@ class MergeQueryKeyValue(ConversionOps):
 
     @torch.no_grad()
     def convert(
-        self, input_dict, source_patterns, target_patterns, config=None, **kwargs
+        self,
+        input_dict: Any,
+        source_patterns: Any,
+        target_patterns: Any,
+        config: Any = None,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         vision = getattr(config, "vision_config", config)
         head_dim = vision.hidden_size // vision.num_attention_heads
@@ -351,7 +361,12 @@ class PadVocabulary(ConversionOps):
 
     @torch.no_grad()
     def convert(
-        self, input_dict, source_patterns, target_patterns, config=None, **kwargs
+        self,
+        input_dict: Any,
+        source_patterns: Any,
+        target_patterns: Any,
+        config: Any = None,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         (table,) = map(_single, input_dict.values())
         if config.is_owl21 and table.shape[0] < (config.output_vocab_size or 0):
@@ -371,7 +386,12 @@ class TrimVocabulary(ConversionOps):
 
     @torch.no_grad()
     def convert(
-        self, input_dict, source_patterns, target_patterns, config=None, **kwargs
+        self,
+        input_dict: Any,
+        source_patterns: Any,
+        target_patterns: Any,
+        config: Any = None,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         (table,) = map(_single, input_dict.values())
         return {

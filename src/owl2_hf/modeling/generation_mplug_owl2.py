@@ -1,5 +1,7 @@
 """How the family generates: what of a prompt goes into each step, and what fits the context."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -44,7 +46,7 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
 
     config: MplugOwl2Config
 
-    def generate(self, inputs: Tensor | None = None, **kwargs):
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """As in transformers; the modality indicators are read off the prompt once, before anything is added to it.
 
         Raises:
@@ -62,7 +64,7 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
             kwargs["mm_token_type_ids"] = input_ids.eq(self.config.image_token_id).long()
         return super().generate(inputs, **rename_cache(kwargs))
 
-    def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         """As in transformers, for text alone: continuous batching hands over no images.
 
         Raises:
@@ -71,12 +73,12 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
         self._check_text_only(inputs)
         return super().generate_batch(inputs, *args, **kwargs)
 
-    def init_continuous_batching(self, *args, **kwargs):
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a request with image placeholders is refused, as `generate_batch` does."""
         manager = super().init_continuous_batching(*args, **kwargs)
         add_request = manager.add_request
 
-        def add_text_request(input_ids: list[int], *args, **kwargs):
+        def add_text_request(input_ids: list[int], *args: Any, **kwargs: Any) -> Any:
             self._check_text_only([input_ids])
             return add_request(input_ids, *args, **kwargs)
 
@@ -91,7 +93,7 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
                     "hands over no images, and the answer would be blind: use generate, which takes batches."
                 )
 
-    def _prepare_generated_length(self, generation_config, *args, **kwargs):
+    def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but an answer whose length nobody asked for ends with the context."""
         generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
         num_ids, num_prompt = kwargs["input_ids_length"], kwargs["inputs_tensor"].shape[1]
@@ -110,8 +112,8 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
         mm_token_type_ids: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         is_first_iteration: bool | None = False,
-        **kwargs,
-    ) -> dict:
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """As in transformers; images and indicators go with the prompt, and with the part of it that is read now."""
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,

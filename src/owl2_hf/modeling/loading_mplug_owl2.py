@@ -84,8 +84,12 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs
-    ):
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """As in transformers, also from the original's layout, and from an adapter, whose base model is loaded first.
 
         Quantisation leaves the vision encoder, the connector and the head as they are, unless its configuration names
@@ -149,7 +153,9 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in transformers, which does not look how long a record is before it reads it."""
         for file in checkpoint_files or ():
             if not str(file).endswith(".safetensors"):  # whose header transformers checks
@@ -159,8 +165,8 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
         )
 
     def load_adapter(
-        self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs
-    ):
+        self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any
+    ) -> Any:
         """As in transformers; what was trained beside a converted adapter goes into the model as well.
 
         Raises:
@@ -201,8 +207,8 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(
-        cls, model: "MplugOwl2LoadableModel", distributed_config, mesh_manager
-    ):
+        cls, model: "MplugOwl2LoadableModel", distributed_config: Any, mesh_manager: Any
+    ) -> Any:
         """As in transformers; attention whose heads the processes cannot share evenly stays whole in each of them."""
         text, size = (
             model.config.get_text_config(),
@@ -219,7 +225,9 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
             )
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
         """As in transformers, but in this package's layout unless asked otherwise, wherever the weights came from.
 
         Raises:
@@ -244,7 +252,7 @@ def _is_original(source: Any, hub: dict[str, Any]) -> bool:
 
 
 def _generation_config(
-    config, given: dict[str, Any], source: Any, hub: dict[str, Any]
+    config: Any, given: dict[str, Any], source: Any, hub: dict[str, Any]
 ) -> GenerationConfig:
     """As a converted folder has it: mostly the ids that end and pad."""
     settings = original_generation_config(config, given)
@@ -273,7 +281,7 @@ def _read_json(source: Any, name: str, hub: dict[str, Any]) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def original_generation_config(config, given: dict[str, Any]) -> GenerationConfig:
+def original_generation_config(config: Any, given: dict[str, Any]) -> GenerationConfig:
     """How a model in the original's layout generates.
 
     Args:

@@ -5,7 +5,7 @@ The connector is the visual abstractor, or the H-Reducer of DocOwl 1.5; Q + 1 ar
 B: batch, L: positions, N: pictures of the whole batch, D: width of the language model, V: embedding rows.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -76,13 +76,15 @@ class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
                 embeddings.weight[self.config.image_token_id] = 0
                 embeddings.weight[self.config.output_vocab_size or len(embeddings.weight) :] = 0
 
-    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any
+    ) -> None:
         """As in transformers, which ignores the name of a part that the model does not have; here it is an error."""
         self.config.check_attn_implementation(attn_implementation)
         return super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, *args, **kwargs
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> nn.Embedding:
         """As in transformers; from then on every id below `new_num_tokens` but the placeholder may be predicted."""
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
@@ -117,7 +119,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
 
     @merge_with_config_defaults
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> MplugOwl2ImageFeatures:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> MplugOwl2ImageFeatures:
         """(N, 3, H, W) normalised pixels -> the visual tokens of each picture, in `pooler_output`."""
         encoded = self.vision_tower(pixel_values, **{**kwargs, "return_dict": True})
         connected = self.connector(encoded.last_hidden_state, **{**kwargs, "return_dict": True})
@@ -190,7 +192,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MplugOwl2ModelOutputWithPast:
         """Encode the pictures, put them in place of their placeholders, and run the language model.
 
@@ -310,7 +312,7 @@ class MplugOwl2ForConditionalGeneration(
         )
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> MplugOwl2ImageFeatures:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> MplugOwl2ImageFeatures:
         """(N, 3, H, W) normalised pixels -> the visual tokens of each picture, in `pooler_output`."""
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
@@ -328,7 +330,7 @@ class MplugOwl2ForConditionalGeneration(
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> MplugOwl2CausalLMOutputWithPast:
         """Predict the next token at each position.
 

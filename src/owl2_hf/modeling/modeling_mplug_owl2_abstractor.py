@@ -4,6 +4,7 @@ N: pictures, Q: learnable queries, P: positions of one encoded picture, C: width
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,9 @@ class MplugOwl2AbstractorAttention(nn.Module):
         self.register_buffer("q_pos_embed", query_position_table(config))
         self.register_buffer("k_pos_embed", image_position_table(config))
 
-    def forward(self, queries: Tensor, image: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, queries: Tensor, image: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """(N, Q, C) queries, (N, P, C) picture -> (N, Q, C) and, with eager attention, (N, heads, Q, Q + P) weights."""
         context = torch.cat([queries, image], dim=1)
         query_positions = self.q_pos_embed.to(queries)
@@ -73,7 +76,7 @@ class MplugOwl2AbstractorAttention(nn.Module):
         def heads(states: Tensor) -> Tensor:
             return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attention(
@@ -113,7 +116,7 @@ class MplugOwl2AbstractorLayer(GradientCheckpointingLayer):
         self.mlp_layernorm = nn.LayerNorm(config.hidden_size, eps=config.block_norm_eps)
         self.mlp = MplugOwl2AbstractorMLP(config)
 
-    def forward(self, queries: Tensor, image: Tensor, **kwargs) -> Tensor:
+    def forward(self, queries: Tensor, image: Tensor, **kwargs: Any) -> Tensor:
         """(N, Q, C) queries, (N, P, C) picture -> (N, Q, C)."""
         # Upstream: the residual starts after the norm.
         queries = self.query_layernorm(queries)
@@ -169,7 +172,7 @@ class MplugOwl2VisualAbstractor(PreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, image_features: Tensor, **kwargs) -> BaseModelOutput:
+    def forward(self, image_features: Tensor, **kwargs: Any) -> BaseModelOutput:
         """Summarise each picture in Q visual tokens and an end-of-image vector.
 
         Args:

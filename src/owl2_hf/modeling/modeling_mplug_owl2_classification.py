@@ -85,7 +85,7 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
             self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> MplugOwl2ImageFeatures:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> MplugOwl2ImageFeatures:
         """(N, 3, H, W) normalised pixels -> the visual tokens of each image, in `pooler_output`."""
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
@@ -102,7 +102,7 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
         mm_token_type_ids: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MplugOwl2SequenceClassifierOutputWithPast:
         """Score each prompt.
 

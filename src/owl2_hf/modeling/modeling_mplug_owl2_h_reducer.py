@@ -4,6 +4,8 @@ N: pictures, C: width of the vision encoder, G: patches along one side, K: patch
 of one encoded picture (class token and patches), Q: G * G / K visual tokens, D: width of the language model.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -47,7 +49,7 @@ class MplugOwl2HReducer(PreTrainedModel):
     def get_input_embeddings(self) -> None:
         """None: there is no table to look up."""
 
-    def forward(self, image_features: Tensor, **kwargs) -> BaseModelOutput:
+    def forward(self, image_features: Tensor, **kwargs: Any) -> BaseModelOutput:
         """Merge the patches of each picture into Q visual tokens, and append an end-of-image vector.
 
         Args:

@@ -7,7 +7,7 @@ B: batch, L: positions, D: width, T and V: text and visual tokens of the whole b
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -210,7 +210,7 @@ class MplugOwl2Attention(nn.Module):
         routing: ModalityRouting | None,
         cache: Cache | None = None,
         query_scale: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) -> (B, L, D) and, with eager attention, the (B, heads, L, past + L) weights."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -236,7 +236,7 @@ class MplugOwl2Attention(nn.Module):
         if cache is not None:
             key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attention(
@@ -271,7 +271,7 @@ class MplugOwl2DecoderLayer(GradientCheckpointingLayer):
         )
 
     def forward(
-        self, hidden_states: Tensor, routing: ModalityRouting | None = None, **kwargs
+        self, hidden_states: Tensor, routing: ModalityRouting | None = None, **kwargs: Any
     ) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         normed = route(self.input_layernorm, self.visual_input_layernorm, hidden_states, routing)
@@ -326,7 +326,7 @@ class MplugOwl2TextModel(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
 

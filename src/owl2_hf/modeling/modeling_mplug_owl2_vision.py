@@ -4,6 +4,7 @@ N: pictures, C: width, H, W: pixels of a side, P: positions of one picture (clas
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +80,10 @@ class MplugOwl2VisionAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """(N, P, C) -> (N, P, C) and, with eager attention, the (N, heads, P, P) weights."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attention(
@@ -117,7 +118,7 @@ class MplugOwl2VisionLayer(GradientCheckpointingLayer):
         self.mlp = MplugOwl2VisionMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """(N, P, C) -> (N, P, C)."""
         hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), **kwargs)[0]
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
@@ -170,7 +171,7 @@ class MplugOwl2VisionModel(PreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutput:
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
         """Encode pictures.
 
         Args:

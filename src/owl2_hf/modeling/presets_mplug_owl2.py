@@ -46,7 +46,7 @@ class Preset:
     temperature: float = 1.0
     images_per_prompt: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.levels) != len(self.values) or len(self.levels) < 2:
             raise ValueError(
                 f"expected a value for each of two or more levels, got {self.levels} and {self.values}."

@@ -248,7 +248,7 @@ class ScoresImages:
             "checkpoint again with --tokenizer."
         )
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; what says how the model scores goes with it."""
         folder = Path(save_directory)
         preset = next(_own_files(self, PRESET_FILE), None)

@@ -167,25 +167,25 @@ def record_start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 class _Inert:
     """Takes the place of whatever a pickle names: built from anything, kept nowhere."""
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return super().__new__(cls)
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         pass
 
-    def __setitem__(self, key, value):
+    def __setitem__(self, key: Any, value: Any) -> None:
         pass
 
-    def append(self, value):
+    def append(self, value: Any) -> None:
         pass
 
-    def extend(self, values):
+    def extend(self, values: Any) -> None:
         pass
 
-    def add(self, value):
+    def add(self, value: Any) -> None:
         pass
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import (
@@ -169,7 +169,7 @@ class MplugOwl2ImageProcessor(PilBackend):
     do_normalize = True
     do_convert_rgb = True
 
-    def _standardize_kwargs(self, size=None, **kwargs) -> dict:
+    def _standardize_kwargs(self, size: Any = None, **kwargs: Any) -> dict[str, Any]:
         if kwargs.get("image_aspect_ratio") not in (*ASPECT_RATIOS, "anchors"):
             raise ValueError(
                 f"image_aspect_ratio must be one of {', '.join(map(repr, ASPECT_RATIOS))}, "
@@ -209,7 +209,7 @@ class MplugOwl2ImageProcessor(PilBackend):
         image_aspect_ratio: str | None = None,
         crop_anchors: str | None = None,
         add_global_image: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> int:
         """Squares that become of one picture, with the settings of this processor where none are given."""
         if (image_aspect_ratio or self.image_aspect_ratio) != "anchors":
@@ -231,7 +231,9 @@ class MplugOwl2ImageProcessor(PilBackend):
             return open_image(images, self.max_image_pixels, self.original_reading)
         return images
 
-    def _prepare_image_like_inputs(self, images: Any, *args, **kwargs) -> list[Image.Image]:
+    def _prepare_image_like_inputs(
+        self, images: Any, *args: Any, **kwargs: Any
+    ) -> list[Image.Image]:
         flat = flatten_images(images)
         if not flat:
             raise ValueError("No picture came: give at least one.")
@@ -246,11 +248,11 @@ class MplugOwl2ImageProcessor(PilBackend):
         self,
         image: Any,
         *,
-        input_data_format=None,
-        max_image_pixels=None,
-        do_rescale=True,
-        original_reading=None,
-        **kwargs,
+        input_data_format: str | ChannelDimension | None = None,
+        max_image_pixels: int | None = None,
+        do_rescale: bool | None = True,
+        original_reading: bool | None = None,
+        **kwargs: Any,
     ) -> Image.Image:
         """One picture of any kind -> RGB."""
         max_image_pixels = max_image_pixels or self.max_image_pixels
@@ -281,14 +283,14 @@ class MplugOwl2ImageProcessor(PilBackend):
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         crop_anchors: str = "grid_9",
         add_global_image: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
         """N RGB pictures -> `pixel_values` (squares, 3, S, S) float32, N squares or with "anchors" more.
 
         With "anchors" also `crop_grid` (N, 2), rows and columns of each picture's crops.
         """
         resample = BICUBIC if resample is None else resample
-        data: dict[str, list] = {"pixel_values": []}
+        data: dict[str, list[Any]] = {"pixel_values": []}
         if image_aspect_ratio == "anchors":
             if not do_resize:
                 raise ValueError("'anchors' cuts pictures after resizing them; leave do_resize on.")
@@ -344,7 +346,9 @@ def best_anchor(
     return anchors[int(np.argmax(np.float32(100) * by_shape + by_size))]
 
 
-def _overlap(height: np.ndarray, width: np.ndarray, other_height, other_width) -> np.ndarray:
+def _overlap(
+    height: np.ndarray, width: np.ndarray, other_height: Any, other_width: Any
+) -> np.ndarray:
     """Intersection over union of rectangles with a common corner."""
     common = np.minimum(height, other_height) * np.minimum(width, other_width)
     return common / (height * width + other_height * other_width - common)
@@ -510,7 +514,7 @@ def _decode(content: bytes, max_pixels: int, original_reading: bool) -> Image.Im
         raise ValueError(
             "it has more pixels than PIL opens; see PIL.Image.MAX_IMAGE_PIXELS."
         ) from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ValueError(
             f"it is not a picture in one of the formats {', '.join(FORMATS)}."
         ) from None

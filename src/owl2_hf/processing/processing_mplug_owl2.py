@@ -87,7 +87,7 @@ QWEN_CHAT_TEMPLATE = PLAIN_CHAT_TEMPLATE.replace("eos_token", "'</s>'")
 class Decoded(str):
     """Text of a prompt and its answer. What is cut off behind `ASSISTANT:` is an `Answer`."""
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         text = super().__getitem__(key)
         is_answer = (
             isinstance(key, slice)
@@ -96,14 +96,14 @@ class Decoded(str):
         )
         return Answer(text[1:]) if is_answer else text
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return str, (str(self),)
 
 
 class Answer(Decoded):
     """An answer without the space in front, which it has again where a raw prompt is put in front of it."""
 
-    def __radd__(self, prompt):
+    def __radd__(self, prompt: Any) -> Any:
         return f"{prompt} {self}" if prompt.endswith("ASSISTANT:") else f"{prompt}{self}"
 
 
@@ -127,13 +127,13 @@ class MplugOwl2Processor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
-        chat_template=None,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: Any = None,
         num_image_tokens: int = 65,
         image_token: str = "<|image|>",
         legacy: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
@@ -160,7 +160,7 @@ class MplugOwl2Processor(ProcessorMixin):
             )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As in transformers; also from a checkpoint in the original's layout, which has no processor of its own.
 
         An option that neither the processor nor its parts know is ignored with a warning.
@@ -288,7 +288,9 @@ class MplugOwl2Processor(ProcessorMixin):
         is_llama = self.tokenizer.bos_token is not None and self._drops_noncharacters()
         return NO_PREFIX + text if is_llama and text.startswith(" ") else text
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+    def replace_image_token(
+        self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any
+    ) -> str:
         """What stands for one picture: its placeholders, for DocOwl crop by crop behind their names."""
         run = self.image_token * self.num_image_tokens
         grids = image_inputs.get("crop_grid")
@@ -306,7 +308,14 @@ class MplugOwl2Processor(ProcessorMixin):
         ]
         return "".join((tag if add_tags else "") + run for tag in tags)
 
-    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+    def prepare_inputs_layout(
+        self,
+        images: Any = None,
+        text: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Prompts as a list; pictures as one list for each prompt, or as one list where there is no prompt."""
         if videos is not None:
             raise ValueError(
@@ -340,7 +349,14 @@ class MplugOwl2Processor(ProcessorMixin):
         rest = iter(images)
         return [[next(rest) for _ in range(count)] for count in counts]
 
-    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
+    def validate_inputs(
+        self,
+        images: Any = None,
+        text: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if text is None and images is None:
             raise ValueError("Give text, images, or both; got neither.")
         for index, prompt in enumerate(text or []):
@@ -356,7 +372,7 @@ class MplugOwl2Processor(ProcessorMixin):
     def _count_error(self, got: str) -> str:
         return f"{got}: {self.image_token} tokens in the prompts should be the same as the number of pictures."
 
-    def _process_images(self, images: list[list[Any]], **kwargs):
+    def _process_images(self, images: list[list[Any]], **kwargs: Any) -> Any:
         flat = flatten_images(images)
         processed = self.image_processor(flat, **kwargs)
         return processed, [
@@ -364,7 +380,11 @@ class MplugOwl2Processor(ProcessorMixin):
         ]
 
     def get_text_with_replacements(
-        self, text, images_replacements=(), videos_replacements=(), audio_replacements=()
+        self,
+        text: Any,
+        images_replacements: Any = (),
+        videos_replacements: Any = (),
+        audio_replacements: Any = (),
     ) -> tuple[list[str], list[list[dict[str, Any]]]]:
         """As in transformers; without `legacy`, texts behind control tokens also get `NO_PREFIX`."""
         if self.legacy:
@@ -402,22 +422,22 @@ class MplugOwl2Processor(ProcessorMixin):
         return expanded, all_offsets
 
     def post_process_image_text_to_text(
-        self, generated_outputs, skip_special_tokens=True, **kwargs
-    ):
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> Any:
         """As in transformers; an answer that a pipeline cuts off behind `ASSISTANT:` begins without its space."""
         texts = super().post_process_image_text_to_text(
             generated_outputs, skip_special_tokens, **kwargs
         )
         return Decoded(texts) if isinstance(texts, str) else [Decoded(text) for text in texts]
 
-    def create_mm_token_type_ids(self, input_ids: Iterable) -> list[list[int]]:
+    def create_mm_token_type_ids(self, input_ids: Iterable[Any]) -> list[list[int]]:
         """As in transformers, for the one modality that there is: 1 at visual tokens, 0 elsewhere."""
         rows = (row if isinstance(row, list) else row.tolist() for row in input_ids)
         return [[int(token == self.image_token_id) for token in row] for row in rows]
 
     def apply_chat_template(
-        self, conversation, *args, sanitize_control_tokens: bool = True, **kwargs
-    ):
+        self, conversation: Any, *args: Any, sanitize_control_tokens: bool = True, **kwargs: Any
+    ) -> Any:
         """As in transformers, with the text of every message taken as text, and lists of frames as `video` parts.
 
         `sanitize_control_tokens` is always in force.
@@ -521,7 +541,7 @@ class MplugOwl2Processor(ProcessorMixin):
         text = text.replace(ESCAPE, "").replace(NO_PREFIX, "")
         tokens = self._control_tokens()
 
-        def escape(match: re.Match) -> str:
+        def escape(match: re.Match[str]) -> str:
             start = match.start()
             is_token = any(token.startswith(text[start : start + len(token)]) for token in tokens)
             return match[0] + ESCAPE if is_token else match[0]
@@ -539,7 +559,7 @@ class MplugOwl2Processor(ProcessorMixin):
         return normalizer is not None and normalizer.normalize_str(f"{NO_PREFIX}a{ESCAPE}b") == "ab"
 
     def _get_num_multimodal_tokens(
-        self, image_sizes: Sequence | None = None, **kwargs
+        self, image_sizes: Sequence[Any] | None = None, **kwargs: Any
     ) -> MultiModalData:
         """Placeholders and crops of each picture of (height, width); its size matters where it is cut by its shape."""
         if image_sizes is None:
@@ -608,7 +628,7 @@ def _original_folder(name: str | Path, kwargs: dict[str, Any]) -> Path | None:
     return Path(config).parent
 
 
-def _unexpand(offsets: Iterable, replacements: list[dict[str, Any]]) -> list[tuple[int, int]]:
+def _unexpand(offsets: Iterable[Any], replacements: list[dict[str, Any]]) -> list[tuple[int, int]]:
     """Spans of tokens in the expanded prompt -> in the prompt as it was, with one placeholder for each image."""
     ends = [replacement["new_span"][1] for replacement in replacements]
     gains = [

@@ -30,7 +30,7 @@ class Prepared:
     inputs: Any
 
 
-class Preparation(Dataset):
+class Preparation(Dataset[Any]):
     """What worker processes do: a batch of rows -> what the model takes."""
 
     def __init__(self, scorer: Scorer, task: str):

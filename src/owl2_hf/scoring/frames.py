@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageSequence
+from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from ..processing.image_processing_mplug_owl2 import FORMATS, open_image
 
@@ -42,7 +42,7 @@ def read_frames(source: str | Path) -> list[Image.Image]:
         with Image.open(source, formats=FORMATS) as picture:
             if getattr(picture, "n_frames", 1) > 1:
                 return [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         return _decode(Path(source))
     except MemoryError:
         raise
@@ -73,7 +73,7 @@ def _decode(path: Path) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in frames]
 
 
-def _every_second(metadata: Any, path: Path, **kwargs) -> list[int]:
+def _every_second(metadata: Any, path: Path, **kwargs: Any) -> list[int]:
     """Places of the first frame of each whole second, as Q-Align takes them; of a shorter video the first frame."""
     num_frames = metadata.total_num_frames or _count_frames(path)
     return [

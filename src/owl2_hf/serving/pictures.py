@@ -12,6 +12,7 @@ import time
 import urllib.parse
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 DATA_URL = re.compile(r"data:image/[\w.+-]{1,40};base64", re.IGNORECASE)
 MAX_DOWNLOAD_BYTES = 20 * 2**20  # of a request
@@ -136,7 +137,7 @@ def _hang_up(sock: socket.socket) -> None:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-def _connect(addresses: list[tuple], deadline: float) -> socket.socket:
+def _connect(addresses: list[tuple[Any, ...]], deadline: float) -> socket.socket:
     """A connection to the first address that takes one."""
     failure: OSError = TimeoutError()
     for family, address in addresses:
@@ -151,7 +152,7 @@ def _connect(addresses: list[tuple], deadline: float) -> socket.socket:
     raise failure
 
 
-def _public_addresses(host: str, port: int) -> list[tuple]:
+def _public_addresses(host: str, port: int) -> list[tuple[Any, ...]]:
     """Family and socket address of all that a host resolves to; all of them must be public."""
     found = [(info[0], info[4]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not all(is_public(str(address[0])) for _, address in found):

@@ -90,10 +90,10 @@ class PinnedModel(ModelManager):
             "owned_by": "owl2_hf",
         }
 
-    def load_model_and_processor(self, *args, **kwargs) -> tuple[Any, Any]:
+    def load_model_and_processor(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         return self.model, self.processor
 
-    def list_models(self, *args) -> list[dict]:
+    def list_models(self, *args: Any) -> list[dict[str, Any]]:
         return [self.card]
 
     get_gen_models = list_models  # its name before transformers 5.24
@@ -102,19 +102,31 @@ class PinnedModel(ModelManager):
 class Generator(GenerateManager):
     """Generates for one request after the other, on a thread of its own; leaves out the text of stop strings."""
 
-    async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> Any:
         text, *rest = await super().generate_non_streaming(
             model, processor, inputs, gen_config, request_id
         )
         return text[: find_stop(text, gen_config.stop_strings or [])], *rest
 
-    def generate_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
+    def generate_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Any,
+        gen_config: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         queue, streamer = super().generate_streaming(
             model, processor, inputs, gen_config, *args, **kwargs
         )
         return StopFilter(queue, gen_config.stop_strings or []), streamer
 
-    def async_submit(self, fn: Callable, *args, **kwargs) -> asyncio.Future:
+    def async_submit(
+        self, fn: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> asyncio.Future[Any]:
         # The thread sets the result in any case, which a cancelled future would not take.
         future = super().async_submit(fn, *args, **kwargs)
         # Which is not lost where nobody waits for it any more.
@@ -137,7 +149,7 @@ class Run:
         self.model, self.config, self.tokenizer, self.seed = model, model.config, tokenizer, seed
         self.is_cancelled = threading.Event()
 
-    def generate(self, **kwargs) -> torch.Tensor:
+    def generate(self, **kwargs: Any) -> torch.Tensor:
         """As the model's `generate`, seeded here and not when the request came; ends where nobody waits for it.
 
         Raises:
@@ -157,7 +169,7 @@ class Run:
             logger.error("generation failed", exc_info=error)
             raise RuntimeError(FAILED) from error
 
-    def _stops(self, input_ids: torch.Tensor, scores: Any, **kwargs) -> torch.Tensor:
+    def _stops(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), self.is_cancelled.is_set(), device=input_ids.device)
 
 
@@ -182,7 +194,7 @@ class ChatHandler(ChatCompletionHandler):
             self.model.config.output_vocab_size or self.model.config.get_text_config().vocab_size
         )
 
-    async def handle_request(self, body: dict, request_id: str) -> Any:
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         try:
             request = parse_request(body)
             self._check(request)
@@ -305,12 +317,12 @@ def build_app(
     app = build_server(pinned, handler, None, None, None, None, state)
 
     @app.get("/v1/models/{model:path}")
-    def retrieve_model(model: str) -> dict:
+    def retrieve_model(model: str) -> dict[str, Any]:
         handler.check_name(model)
         return pinned.card
 
     @app.post("/v1/score")
-    async def score(request: Request) -> dict:
+    async def score(request: Request) -> dict[str, Any]:
         return await scores.handle_request(request)
 
     # transformers' own would load what a request names.
@@ -319,7 +331,7 @@ def build_app(
     ]
 
     @app.post("/load_model")
-    def load_model(body: dict) -> Response:
+    def load_model(body: dict[str, Any]) -> Response:
         """What `transformers chat` asks first; the one model is there."""
         if not isinstance(wanted := body.get("model"), str):
             raise HTTPException(400, "model: expected the name of the model.")

@@ -22,7 +22,7 @@ def num_withheld(text: str, stops: Sequence[str]) -> int:
 class StopFilter:
     """A queue of pieces of text and, at the end, other items; without the first stop string and what follows it."""
 
-    def __init__(self, queue: asyncio.Queue, stops: Sequence[str]) -> None:
+    def __init__(self, queue: asyncio.Queue[Any], stops: Sequence[str]) -> None:
         self.queue, self.stops = queue, stops
         self.withheld, self.has_stopped = "", False
         self.ready: deque[Any] = deque()

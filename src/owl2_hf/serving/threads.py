@@ -4,11 +4,12 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 
-def in_thread(function: Callable, *args) -> asyncio.Future:
+def in_thread(function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
     """As `asyncio.to_thread`, but the end of the process does not wait for the thread."""
-    future: Future = Future()
+    future: Future[Any] = Future()
     future.set_running_or_notify_cancel()
 
     def run() -> None:

@@ -62,7 +62,7 @@ class JsonLines(Sequence[Row]):
                 raise ValueError(f"{self.path}, line {number}: {row}") from None
             yield row
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         number, start = self._places[index]
         with self.path.open("rb") as file:
             file.seek(start)
@@ -82,7 +82,7 @@ def _parse(line: bytes) -> Row:
         raise ValueError(f"not valid JSON: {error}.") from None
 
 
-class Rows(Dataset):
+class Rows(Dataset[Row]):
     """Rows by index, each with where it and its images come from.
 
     Args:
@@ -120,7 +120,7 @@ class Rows(Dataset):
         )
 
 
-class RowStream(IterableDataset):
+class RowStream(IterableDataset[Row]):
     """Rows one after another, as `Rows` has them; the workers of a DataLoader share them out."""
 
     def __init__(
@@ -161,7 +161,7 @@ def load_rows(
     streaming: bool = False,
     allow_outside: bool = False,
     skip_bad: bool = False,
-):
+) -> Any:
     """Rows of training data, by index or as a stream, as PyTorch's DataLoader takes them.
 
     Args:
@@ -373,7 +373,7 @@ def look_over(
     return [verdict for batch in loader for verdict in batch if verdict is not None]
 
 
-class _Verdicts(Dataset):
+class _Verdicts(Dataset[Any]):
     """What is wrong with each row, `None` where nothing is."""
 
     def __init__(self, rows: Any, decode: bool):

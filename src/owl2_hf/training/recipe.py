@@ -60,7 +60,7 @@ class DataRecipe:
     bad_rows: str = "stop"
     image_cache: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_choice("bad_rows", self.bad_rows, ("stop", "skip"))
 
 
@@ -121,7 +121,7 @@ class ScoreRecipe:
     score_stds: str = "fixed"
     keep_best: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_choice("labels", self.labels, ("hard", "soft"))
         _check_choice("image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
         _check_choice("pair_loss", self.pair_loss, PAIR_LOSSES)
@@ -179,7 +179,7 @@ class Recipe:
     vision_layer_decay: int | float | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         _check_choice("quantization", self.quantization, (None, "4bit", "8bit"))
         known = {one.name: one.default for one in dataclasses.fields(TrainingArguments)}

@@ -177,7 +177,7 @@ class KeepBest(TrainerCallback):
     def __init__(self, count: int):
         self.count = count
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         found = {row["step"]: row["eval_srcc"] for row in state.log_history if "eval_srcc" in row}

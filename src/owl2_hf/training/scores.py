@@ -36,7 +36,7 @@ class _Group:
     density: str
 
 
-class ScoreRows(Dataset):
+class ScoreRows(Dataset[Row]):
     """Opinions as rows to train or evaluate on.
 
     Args:
@@ -156,7 +156,7 @@ class ScoreRows(Dataset):
         )
 
 
-class SingleRows(Dataset):
+class SingleRows(Dataset[Row]):
     """Every image of one data set once, to be looked over as rows of conversations are; videos take too long.
 
     Args:
