@@ -1,4 +1,7 @@
-"""Push a model folder to the Hub: what belongs to a model goes, anything else stops the push."""
+"""Push a model folder to the Hub: what belongs to a model goes, anything else stops the push.
+
+One file because what may be published is one list of rules.
+"""
 
 import json
 import os

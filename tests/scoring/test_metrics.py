@@ -146,7 +146,7 @@ def test_what_makes_no_metric_is_refused(default, paths, tmp_path):
     for name, message in (
         ("musiq", "expected a metric of qalign, one-align, deqa, .*, got 'musiq'"),
         ("qalign_4bit", "expected 'qalign', got 'qalign_4bit': give it a quantization_config"),
-        ("compare2score", "use owl2_hf.comparison.Comparator"),
+        ("compare2score", "use owl2_hf.scoring.comparison.Comparator"),
     ):
         with pytest.raises(ValueError, match=message):
             create_metric(name, **default)

@@ -1,6 +1,8 @@
 """Convert a checkpoint of any layout of the original into a folder that transformers loads, or back.
 
 Tensors stream: each is read, checked, renamed and written before the next one, and the folder appears when it is whole.
+
+One file because every layout goes through the same plan.
 """
 
 import functools

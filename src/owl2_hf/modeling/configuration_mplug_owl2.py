@@ -2,6 +2,8 @@
 
 Sources: mPLUG-Owl2 (CVPR 2024, arXiv:2311.04257), mPLUG-DocOwl 1.5 (arXiv:2403.12895) and their released code
 (X-PLUG/mPLUG-Owl, X-PLUG/mPLUG-DocOwl).
+
+One file because the configurations of all parts refer to each other.
 """
 
 from dataclasses import field

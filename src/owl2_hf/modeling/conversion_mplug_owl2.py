@@ -2,6 +2,8 @@
 
 `{}` stands for a layer number; `None` marks what is dropped on purpose, because the model computes it. The inverse is
 derived. Importing this file tells transformers how to load a checkpoint in the original's layout.
+
+One file because it is one table, read in both directions.
 """
 
 import re

@@ -3,6 +3,8 @@
 The text branch carries LLaMA's parameter names; the visual branch stands beside it as `visual_*`.
 
 B: batch, L: positions, D: width, T and V: text and visual tokens of the whole batch (T + V = B * L).
+
+One file because a decoder is read from the layer's parts up to the whole.
 """
 
 import math

@@ -1,6 +1,8 @@
 """Pictures for mPLUG-Owl2: opened with care, made square as the original makes them, resized and normalised.
 
 H, W: height and width of a picture, S: side of the final square, N: pictures.
+
+One file because the Hub finds an image processor by the name of its file.
 """
 
 import base64

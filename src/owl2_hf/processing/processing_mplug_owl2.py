@@ -2,6 +2,8 @@
 
 One `<|image|>` of a prompt becomes the positions of one picture: the learnable queries and the end-of-image vector. For
 DocOwl 1.5, whose pictures are cut into crops, it becomes the positions of each crop behind the crop's name.
+
+One file because the Hub finds a processor by the name of its file.
 """
 
 import bisect

@@ -3,8 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .frames import expand_paths
 from .metrics import Metric, create_metric
-from .paths import expand_paths, score_each, score_paths
+from .paths import score_each, score_paths
 from .presets import IMAGE_TOKEN, PRESETS, Preset, custom_preset
 from .rewards import reward
 from .scorer import Score, Scorer, crop_boxes, level_id

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 from transformers.utils import logging
 
 from ..training.messages import Place, locate_picture
-from .opinions import Opinion, Opinions, opinions_of
+from .opinion import Opinion, Opinions, opinions_of
 
 logger = logging.get_logger(__name__)
 

@@ -1,6 +1,7 @@
 """Videos and animated pictures as lists of frames."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,39 @@ def _count_frames(path: Path) -> int:
 
     with av.open(str(path)) as container:
         return sum(packet.size > 0 for packet in container.demux(video=0))
+
+
+def expand_paths(paths: Sequence[str], is_video: bool = False) -> tuple[list[str], list[Any]]:
+    """Files and folders as names and what to score.
+
+    Args:
+        is_video: A folder that holds videos stands for each of them; else its pictures are the frames of one video, in
+            the order of their names.
+
+    Raises:
+        ValueError: A folder holds nothing to score.
+    """
+    names: list[str] = []
+    sources: list[Any] = []
+    for path in paths:
+        files: list[Any] = [path]
+        if Path(path).is_dir():
+            videos = (
+                sorted(file for file in Path(path).iterdir() if is_video_path(file))
+                if is_video
+                else []
+            )
+            files = videos or ([_pictures(Path(path))] if is_video else _pictures(Path(path)))
+        names += [path if isinstance(file, list) else str(file) for file in files]
+        sources += files
+    return names, sources
+
+
+def _pictures(folder: Path) -> list[Path]:
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    if not files:
+        raise ValueError(
+            f"{folder} holds no images: expected files named {', '.join(sorted(suffixes)[:6])}, ..."
+        )
+    return files

@@ -194,7 +194,7 @@ def _unknown(name: str) -> str:
     if name in ("qalign_4bit", "qalign_8bit"):
         return f"expected 'qalign', got {name!r}: give it a quantization_config of transformers."
     if name == "compare2score":
-        return f"expected a metric of {known}, got {name!r}: use owl2_hf.comparison.Comparator."
+        return f"expected a metric of {known}, got {name!r}: use owl2_hf.scoring.comparison.Comparator."
     return f"expected a metric of {known}, got {name!r}."
 
 

@@ -5,10 +5,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from ..processing.image_processing_mplug_owl2 import FORMATS, is_many
-from .frames import is_video_path, read_frames
+from ..processing.image_processing_mplug_owl2 import is_many
+from .frames import expand_paths, is_video_path, read_frames
 from .scorer import Score, Scorer
 
 
@@ -75,39 +73,3 @@ def _try_open(scorer: Scorer, image: Any, is_video: bool) -> Any:
         return [scorer.open_image(frame) for frame in (frames if is_many(frames) else [frames])]
     except (ValueError, OSError) as error:
         return ValueError(str(error))
-
-
-def expand_paths(paths: Sequence[str], is_video: bool = False) -> tuple[list[str], list[Any]]:
-    """Files and folders as names and what to score.
-
-    Args:
-        is_video: A folder that holds videos stands for each of them; else its pictures are the frames of one video, in
-            the order of their names.
-
-    Raises:
-        ValueError: A folder holds nothing to score.
-    """
-    names: list[str] = []
-    sources: list[Any] = []
-    for path in paths:
-        files: list[Any] = [path]
-        if Path(path).is_dir():
-            videos = (
-                sorted(file for file in Path(path).iterdir() if is_video_path(file))
-                if is_video
-                else []
-            )
-            files = videos or ([_pictures(Path(path))] if is_video else _pictures(Path(path)))
-        names += [path if isinstance(file, list) else str(file) for file in files]
-        sources += files
-    return names, sources
-
-
-def _pictures(folder: Path) -> list[Path]:
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
-    if not files:
-        raise ValueError(
-            f"{folder} holds no images: expected files named {', '.join(sorted(suffixes)[:6])}, ..."
-        )
-    return files

@@ -7,7 +7,6 @@ Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (
 code.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,9 @@ from ..modeling.scoring_mplug_owl2 import (
     read_levels,
 )
 from ..processing.image_processing_mplug_owl2 import is_many
+from .crops import crop_boxes
 from .frames import is_video_path, read_frames
+from .tensors import score_tensor
 
 __all__ = ["Score", "Scorer", "crop_boxes", "level_id"]
 
@@ -164,8 +165,6 @@ class Scorer:
             ValueError: The preset has no such task, the tensors are not of this kind, or the model
                 gives NaN.
         """
-        from .tensors import score_tensor  # which needs this file
-
         return score_tensor(self, images, task)
 
     def _prompt(self, task: str) -> str:
@@ -256,25 +255,3 @@ def _to_list(images: Any, is_video: bool) -> Any:
         is_many(one) or is_video_path(one) for one in images
     )
     return images if is_several else [images]
-
-
-def crop_boxes(width: int, height: int, side: int) -> list[tuple[int, int, int, int]]:
-    """Squares of this side that cover an image, row by row, at even steps; the fewest that do, so they may overlap.
-
-    Returns:
-        (left, top, right, bottom) of each. Where the image is smaller than the side, a box ends with the image.
-    """
-
-    def starts(length: int) -> list[int]:
-        steps = math.ceil(length / side) - 1
-        return (
-            [round(step * (length - side) / steps) for step in range(steps + 1)]
-            if steps > 0
-            else [0]
-        )
-
-    return [
-        (left, top, min(left + side, width), min(top + side, height))
-        for top in starts(height)
-        for left in starts(width)
-    ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,17 +21,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .scorer import crop_boxes
-
-if TYPE_CHECKING:
-    from .scorer import Scorer
+from .crops import crop_boxes
+from .presets import Preset
 
 # What PIL and torch both resample with, where torch can smooth while it shrinks.
 _MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 _LARGEST_MEAN = 2.0  # of values from 0 to 1, with room for what a generator overshoots
 
 
-def score_tensor(scorer: Scorer, images: Any, task: str = "quality") -> Tensor:
+class ReadsLevels(Protocol):
+    """What this file uses of a `Scorer`."""
+
+    model: Any
+    processor: Any
+    preset: Preset
+    batch_size: int
+    crops: bool
+
+    def _prompt(self, task: str) -> str: ...
+
+    def _inputs(self, frames: list[list[Any]], prompt: str, size: Any = None) -> Any: ...
+
+    def _level_logits(self, logits: Tensor) -> Tensor: ...
+
+
+def score_tensor(scorer: ReadsLevels, images: Any, task: str = "quality") -> Tensor:
     """`Scorer.score_tensor`; see there."""
     prompt = scorer._prompt(task)
     is_video = task == "video" or scorer.preset.images_per_prompt > 1
@@ -140,7 +154,7 @@ def _side(image_processor: Any) -> int:
     return size.get("height") or size["shortest_edge"]
 
 
-def _levels(scorer: Scorer, items: list[Tensor], prompt: str) -> Tensor:
+def _levels(scorer: ReadsLevels, items: list[Tensor], prompt: str) -> Tensor:
     """B times (T, 3, H, W) -> (B, K) logits of the levels, over the temperature."""
     device, processor = scorer.model.device, scorer.processor
     ratio = scorer.preset.image_aspect_ratio
@@ -156,7 +170,7 @@ def _levels(scorer: Scorer, items: list[Tensor], prompt: str) -> Tensor:
     return scorer._level_logits(logits)
 
 
-def _crop_levels(scorer: Scorer, image: Tensor, prompt: str) -> Tensor:
+def _crop_levels(scorer: ReadsLevels, image: Tensor, prompt: str) -> Tensor:
     """(1, 3, H, W) -> (1, K) logarithms of the mean of all crops' probabilities."""
     side = _side(scorer.processor.image_processor)
     boxes = crop_boxes(image.shape[-1], image.shape[-2], side)
@@ -168,7 +182,7 @@ def _crop_levels(scorer: Scorer, image: Tensor, prompt: str) -> Tensor:
     return torch.cat(probs).mean(0, keepdim=True).log()
 
 
-def _expected(scorer: Scorer, levels: Tensor) -> Tensor:
+def _expected(scorer: ReadsLevels, levels: Tensor) -> Tensor:
     """(B, K) logits of the levels -> (B,) expected values on the scale."""
     low, high = scorer.preset.scale
     return levels.softmax(-1) @ (low + (high - low) * levels.new_tensor(scorer.preset.values))

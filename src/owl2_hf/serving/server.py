@@ -3,6 +3,8 @@
 transformers' own server loads whatever model a request names, and knows only the model classes that come with it; it
 opens files of the server as pictures, ignores fields that it does not support, and generates to the end for clients
 that have gone. Its application, streaming and answers are used here, around a handler that does none of this.
+
+One file because a request passes all of it, from top to bottom.
 """
 
 import asyncio

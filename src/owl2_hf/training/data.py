@@ -1,4 +1,7 @@
-"""Training data: rows from files and from the package `datasets`, and a report of what is wrong with them."""
+"""Training data: rows from files and from the package `datasets`, and a report of what is wrong with them.
+
+One file because rows are found, read and checked by the same rules.
+"""
 
 import itertools
 import json

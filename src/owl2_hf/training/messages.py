@@ -12,8 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..scoring import expand_paths
-from ..scoring.frames import read_frames
+from ..scoring.frames import expand_paths, read_frames
 
 ROLES = {
     "human": "user",

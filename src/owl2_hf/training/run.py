@@ -2,6 +2,8 @@
 
 The target folder holds checkpoints on the way, and at the end the trained model (or adapter) with its processor, the
 recipe as it was run, the versions it was run with, the history of the losses and a plot of it.
+
+One file because the steps of a run follow each other.
 """
 
 import dataclasses
