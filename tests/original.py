@@ -12,7 +12,7 @@ def expand_markers(
     """(B, L) original ids -> model inputs with every marker expanded, rows padded on the right.
 
     Args:
-        tokens_per_marker: Visual tokens behind one marker, where it is not one picture.
+        tokens_per_marker: Visual tokens behind one marker, where it is not one image.
     """
     run = tokens_per_marker or config.num_image_tokens
     rows, kept_labels = [], []

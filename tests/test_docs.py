@@ -42,7 +42,7 @@ def with_words(words):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder where `path/to/...` and the pictures are."""
+    """A folder where `path/to/...` and the images are."""
     folder = tmp_path_factory.mktemp("docs")
     words = {
         word
@@ -287,7 +287,7 @@ def test_every_test_that_the_page_on_reliability_names_exists():
 
 @pytest.fixture
 def encoded():
-    """The default model, its processor, and how many pictures each call of the vision encoder took."""
+    """The default model, its processor, and how many images each call of the vision encoder took."""
     calls: list[int] = []
     model, processor = owl2_hf.load_default(dtype=torch.float32)
     model.model.vision_tower.register_forward_pre_hook(

@@ -204,7 +204,7 @@ def test_loss_is_the_originals(golden, name, training):
     case = golden.case(name)
     golden.model.train(training)
     inputs = golden.inputs(case)
-    # The original feeds a text-only row a picture that nobody looks at.
+    # The original feeds a text-only row an image that nobody looks at.
     if name == "c5d_labels_ragged":
         num_pictures = int((case["input_ids"] == -200).sum())
         inputs["pixel_values"] = inputs["pixel_values"][:num_pictures]

@@ -31,7 +31,7 @@ tags: [mplug-owl2]
 
 # A model
 
-![a picture](pictures/one.png)
+![an image](pictures/one.png)
 """
 PROMPT = "USER: <|image|>What is this? ASSISTANT:"
 
@@ -42,12 +42,12 @@ STRANGER = """
     import torch
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    repo_id, picture, prompt = sys.argv[1:]
+    repo_id, image, prompt = sys.argv[1:]
     processor = AutoProcessor.from_pretrained(repo_id, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(repo_id, trust_remote_code=True, dtype=torch.float32).eval()
     assert "transformers_modules" in type(model).__module__
     with torch.no_grad():
-        print(model(**processor(text=prompt, images=Image.open(picture), return_tensors="pt")).logits[0, -1].tolist())
+        print(model(**processor(text=prompt, images=Image.open(image), return_tensors="pt")).logits[0, -1].tolist())
 """
 
 PUSHER = """
@@ -326,7 +326,7 @@ def test_every_file_that_stops_a_push_is_named_in_one_error(folder):
         "Not part of a model of this package: .cache, .git, config.json.bak, runs, train.log, try.ipynb"
         in message
     )
-    assert "Pictures that README.md does not show: pictures/two.png" in message
+    assert "Images that README.md does not show: pictures/two.png" in message
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,6 @@ def test_an_answer_has_its_space_behind_a_prompt_alone():
 
 
 def test_a_broken_picture_is_named(pipe, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.png"):
         ask(pipe, {"type": "image", "path": str(tmp_path / "broken.png")})

@@ -47,14 +47,14 @@ STRANGER = """
         AutoModelForMultimodalLM, AutoModelForPreTraining, AutoProcessor, AutoTokenizer, pipeline,
     )
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
-    folder, picture, prompt = sys.argv[1:]
+    folder, image, prompt = sys.argv[1:]
     trust = {"trust_remote_code": True}
     assert AutoConfig.from_pretrained(folder, **trust).model_type in ("mplug_owl2", "mplug_owl2_1")
     processor = AutoProcessor.from_pretrained(folder, **trust)
     image_processor = AutoImageProcessor.from_pretrained(folder, **trust)
     tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
-    inputs = processor(text=prompt, images=Image.open(picture), return_tensors="pt")
-    assert torch.equal(image_processor(Image.open(picture), return_tensors="pt").pixel_values, inputs.pixel_values)
+    inputs = processor(text=prompt, images=Image.open(image), return_tensors="pt")
+    assert torch.equal(image_processor(Image.open(image), return_tensors="pt").pixel_values, inputs.pixel_values)
     assert tokenizer("Hello there").input_ids == processor(text="Hello there").input_ids[0]
     assert type(AutoModel.from_pretrained(folder, **trust)).__name__ == "MplugOwl2Model"
     for auto_class in (
@@ -64,7 +64,7 @@ STRANGER = """
         assert type(model).__name__ == "MplugOwl2ForConditionalGeneration"
         assert "transformers_modules" in type(model).__module__
     pipe = pipeline("image-text-to-text", model=folder, **trust)
-    parts = [{"type": "image", "path": picture}, {"type": "text", "text": "What is this?"}]
+    parts = [{"type": "image", "path": image}, {"type": "text", "text": "What is this?"}]
     assert pipe(text=[{"role": "user", "content": parts}], max_new_tokens=3)[0]["generated_text"]
     with torch.no_grad():
         print(model(**inputs).logits[0, -1].tolist())

@@ -182,7 +182,7 @@ def _reason_against(path: Path, name: str, folder: Path, card: str) -> str | Non
     if not path.is_file() or not (is_picture or _ALLOWED.fullmatch(name)):
         return "Not part of a model of this package"
     if is_picture and name not in card:
-        return "Pictures that README.md does not show"
+        return "Images that README.md does not show"
     return _reason_against_content(path)
 
 

@@ -1,4 +1,4 @@
-"""What one request may ask of a model: pixels of its pictures, positions of the context. And where requests come in."""
+"""What one request may ask of a model: pixels of its images, positions of the context. And where requests come in."""
 
 import socket
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ def open_pictures(
     """The files decoded.
 
     Args:
-        max_pixels: Limit for the pixels of all pictures together: each takes memory that a small file does not betray.
-        names: What to call the pictures in an error; "picture 1 of 2" if not given.
+        max_pixels: Limit for the pixels of all images together: each takes memory that a small file does not betray.
+        names: What to call the images in an error; "image 1 of 2" if not given.
 
     Raises:
-        ValueError: A picture is broken, or they are too large; the message says which.
+        ValueError: An image is broken, or they are too large; the message says which.
     """
     pictures: list[Image.Image] = []
     for index, file in enumerate(files):
@@ -32,7 +32,7 @@ def open_pictures(
                 )
             )
         except ValueError as error:
-            name = names[index] if names else f"picture {index + 1} of {len(files)}"
+            name = names[index] if names else f"image {index + 1} of {len(files)}"
             raise ValueError(f"{name}: {str(error).removeprefix('bytes: ')}") from None
     return pictures
 
@@ -57,7 +57,7 @@ class Context:
         return max(map(len, self._tokenizer.get_vocab()))
 
     def check(self, num_pictures: int, num_characters: int) -> None:
-        """Refuse what cannot fit, before pictures are opened and text is cut into tokens.
+        """Refuse what cannot fit, before images are opened and text is cut into tokens.
 
         Raises:
             ValueError: It is longer than the context.

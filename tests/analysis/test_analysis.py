@@ -445,9 +445,7 @@ def test_the_command_writes_and_prints(found, without, tmp_path):
     ]
     lines = run(CAT, "--out", tmp_path / "out", "--unrelated", SHAPES, *settings).stdout
     assert (
-        "unrelated picture" in lines
-        and "no picture" in lines
-        and "query_maps_unrelated.png" in lines
+        "unrelated image" in lines and "no image" in lines and "query_maps_unrelated.png" in lines
     )
 
 

@@ -62,7 +62,7 @@ def test_convert_and_info_of_an_original_checkpoint(golden_dir, tmp_path):
     assert result.exit_code == 0
     assert json.loads(result.stdout)["dtype"] == "float32"
     facts = json.loads(run("info", tmp_path / "target", "--json").stdout)
-    assert facts["tokens per picture"] == 9
+    assert facts["tokens per image"] == 9
     answer = run(
         "describe",
         "--model",

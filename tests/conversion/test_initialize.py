@@ -133,7 +133,7 @@ def assert_same_logits(
     input_ids: Tensor,
     atol: float,
 ):
-    """Without indicators, with the text's, with the pictures', and both in turns; returns the largest difference."""
+    """Without indicators, with the text's, with the images', and both in turns; returns the largest difference."""
     num_ids = language.config.vocab_size
     expected = language(input_ids).logits
     mixed = torch.arange(input_ids.shape[1]).remainder(3).eq(1).long().expand_as(input_ids)

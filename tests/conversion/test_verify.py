@@ -19,7 +19,7 @@ def test_a_good_folder_is_ok(converted, golden_dir):
     result = command("verify", converted, "--against", golden_dir("A") / "hf")
     assert result.stdout.splitlines()[-1] == "ok"
     assert "133 tensors equal the source's, bit for bit" in result.stdout
-    assert "logits of a prompt with a picture equal the source's, to " in result.stdout
+    assert "logits of a prompt with an image equal the source's, to " in result.stdout
     checks = json.loads(command("verify", converted, "--json").stdout)
     assert checks["ok"] is True and len(checks["checks"]) == 5
 
@@ -97,14 +97,14 @@ def test_a_setting_that_changes_the_logits_is_found(converted, golden_dir):
     config["text_config"]["rms_norm_eps"] = 0.1
     (converted / "config.json").write_text(json.dumps(config))
     line = refused("verify", converted, "--against", golden_dir("A") / "hf")
-    assert "the logits of a prompt with a picture differ from the source's by up to" in line
+    assert "the logits of a prompt with an image differ from the source's by up to" in line
 
 
 def test_a_processor_that_does_not_fit_is_named(converted):
     path = converted / "processor_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "num_image_tokens": 65}))
-    assert "the processor's positions of a picture is 65, the model's 9" in refused(
+    assert "the processor's positions of an image is 65, the model's 9" in refused(
         "verify", converted
     )
     path.write_text("{")

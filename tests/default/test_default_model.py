@@ -1,4 +1,4 @@
-"""The model inside the package: small, offline, and right about pictures it was not trained on."""
+"""The model inside the package: small, offline, and right about images it was not trained on."""
 
 import json
 
@@ -35,7 +35,7 @@ def ask():
 
 
 def drawing(shape: str, color: str) -> Image.Image:
-    """A shape as no data set has it: larger than the model's pictures, so that it is resized."""
+    """A shape as no data set has it: larger than the model's images, so that it is resized."""
     image = Image.new("RGB", (256, 256), (236, 238, 240))
     draw = ImageDraw.Draw(image)
     if shape == "circle":

@@ -131,7 +131,7 @@ def test_a_question_without_an_answer_is_left_out(answer):
 
 
 def test_an_empty_question_is_refused():
-    with pytest.raises(ValueError, match="the question is empty: write one, or add a picture"):
+    with pytest.raises(ValueError, match="the question is empty: write one, or add an image"):
         to_messages([], {"text": " \n", "files": []})
 
 
@@ -238,7 +238,7 @@ def test_what_is_longer_than_the_context_is_refused(worker):
 
 def test_a_picture_that_was_deleted_is_asked_for_again(worker, tmp_path):
     with pytest.raises(
-        ValueError, match="a picture is not here any more: upload it again, in a new chat"
+        ValueError, match="an image is not here any more: upload it again, in a new chat"
     ):
         list(worker.answer([user("What is this?", str(tmp_path / "gone.png"))], 8))
 
@@ -259,17 +259,17 @@ def test_scores_are_those_of_the_command_and_a_broken_picture_costs_no_other(wor
 def test_the_analysis_has_the_figures_of_the_command(worker):
     lines, figures = worker.analyze([picture(), picture("shapes-0")], "What is this?")
     assert lines[0] == "default (with the modality-adaptive module)"
-    assert "given picture: 'banana'" in lines[1]
+    assert "given image: 'banana'" in lines[1]
     assert set(figures) == {"attention", "norms", "query_maps", "query_maps_unrelated"}
     assert all(min(figure.size) > 300 for figure in figures.values())
 
 
 def test_an_analysis_needs_one_picture_and_a_question(worker):
     with pytest.raises(
-        ValueError, match="expected one picture, or a second one that is unrelated, got 0"
+        ValueError, match="expected one image, or a second one that is unrelated, got 0"
     ):
         worker.analyze([], "What is this?")
-    with pytest.raises(ValueError, match="the question is empty: write one about the picture"):
+    with pytest.raises(ValueError, match="the question is empty: write one about the image"):
         worker.analyze([picture()], " ")
 
 
@@ -543,7 +543,7 @@ def tab(browser, address):
 
 @pytest.fixture
 def shoot(tab):
-    """Keep what the window shows as a picture of the documentation, where OWL2_HF_SCREENSHOTS names a folder."""
+    """Keep what the window shows as an image of the documentation, where OWL2_HF_SCREENSHOTS names a folder."""
     folder = os.environ.get("OWL2_HF_SCREENSHOTS")
 
     def shoot(name):
@@ -660,7 +660,7 @@ def test_in_a_browser_the_plots_of_the_attention_are_shown(tab, shoot):
     tab.get_by_role("tab", name="Attention").click()
     ask(tab, "What is this?", picture())
     expect(panel(tab).get_by_role("textbox", disabled=True)).to_have_value(
-        re.compile("given picture: 'banana'")
+        re.compile("given image: 'banana'")
     )
     plots = panel(tab).locator("img:not(.thumbnail-image)")
     expect(plots).to_have_count(3)

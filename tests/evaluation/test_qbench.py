@@ -137,7 +137,7 @@ def test_images_are_cut_as_the_scripts_cut_them(folder, default):
         ({"correct_ans": None}, "row 2: expected 'correct_ans'.*the part dev has it"),
         ({"candidates": ["Yes"]}, "row 2: expected a list of 2 to 4 'candidates'"),
         ({"img_path": "../b.png"}, "row 2: '../b.png' leads out of"),
-        ({"img_path": "c.png"}, "row 2: there is no picture"),
+        ({"img_path": "c.png"}, "row 2: there is no image"),
         ({"question": 3}, "row 2: expected texts as 'img_path' and 'question'"),
     ],
 )

@@ -152,7 +152,7 @@ def test_a_compiled_graph_without_breaks_gives_the_same(converted):
     torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=0, atol=1e-4)
 
 
-# Pictures of one prompt, and prompts of one batch
+# Images of one prompt, and prompts of one batch
 
 
 @torch.no_grad()
@@ -263,12 +263,12 @@ def test_verify_says_ok(original, converted, with_tokenizer, tmp_path):
     lines = command("verify", converted, "--against", original).stdout
     assert (
         lines.splitlines()[-1] == "ok"
-        and "logits of a prompt with a picture equal the source's" in lines
+        and "logits of a prompt with an image equal the source's" in lines
     )
     command("convert", with_tokenizer, tmp_path / "converted")
     lines = command("verify", tmp_path / "converted", "--against", with_tokenizer).stdout
-    # The whole picture and one crop.
-    assert "the processor fits the model: 34 positions for a picture" in lines
+    # The whole image and one crop.
+    assert "the processor fits the model: 34 positions for an image" in lines
 
 
 def test_info_counts_the_tokens_of_a_crop(original, with_tokenizer, tmp_path):
@@ -276,13 +276,13 @@ def test_info_counts_the_tokens_of_a_crop(original, with_tokenizer, tmp_path):
     for folder in (original, with_tokenizer, tmp_path / "converted"):
         facts = json.loads(command("info", folder, "--json").stdout)
         assert (facts["tokens per crop"], facts["crop size"]) == (17, 32)
-        assert "tokens per picture" not in facts
+        assert "tokens per image" not in facts
     assert re.search(r"tokens per crop +17\n", command("info", with_tokenizer).stdout)
     processor = AutoProcessor.from_pretrained(tmp_path / "converted")
     processor.image_processor.image_aspect_ratio = "pad"
     processor.save_pretrained(tmp_path / "converted")
     assert (
-        json.loads(command("info", tmp_path / "converted", "--json").stdout)["tokens per picture"]
+        json.loads(command("info", tmp_path / "converted", "--json").stdout)["tokens per image"]
         == 17
     )
 
@@ -405,7 +405,7 @@ def test_crops_and_prompts_are_the_originals(documents):
         pixels = torch.from_numpy(np.stack(processed["pixel_values"]))
         assert len(pixels) == case["num_crops"], key
         if (expected := documents.tensors.get(f"{key}/pixel_values")) is not None:
-            # Pillow 13 shrinks tall pictures in another order of passes than 12, which rounds some pixels otherwise.
+            # Pillow 13 shrinks tall images in another order of passes than 12, which rounds some pixels otherwise.
             differs = name == "tall" and PILLOW < 13
             torch.testing.assert_close(pixels, expected, rtol=0, atol=0.04 if differs else 1e-5)
             compared += 1

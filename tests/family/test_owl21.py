@@ -62,7 +62,7 @@ def test_positions_of_patches_are_interpolated_as_in_the_original(golden, name):
 
 
 def test_a_batch_generates_what_each_prompt_does_alone(golden):
-    """Upstream: cached batches fail with pictures."""
+    """Upstream: cached batches fail with images."""
     cases = [golden.case(name) for name in ("c6_generate_one_image", "c6c_generate_text")]
     rows = [
         expand_markers(case["input_ids"], golden.config)["input_ids"][0].tolist() for case in cases
@@ -147,7 +147,7 @@ def test_direct_loading_gives_the_bits_of_the_converted_folder(source, converted
 
 def test_info_knows_the_model(source, converted):
     for folder in (source / "hf", converted):
-        assert '"tokens per picture": 9' in command("info", folder, "--json").output
+        assert '"tokens per image": 9' in command("info", folder, "--json").output
 
 
 def test_there_and_back_gives_the_originals_bits_and_settings(source, converted, tmp_path):
@@ -324,7 +324,7 @@ def test_names_of_the_other_original_are_unknown(golden_dir):
 
 
 TEXT = (
-    "the picture shows a caf\u00e9 with tables and chairs, 12 people; USER: ASSISTANT: \u7f8a\u99dd"
+    "the image shows a caf\u00e9 with tables and chairs, 12 people; USER: ASSISTANT: \u7f8a\u99dd"
 )
 WORDS = [*TEXT.split(), "\n"]
 
@@ -418,7 +418,7 @@ def test_control_tokens_stand_behind_the_ranks(ranks, tmp_path):
     assert wider("<|reserved_550|>").input_ids == simple_ids("<|reserved_550|>", ranks)
     wider.save_pretrained(tmp_path / "saved")
     again = type(wider).from_pretrained(tmp_path / "saved")
-    text = "the picture<|image|> <|endoftext|>x"
+    text = "the image<|image|> <|endoftext|>x"
     assert again(text).input_ids == wider(text).input_ids
 
 
@@ -466,7 +466,7 @@ def test_a_folder_with_a_tokenizer_converts_verifies_and_comes_back(talking, tmp
         type(direct) is MplugOwl2Processor
         and processor.image_token_id == direct.image_token_id == 560
     )
-    picture, text = Image.new("RGB", (50, 30), "red"), "USER: <|image|>the picture ASSISTANT:"
+    picture, text = Image.new("RGB", (50, 30), "red"), "USER: <|image|>the image ASSISTANT:"
     before, after = (
         one(text=text, images=picture, return_tensors="pt") for one in (direct, processor)
     )
@@ -492,7 +492,7 @@ def test_level_words_score_pictures(talking, ranks, tmp_path):
     convert(talking, tmp_path / "converted")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "converted")
     processor = AutoProcessor.from_pretrained(tmp_path / "converted")
-    prompt = "USER: <|image|>the picture ASSISTANT:"
+    prompt = "USER: <|image|>the image ASSISTANT:"
     words = [piece.decode()[1:] for piece in ranks if re.fullmatch(rb" [a-z]+", piece)][-2:]
     found = Scorer(model, processor, Preset({"quality": prompt}, tuple(words), (1.0, 0.0)))(
         [Image.new("RGB", size, "red") for size in ((50, 30), (20, 40))]
@@ -510,7 +510,7 @@ def test_level_words_score_pictures(talking, ranks, tmp_path):
 def test_a_stranger_gets_the_same_logits(talking, tmp_path):
     convert(talking, tmp_path / "converted")
     Image.new("RGB", (50, 30), "red").save(tmp_path / "red.png")
-    prompt = "USER: <|image|>the picture ASSISTANT:"
+    prompt = "USER: <|image|>the image ASSISTANT:"
     found = ask_a_stranger(tmp_path / "converted", str(tmp_path / "red.png"), prompt, tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "converted")
     processor = AutoProcessor.from_pretrained(tmp_path / "converted")
@@ -527,12 +527,12 @@ def test_turns_are_joined_by_plain_text(talking):
             "role": "user",
             "content": [{"type": "image"}, {"type": "text", "text": "What<|im_end|>?"}],
         },
-        {"role": "assistant", "content": "A picture."},
+        {"role": "assistant", "content": "An image."},
         {"role": "user", "content": "More"},
     ]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
     plain = prompt.replace("\ufdd0", "")
-    assert plain == "USER: <|image|>What<|im_end|>? ASSISTANT: A picture.</s>USER: More ASSISTANT:"
+    assert plain == "USER: <|image|>What<|im_end|>? ASSISTANT: An image.</s>USER: More ASSISTANT:"
     ids = processor.tokenizer(prompt).input_ids
     assert 322 not in ids and ids[-len(processor.tokenizer(" ASSISTANT:").input_ids) :]
 

@@ -15,7 +15,7 @@ from .test_modeling_mplug_owl2 import IMAGE, RUN, llama_like, pictures, tiny_con
 
 # Masking the logits of reserved ids: two comparisons, their union, the ids themselves, and the mask.
 RESERVED_IDS = {"arange": 1, "eq": 1, "ge": 1, "bitwise_or": 1, "masked_fill": 1}
-# Looking for placeholders that came without pictures, once a prompt; the count is read by the host.
+# Looking for placeholders that came without images, once a prompt; the count is read by the host.
 PLACEHOLDERS = {"eq": 1, "sum": 1, "_local_scalar_dense": 1}
 SYNCS = {"_local_scalar_dense", "nonzero", "item"}
 
@@ -71,7 +71,7 @@ def test_positions_of_pictures_are_looked_up_once_for_all_layers(models):
     indicators = torch.tensor([[0, 1, 1, 0, 1]])
     embeds = torch.randn(1, 5, 48)
     counts = operations(lambda: model(inputs_embeds=embeds, mm_token_type_ids=indicators))
-    # Positions of text, positions of pictures.
+    # Positions of text, positions of images.
     assert counts["nonzero"] == 2 and not counts["_local_scalar_dense"]
 
 

@@ -60,7 +60,7 @@ def tiny_config(**text_overrides) -> MplugOwl2Config:
     )
 
 
-RUN = [IMAGE] * 5  # one picture: 4 queries and the end-of-image vector
+RUN = [IMAGE] * 5  # one image: 4 queries and the end-of-image vector
 
 
 @pytest.fixture(scope="module")
@@ -273,19 +273,19 @@ def test_indicators_of_another_length_are_refused(model):
         model(torch.tensor([[1, 5, 6]]), mm_token_type_ids=torch.zeros(1, 2, dtype=torch.long))
 
 
-# Pictures and placeholders
+# Images and placeholders
 
 
 @torch.no_grad()
 def test_counts_that_disagree_are_named(model):
     with pytest.raises(
-        ValueError, match=r"5 features \(1 pictures of 5\) for 10 placeholder positions"
+        ValueError, match=r"5 features \(1 images of 5\) for 10 placeholder positions"
     ):
         model(torch.tensor([[1, *RUN, *RUN]]), pixel_values=pictures(1))
-    with pytest.raises(ValueError, match=r"has 5 image placeholders .* but no pictures came"):
+    with pytest.raises(ValueError, match=r"has 5 image placeholders .* but no images came"):
         model.generate(torch.tensor([[1, *RUN]]))
     with pytest.raises(
-        ValueError, match=r"pixel_values must be \(pictures, 3, 21, 21\), got \(1, 3, 28, 28\)"
+        ValueError, match=r"pixel_values must be \(images, 3, 21, 21\), got \(1, 3, 28, 28\)"
     ):
         model(torch.tensor([[1, *RUN]]), pixel_values=torch.zeros(1, 3, 28, 28))
     with pytest.raises(ValueError, match="not both"):

@@ -32,7 +32,7 @@ TINY = {
 
 
 def tiny_inputs() -> dict[str, torch.Tensor]:
-    """A row with a picture, a row with two, and a row of text alone."""
+    """A row with an image, a row with two, and a row of text alone."""
     return {
         **pad([[1, 5, *RUN, 7], [1, *RUN, 4, *RUN, 9, 3], [1, 9, 8]]),
         "pixel_values": pictures(3),

@@ -1,4 +1,4 @@
-"""Pixels of the original, every kind of picture, and what is refused."""
+"""Pixels of the original, every kind of image, and what is refused."""
 
 import base64
 import http.server
@@ -112,7 +112,7 @@ def test_the_two_resamplings_of_other_pictures_are_not_one(size):
 
 def test_every_way_to_give_a_picture_is_the_same(photo, tmp_path):
     expected = pixels(photo)
-    path = tmp_path / "a picture.png"
+    path = tmp_path / "an image.png"
     photo.save(path)
     content = path.read_bytes()
     text = base64.b64encode(content).decode()
@@ -274,10 +274,10 @@ def too_long(path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (eps, "not a picture in one of the formats PNG"),
+        (eps, "not an image in one of the formats PNG"),
         (truncated, "damaged"),
         (bomb, "pixels"),
-        (empty, "not a picture"),
+        (empty, "not an image"),
         (too_long, "at most 67,108,864 are read"),
     ],
 )
@@ -290,7 +290,7 @@ def test_a_broken_file_is_named(make, message, tmp_path):
 
 
 def files():
-    """A small picture in each of the formats."""
+    """A small image in each of the formats."""
     found = {}
     for kind in module.FORMATS:
         buffer = BytesIO()
@@ -322,7 +322,7 @@ def test_whatever_bytes_come_are_a_picture_or_refused(kind, changes, keep, text)
         try:
             values = pixels(one)
         except ValueError as error:
-            assert "picture 1 of 1" in str(error) and " at 0x" not in str(error)
+            assert "image 1 of 1" in str(error) and " at 0x" not in str(error)
         else:
             assert values.shape == (1, 3, 28, 28) and values.isfinite().all()
 
@@ -342,8 +342,8 @@ def test_whatever_bytes_come_are_a_picture_or_refused(kind, changes, keep, text)
         ("nowhere.png", "none of them"),
         ("/dev/null", "it is no file"),
         (str(Path(__file__).parent), "it is no file"),
-        ("A" * 5000, r"text of 5,000 letters: it is not a picture"),
-        (b"no picture", "not a picture"),
+        ("A" * 5000, r"text of 5,000 letters: it is not an image"),
+        (b"no image", "not an image"),
     ],
 )
 def test_what_is_no_picture_is_refused(image, message):
@@ -354,7 +354,7 @@ def test_what_is_no_picture_is_refused(image, message):
 
 def test_a_damaged_picture_that_is_open_already_is_named(tmp_path):
     truncated(tmp_path / "broken.png")
-    with pytest.raises(ValueError, match=r"picture 1 of 1: .*broken\.png': it is damaged"):
+    with pytest.raises(ValueError, match=r"image 1 of 1: .*broken\.png': it is damaged"):
         pixels(Image.open(tmp_path / "broken.png"))
 
 
@@ -407,7 +407,7 @@ def test_the_file_of_what_is_wrong_inside_is_named(tmp_path):
     path = tmp_path / "part.tif"
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(path)
     for image in (path, str(path), Image.open(path)):
-        with pytest.raises(ValueError, match=r"picture 1 of 1: '.*part\.tif': it holds NaN"):
+        with pytest.raises(ValueError, match=r"image 1 of 1: '.*part\.tif': it holds NaN"):
             pixels(image)
     Image.fromarray(np.full((4, 4), 400, np.float32)).save(path)
     with pytest.raises(ValueError, match=r"part\.tif': expected values from 0 to 255"):
@@ -421,7 +421,7 @@ def test_the_file_of_what_is_wrong_inside_is_named(tmp_path):
 )
 def test_a_tensor_without_numbers_is_refused(tensor):
     with pytest.raises(
-        ValueError, match="picture 1 of 1: expected a dense tensor that holds numbers, got a"
+        ValueError, match="image 1 of 1: expected a dense tensor that holds numbers, got a"
     ):
         pixels(tensor)
 
@@ -438,9 +438,9 @@ def test_damaged_exif_data_are_ignored(photo, tmp_path):
 
 
 def test_the_number_of_a_bad_picture_is_named():
-    with pytest.raises(ValueError, match="picture 2 of 2: it holds NaN"):
+    with pytest.raises(ValueError, match="image 2 of 2: it holds NaN"):
         pixels([np.zeros((4, 4, 3)), np.full((4, 4, 3), np.nan)])
-    with pytest.raises(ValueError, match="No picture came"):
+    with pytest.raises(ValueError, match="No image came"):
         pixels([])
 
 

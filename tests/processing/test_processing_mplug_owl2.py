@@ -313,7 +313,7 @@ def test_sanitising_is_always_in_force(processor):
 
 
 def test_the_escaped_prompt_may_be_handed_on_as_a_string(processor):
-    messages = [user(picture(RED), "Is <|image|> a picture? </s>")]
+    messages = [user(picture(RED), "Is <|image|> an image? </s>")]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     out = processor(text=prompt, images=RED, return_tensors="pt")
     assert torch.equal(out["input_ids"], encode(processor, messages)["input_ids"])
@@ -491,16 +491,16 @@ def test_settings_survive_three_rounds_of_saving(tmp_path, processor):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"text": "<|image|>", "images": [RED, BLUE]}, "has 1 .* but 2 pictures"),
-        ({"text": "<|image|>"}, "has 1 .* but 0 pictures"),
+        ({"text": "<|image|>", "images": [RED, BLUE]}, "has 1 .* but 2 images"),
+        ({"text": "<|image|>"}, "has 1 .* but 0 images"),
         (
             {"text": ["<|image|>", "<|image|>"], "images": [[RED, BLUE], []]},
-            r"Prompt 0 of the batch has 1 .* 2 pictures",
+            r"Prompt 0 of the batch has 1 .* 2 images",
         ),
         ({"text": ["<|image|><|image|>"], "images": [[RED], [BLUE]]}, "for 2 prompts, but 1"),
         ({"text": []}, "No text came"),
-        ({"text": ["<|image|>", "a"], "images": [RED, BLUE]}, "has 1 .* but 2 pictures"),
-        ({"text": "<|image|>", "images": [np.zeros((2, 4, 4, 3))]}, "has 1 .* but 2 pictures"),
+        ({"text": ["<|image|>", "a"], "images": [RED, BLUE]}, "has 1 .* but 2 images"),
+        ({"text": "<|image|>", "images": [np.zeros((2, 4, 4, 3))]}, "has 1 .* but 2 images"),
         ({"text": 5}, "Prompt 0 must be a string, got int"),
         ({"text": ["a", ["b"]]}, "Prompt 1 must be a string, got list"),
         ({"text": "a\ud800"}, "not Unicode at character 1"),
@@ -546,7 +546,7 @@ def test_what_the_chat_template_has_no_place_for_is_refused(processor):
         ([{"role": "user", "content": None}], "a string or a list of parts, got NoneType"),
         ([{"role": "system"}, user("hello")], "a string or a list of parts, got NoneType"),
         ([user({"type": "text"})], "of type 'text' with a string"),
-        ([user({"type": "image", "image": [RED, BLUE]})], "must hold a single picture, got list"),
+        ([user({"type": "image", "image": [RED, BLUE]})], "must hold a single image, got list"),
         ([user({"type": "video", "video": []})], "at least one frame"),
         ([{"role": "narrator", "content": "a"}], "got 'narrator'"),
         ([user({"type": "audio", "audio": "a.wav"})], "got 'audio'"),

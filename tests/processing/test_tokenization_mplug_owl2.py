@@ -31,7 +31,7 @@ def make_processor(source, legacy):
 
 
 def original_form(processor, prompt):
-    """Ids with every picture's run of placeholders put back into one marker."""
+    """Ids with every image's run of placeholders put back into one marker."""
     from PIL import Image
 
     pictures = [Image.new("RGB", (3, 3))] * prompt.count("<|image|>")

@@ -166,7 +166,7 @@ def test_what_a_folder_lacks_is_named(name, tmp_path):
     for path in tmp_path.rglob("*"):
         if path.suffix in (".jpg", ".png", ".bmp", ".JPG", ".mp4"):
             path.unlink()
-    message = "holds none of its" if name in ("ava", "lsvq") else "row .*: there is no picture"
+    message = "holds none of its" if name in ("ava", "lsvq") else "row .*: there is no image"
     with pytest.raises(ValueError, match=rf"^{name}: .*{message}.* expected"):
         read_benchmark(name, tmp_path)
 
@@ -292,7 +292,7 @@ def test_the_check_names_every_bad_image_of_a_folder(tmp_path):
     assert result.exit_code == 1
     first, second, counts = result.stdout.splitlines()
     assert first.startswith("row 2: ") and "I01_01_01.png" in first
-    assert second.startswith("row 3: there is no picture")
+    assert second.startswith("row 3: there is no image")
     assert counts == "2 rows of opinions, 2 bad, 0 duplicates"
     missing = CliRunner().invoke(app, ["data", "check", f"spaq:{tmp_path}"])
     assert missing.exit_code == 1 and "holds no Annotations/MOS" in missing.stderr

@@ -1,4 +1,4 @@
-"""Comparisons of pictures and the scores that come of them."""
+"""Comparisons of images and the scores that come of them."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_the_estimate_is_a_maximum():
     top = objective(best)
     for _ in range(50):
         assert objective(best + 1e-3 * torch.randn(5, dtype=torch.float64)) < top
-    # Two pictures, one always preferred: s solves phi(2s) / Phi(2s) = s.
+    # Two images, one always preferred: s solves phi(2s) / Phi(2s) = s.
     (quality, other) = thurstone_map(torch.tensor([[0.0, 1.0], [0.0, 0.0]])).tolist()
     density = math.exp(-2 * quality**2) / math.sqrt(2 * math.pi)
     assert other == pytest.approx(-quality)
@@ -86,7 +86,7 @@ def test_a_picture_that_is_preferred_scores_higher(default, pictures, monkeypatc
 
 
 def test_the_scale_is_the_released_one(default, monkeypatch):
-    """The optimum from a search of another kind, the worst of anchors and picture at 0 and the best at 100."""
+    """The optimum from a search of another kind, the worst of anchors and image at 0 and the best at 100."""
     anchors, preferred = ["a", "b", "c"], [0.9, 0.8, 0.3]
     table = [[0.5, 0.3, 0.05], [0.7, 0.5, 0.2], [0.95, 0.8, 0.5]]
     comparator = Comparator(*default, TINY)
@@ -156,5 +156,5 @@ def test_numbered_pictures_are_co_instructs_prompts(default, pictures):
     assert rendered(pictures[:2]) == (
         "<s>USER: The first image: <|image|>\nThe second image: <|image|>Which is sharper? ASSISTANT:"
     )
-    with pytest.raises(ValueError, match="expected one to 10 pictures, got 0"):
+    with pytest.raises(ValueError, match="expected one to 10 images, got 0"):
         numbered_images([], "?")

@@ -117,7 +117,7 @@ def test_a_folder_is_scored_with_all_folders_in_it(model, scorer, images):
     assert [row["image"] for row in rows] == NAMES
     (broken,) = [row for row in rows if row["error"]]
     assert broken["image"] == "images/broken.jpg" and broken["score"] == broken["high"] == ""
-    assert "is not a picture" in broken["error"]
+    assert "is not an image" in broken["error"]
     good = [row for row in rows if not row["error"]]
     assert_scores(good, scorer, [row["image"] for row in good])
     assert not Path("out.csv.parts").exists()
@@ -134,7 +134,7 @@ def test_parquet_holds_the_same_rows_as_numbers(model, scorer, images):
     ]
     rows = found.to_pylist()
     assert [row["image"] for row in rows] == NAMES
-    assert rows[2]["score"] is None and "is not a picture" in rows[2]["error"]
+    assert rows[2]["score"] is None and "is not an image" in rows[2]["error"]
     assert_scores([row for row in rows if not row["error"]], scorer, [*NAMES[:2], *NAMES[3:]])
 
 
@@ -173,7 +173,7 @@ def test_a_csv_list_keeps_its_other_columns(model, scorer, images):
     assert rows[0]["note"] == 'two\nlines, "one" row' and rows[0]["input_std"] == "0.5"
     assert_scores(rows[:1], scorer, ["images/a.png"])
     for row, error in zip(
-        rows[1:], ["there is no picture", "leads out of", "expected 4 values, got 3"], strict=True
+        rows[1:], ["there is no image", "leads out of", "expected 4 values, got 3"], strict=True
     ):
         assert error in row["error"]
     assert rows[3]["image"] == "list.csv: row 6"
@@ -240,7 +240,7 @@ def test_data_sets_are_scored_from_a_folder_the_hub_and_memory(scorer, images, m
     assert_scores(table("hub.csv"), scorer, photos)
     rows = with_paths
     score_dataset(scorer, ["someone/photos"], "paths.csv", **options)
-    assert all("there is no picture" in row["error"] for row in table("paths.csv"))
+    assert all("there is no image" in row["error"] for row in table("paths.csv"))
 
 
 def test_images_that_the_hub_has_as_files_are_fetched_from_their_own_data_set(

@@ -150,7 +150,7 @@ def test_deqa_scores_two_files_are_one_source(folder):
         ({"image": "a.png", "mos": "nan"}, "row 2: expected a number as 'mos', got 'nan'"),
         ({"image": "a.png", "mos": True}, "row 2: expected a number as 'mos', got True"),
         ({"image": "a.png", "mos": 2, "std": -1}, "row 2: expected a 'std' of at least 0, got -1"),
-        ({"image": "lost.png", "mos": 2}, "row 2: there is no picture"),
+        ({"image": "lost.png", "mos": 2}, "row 2: there is no image"),
         ({"image": "../a.png", "mos": 2}, "row 2: '../a.png' leads out of the image folder"),
         (
             {"image": "a.png", "mos": 2, "level_probs": [0.5, 0.9]},
@@ -173,7 +173,7 @@ def test_a_bad_row_is_named_with_its_file(folder, row, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"picture;mos\na.png;1\n", r"expected the columns image and mos, got picture;mos"),
+        (b"image;mos\na.png;1\n", r"expected the columns image and mos, got image;mos"),
         (b"image,mos\na.png,1,2\n", r"row 2: expected 2 values, got 3"),
         (b"image,mos,std\na.png,1\n", r"row 2: expected 3 values, got 2"),
         (b"image,mos\n\xff\xfe,1\n", "is not UTF-8"),

@@ -192,7 +192,7 @@ def test_a_level_is_the_word_behind_other_words():
 
 
 def test_a_broken_picture_costs_no_other_its_score(default, pictures, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     scorer = Scorer(*default, YES_NO, batch_size=2)
     found = list(
         score_each(scorer, [pictures[0], tmp_path / "broken.png", pictures[1], "missing.png"])
@@ -238,7 +238,7 @@ def test_pictures_score_the_same_in_every_form(default, pictures):
 def test_folders_are_their_pictures_or_one_video(tmp_path):
     for name in ("b.png", "a.jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     assert expand_paths([str(tmp_path)])[0] == [str(tmp_path / "a.jpg"), str(tmp_path / "b.png")]
     names, sources = expand_paths([str(tmp_path)], is_video=True)
     assert names == [str(tmp_path)] and len(sources[0]) == 2

@@ -336,12 +336,12 @@ def test_an_oversized_body_is_413(client, server):
 def test_too_many_pixels_are_400(client):
     bomb = data_url(Image.new("1", (8_000, 8_000)))
     with pytest.raises(
-        openai.BadRequestError, match="picture 1 of 1: it has 8000 x 8000 pixels, at most 250,000"
+        openai.BadRequestError, match="image 1 of 1: it has 8000 x 8000 pixels, at most 250,000"
     ):
         ask(client, "What is this?", bomb)
     half = data_url(Image.new("RGB", (400, 400)))
     with pytest.raises(
-        openai.BadRequestError, match="picture 2 of 2: it has 400 x 400 pixels, at most 90,000"
+        openai.BadRequestError, match="image 2 of 2: it has 400 x 400 pixels, at most 90,000"
     ):
         ask(client, "What is this?", half, half)
 
@@ -349,7 +349,7 @@ def test_too_many_pixels_are_400(client):
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        (data_url(b"no picture"), "picture 1 of 1: it is not a picture in one of the formats"),
+        (data_url(b"no image"), "image 1 of 1: it is not an image in one of the formats"),
         (bundled_picture("emoji-banana")[:422], "it is damaged"),
         ("data:image/png;base64,???", "is not base64"),
         ("data:text/html;base64,AAAA", "expected a data URL such as"),
@@ -783,7 +783,7 @@ def test_a_public_url_is_fetched(web):
     url = f"http://public.test:{web}/redirect?a=b"
     assert (
         pictures.read_pictures([url, url.replace("http", "HTTP")], allow_http=True)
-        == [b"the picture"] * 2
+        == [b"the image"] * 2
     )
 
 
@@ -791,7 +791,7 @@ def test_the_downloads_of_a_request_have_one_limit(web, monkeypatch):
     monkeypatch.setattr(pictures, "MAX_DOWNLOAD_BYTES", 21)
     url = f"http://public.test:{web}/ok"
     with pytest.raises(
-        ValueError, match="picture 2 of 2: the downloads of a request have more than 21 bytes"
+        ValueError, match="image 2 of 2: the downloads of a request have more than 21 bytes"
     ):
         pictures.read_pictures([url, url], allow_http=True)
 
@@ -817,7 +817,7 @@ def web(monkeypatch):
             if path in redirects:
                 answer = f"HTTP/1.1 302 Found\r\nLocation: {redirects[path]}\r\n\r\n".encode()
             elif path == "/ok":
-                answer = b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\nthe picture"
+                answer = b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\nthe image"
             elif path == "/large":
                 answer = b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 2_000_000
             elif path.startswith("/slow"):

@@ -1,4 +1,4 @@
-"""Batches: the original's ids, labels and pixels, and truncation that never cuts a picture."""
+"""Batches: the original's ids, labels and pixels, and truncation that never cuts an image."""
 
 import json
 import pickle
@@ -279,7 +279,7 @@ def test_truncation_never_cuts_a_picture(processor, turns, shapes, max_length):
     assert squares in [sum(crops[:number]) for number in range(len(crops) + 1)]
     if squares:
         assert torch.equal(cut["pixel_values"], whole["pixel_values"][:squares])
-    if length < min(max_length, full):  # then a picture begins here that does not fit
+    if length < min(max_length, full):  # then an image begins here that does not fit
         run = next(
             sum(crops[: number + 1]) - squares
             for number in range(len(crops))
@@ -365,8 +365,8 @@ def test_a_batch_without_a_label_has_loss_zero():
     [
         (row("a", "", id="x"), "row 'x': answer 1 is empty"),
         (row("a", ""), "row number 2 of the batch: answer 1 is empty"),
-        (row("<image>", "b", id=3, image=b"no picture"), "row 3: bytes: it is not a picture"),
-        (row("<image>", "b", id="x", image="no.png"), "row 'x': there is no picture"),
+        (row("<image>", "b", id=3, image=b"no image"), "row 3: bytes: it is not an image"),
+        (row("<image>", "b", id="x", image="no.png"), "row 'x': there is no image"),
     ],
 )
 def test_a_bad_row_is_named(sample, message):

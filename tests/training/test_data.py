@@ -64,7 +64,7 @@ def folder(tmp_path):
         ("clip/2.png", BLUE),
     ):
         picture.save(tmp_path / name)
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     return tmp_path
 
 
@@ -227,9 +227,9 @@ BAD = [
         "the turns have 2 <.image.> for 1 images",
     ),
     (llava("<image> a", "b"), "the turns have 1 <.image.> for 0 images"),
-    (llava("<image> a", "b", image="no.png"), "there is no picture 'no.png'"),
-    (llava("<image> a", "b", image=""), "expected a picture as path, .* got ''"),
-    (llava("<image> a", "b", image=3), "expected a picture as path, .* got int"),
+    (llava("<image> a", "b", image="no.png"), "there is no image 'no.png'"),
+    (llava("<image> a", "b", image=""), "expected an image as path, .* got ''"),
+    (llava("<image> a", "b", image=3), "expected an image as path, .* got int"),
     (
         llava("<image> a", "b", image="../a.png", image_folder="/x"),
         "'../a.png' leads out of the image folder '/x'",
@@ -251,7 +251,7 @@ BAD = [
 
 
 def outside(folder):
-    """Rows whose picture is not from the folder, by what each of them names."""
+    """Rows whose image is not from the folder, by what each of them names."""
     elsewhere = folder.parent / "elsewhere.png"
     Image.new("RGB", (4, 4)).save(elsewhere)
     names = [
@@ -519,7 +519,7 @@ def test_every_bad_row_is_named_and_the_others_counted(mixed):
     report = check_rows(mixed)
     assert [(bad.row, bad.id) for bad in report.bad] == [(2, "gone"), (3, "broken"), (5, "7")]
     for bad, reason in zip(
-        report.bad, ["there is no picture", "not a picture", "answer 1 is empty"], strict=True
+        report.bad, ["there is no image", "not an image", "answer 1 is empty"], strict=True
     ):
         assert reason in bad.reason
     counts = (report.rows, report.text_only, report.images, report.turns, report.answers)
@@ -546,8 +546,8 @@ def run(*arguments):
 def test_the_command_names_bad_rows_and_fails(mixed):
     result = run(mixed)
     assert result.exit_code == 1
-    assert "row 2 (id 'gone'): there is no picture" in result.stdout
-    assert "5 rows, 3 bad, 1 text only; 1 pictures, 6 turns, 3 answers" in result.stdout
+    assert "row 2 (id 'gone'): there is no image" in result.stdout
+    assert "5 rows, 3 bad, 1 text only; 1 images, 6 turns, 3 answers" in result.stdout
     assert [bad["id"] for bad in json.loads(run(mixed, "--json").stdout)["bad"]] == [
         "gone",
         "broken",
@@ -574,7 +574,7 @@ def test_the_command_counts_tokens_with_a_model(folder, golden_dir):
     ("arguments", "message"),
     [
         (["--max-length", "5"], "--max-length counts tokens, which needs --model"),
-        (["--skip-pictures", "--model", "x"], "--model looks into pictures"),
+        (["--skip-pictures", "--model", "x"], "--model looks into images"),
         (["--image-folder", "/no/folder"], "there is no image folder"),
     ],
 )
@@ -606,7 +606,7 @@ def test_a_video_file_is_one_frame_a_second(tmp_path):
     )
     assert [frame.size for frame in frames] == [(32, 32)] * 2
     (tmp_path / "broken.mp4").write_bytes(b"no video")
-    with pytest.raises(ValueError, match=r"broken\.mp4' is neither a picture nor a video"):
+    with pytest.raises(ValueError, match=r"broken\.mp4' is neither an image nor a video"):
         to_messages(llava("<video> What happens?", "It moves.", video="broken.mp4"), tmp_path)
 
 
@@ -623,7 +623,7 @@ def test_a_look_over_all_rows_names_the_bad_ones(tmp_path, num_workers):
     loaded = load_rows(write(tmp_path / "rows.jsonl", rows))  # with an empty line behind each
     found = look_over(loaded, num_workers)
     assert [(bad.row, bad.id) for bad in found] == [(15, "r7"), (71, "r35"), (1197, "r598")]
-    assert "is not a picture in one of the formats" in found[1].reason
+    assert "is not an image in one of the formats" in found[1].reason
     assert [bad.row for rank in (0, 1) for bad in look_over(loaded, num_workers, rank, 2)] == [
         1197,
         15,

@@ -1,4 +1,4 @@
-"""Another size of pictures."""
+"""Another size of images."""
 
 import pytest
 import torch

@@ -37,7 +37,7 @@ BASE = {
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Rows with a picture, without, and with two, in a file of messages."""
+    """Rows with an image, without, and with two, in a file of messages."""
     folder = tmp_path_factory.mktemp("rows")
     pictures = list(owl2_hf.default_pictures().items())
     lines = []
@@ -335,7 +335,7 @@ def _torchrun(recipe: Recipe, folder: Path, processes: int) -> subprocess.Comple
 
 
 def test_two_ranks_compute_what_one_does(recipe, tmp_path):
-    # In file order one rank sees a row with a picture and the other one without.
+    # In file order one rank sees a row with an image and the other one without.
     settings = {
         "max_steps": 3,
         "train_sampling_strategy": "sequential",
@@ -389,7 +389,7 @@ def damaged(rows, tmp_path):
 def test_a_broken_image_is_named_before_the_model_is_loaded(damaged, recipe, monkeypatch):
     monkeypatch.setattr("owl2_hf.training.run.load_for_training", None)
     with pytest.raises(
-        ValueError, match=r"rows\.jsonl: row 36 \(id 'r36'\): .*broken\.png': it is not a picture"
+        ValueError, match=r"rows\.jsonl: row 36 \(id 'r36'\): .*broken\.png': it is not an image"
     ):
         train(recipe(data={"train": damaged("rows.jsonl", "broken.png")}))
 

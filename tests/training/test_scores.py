@@ -650,7 +650,7 @@ def test_bad_opinions_are_left_out_where_a_recipe_says_so(recipe, tmp_path, capl
     report = train(made)
     assert report.counts["skipped"] == 3 and report.steps == 4
     assert "3 rows skipped" in report.summary()
-    for row, reason in ((3, "a number as 'mos'"), (4, "no picture"), (5, "cut.png")):
+    for row, reason in ((3, "a number as 'mos'"), (4, "no image"), (5, "cut.png")):
         (line,) = (m for m in caplog.messages if f"mine.csv: row {row}: " in m)
         assert reason in line and line.endswith("The row is skipped.")
     rows, eval_rows, _ = checked_score_rows(made, 0)

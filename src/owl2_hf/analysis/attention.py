@@ -1,7 +1,7 @@
-"""Attention weights as a few numbers: by modality in the decoder, over the picture in the visual abstractor.
+"""Attention weights as a few numbers: by modality in the decoder, over the image in the visual abstractor.
 
-B: batch, L: positions, N: pictures, Q: learnable queries, G: patches along one side, P: positions of one encoded
-picture (patches, and a class token where the model has one).
+B: batch, L: positions, N: images, Q: learnable queries, G: patches along one side, P: positions of one encoded
+image (patches, and a class token where the model has one).
 """
 
 from collections.abc import Sequence
@@ -102,7 +102,7 @@ class QueryAttention(NamedTuple):
 
 
 def query_maps(abstractor_attentions: Sequence[Tensor], grid_size: int) -> QueryAttention:
-    """Attention of the learnable queries over the picture.
+    """Attention of the learnable queries over the image.
 
     Args:
         abstractor_attentions: layers times (N, heads, Q, Q + P), of `get_image_features`. The keys are the queries, a
@@ -110,7 +110,7 @@ def query_maps(abstractor_attentions: Sequence[Tensor], grid_size: int) -> Query
         grid_size: G.
 
     Raises:
-        ValueError: The weights are not those of a picture with this grid.
+        ValueError: The weights are not those of an image with this grid.
     """
     weights = torch.stack([layer.float().mean(1).cpu() for layer in abstractor_attentions])
     num_queries, num_keys = weights.shape[-2:]

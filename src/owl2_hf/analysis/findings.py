@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass
 class Run:
-    """One model with one picture. All runs of an analysis read the same question and answer.
+    """One model with one image. All runs of an analysis read the same question and answer.
 
     Args:
         picture: "given", "unrelated" or "none".
@@ -17,14 +17,14 @@ class Run:
         answer_logprob: Mean log probability, in nats, of the tokens of the answer that is read, its end included.
         num_tokens: How many are "text", "visual", and, among the text, "answer".
         attention: Queries -> keys -> share of attention in each layer. Queries: "answer", the positions that predict
-            the answer; "text", the text behind the picture; "visual". Keys: "text" and "visual" sum to one;
+            the answer; "text", the text behind the image; "visual". Keys: "text" and "visual" sum to one;
             "first_token" is a part of the text.
         uniform: Queries -> keys -> the share if attention went to all that a position sees alike.
         norms: State -> modality -> root mean square over channels in each layer, as the median over tokens.
         query_shares: "queries", "class_token", "patches" -> share of the abstractor's attention in each layer.
-        query_maps: (N, Q, G, G), each sums to one; `None` without learnable queries or picture.
+        query_maps: (N, Q, G, G), each sums to one; `None` without learnable queries or image.
         squares: (N, S, S, 3) uint8, what the model sees.
-        aspect_ratio: Height over width that a square is drawn with: a stretched picture's own.
+        aspect_ratio: Height over width that a square is drawn with: a stretched image's own.
     """
 
     picture: str
@@ -58,8 +58,8 @@ class Findings:
         model: Name of the model.
         has_module: Its decoder has parts of their own for visual tokens, the modality-adaptive module.
         question, answer: The text that all runs read.
-        is_answer_generated: The answer is the model's own to the given picture.
-        runs: With the given picture; in the unrelated mode also with the unrelated one and with none.
+        is_answer_generated: The answer is the model's own to the given image.
+        runs: With the given image; in the unrelated mode also with the unrelated one and with none.
         weights: Part of a layer -> "text", "visual" (root mean squares), "distance" -> number in each layer.
         notes: What the numbers do not say.
         without: The same of a model to compare with, usually one without the module.
@@ -103,7 +103,7 @@ class Findings:
         for run in self.runs:
             picture = "no" if run.picture == "none" else run.picture
             lines.append(
-                f"  {picture} picture: {run.generated!r}; log probability of the answer {run.answer_logprob:.3f}"
+                f"  {picture} image: {run.generated!r}; log probability of the answer {run.answer_logprob:.3f}"
             )
             if run.picture != "none":
                 shares = " ".join(f"{share:.3f}" for share in run.attention["answer"]["visual"])

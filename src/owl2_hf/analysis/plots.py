@@ -49,7 +49,7 @@ def attention_figure(analysis: Findings) -> Figure:
         for run in _with_picture(model):
             for modality, color in COLORS.items():
                 label = f"{modality} tokens" + (
-                    ", unrelated picture" if run.picture == "unrelated" else ""
+                    ", unrelated image" if run.picture == "unrelated" else ""
                 )
                 _plot(
                     axes,
@@ -83,9 +83,9 @@ def norms_figure(analysis: Findings) -> Figure:
 
 
 def query_maps_figure(run: Run, index: int = 0) -> Figure:
-    """A square of the picture, the mean of all maps over it, and the map of each learnable query.
+    """A square of the image, the mean of all maps over it, and the map of each learnable query.
 
-    A cell is 130 pixels wide, and as high as the picture's shape asks for; the first two are twice as large.
+    A cell is 130 pixels wide, and as high as the image's shape asks for; the first two are twice as large.
     """
     assert run.query_maps is not None and run.squares is not None
     maps, picture = run.query_maps[index], run.squares[index]
@@ -115,7 +115,7 @@ def query_maps_figure(run: Run, index: int = 0) -> Figure:
 def _show(
     axes: Any, picture: np.ndarray, weights: np.ndarray | None, title: str, aspect_ratio: float
 ) -> None:
-    """A picture in light grey under the (G, G) weights, or by itself in colour."""
+    """An image in light grey under the (G, G) weights, or by itself in colour."""
     side = len(picture)
     axes.set_title(title, fontsize=8, pad=2)
     axes.axis("off")

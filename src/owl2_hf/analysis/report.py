@@ -1,6 +1,6 @@
-"""An analysis of one model, picture and question: what it answers, what it attends to, how its two modalities differ.
+"""An analysis of one model, image and question: what it answers, what it attends to, how its two modalities differ.
 
-N: squares that the picture becomes, S: side of a square, Q: learnable queries, G: patches along one side.
+N: squares that the image becomes, S: side of a square, Q: learnable queries, G: patches along one side.
 """
 
 import json
@@ -40,7 +40,7 @@ class Analysis(Findings):
             overwrite: An analysis in the folder gives way; other files stay.
 
         Returns:
-            Name of each file -> width and height of a picture in pixels.
+            Name of each file -> width and height of an image in pixels.
 
         Raises:
             ValueError: The folder is in use, or matplotlib is not installed.
@@ -76,24 +76,24 @@ def analyze(
     max_new_tokens: int = 64,
     name: str | None = None,
 ) -> Analysis:
-    """Ask a question about a picture, and look at what the model attends to while it answers.
+    """Ask a question about an image, and look at what the model attends to while it answers.
 
     Training mode and attention implementation of the model are restored.
 
     Args:
         model: `MplugOwl2ForConditionalGeneration`, also with LoRA adapters.
         processor: Its processor.
-        image: One picture as the processor takes it.
+        image: One image as the processor takes it.
         question: What to ask.
         answer: Text whose attention is read; what the model itself answers if not given.
-        unrelated: A picture that has nothing to do with the question: it is read with this picture, and with none, too.
+        unrelated: An image that has nothing to do with the question: it is read with this image, and with none, too.
         without: A model and its processor to compare with, usually without the modality-adaptive module. It reads the
             same answer.
         max_new_tokens: Longest generated answer.
         name: What to call the model; what it was loaded from if not given.
 
     Raises:
-        ValueError: The model is of another family, the picture cannot be used, or the answer is empty.
+        ValueError: The model is of another family, the image cannot be used, or the answer is empty.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     _check(model, answer, max_new_tokens)
@@ -141,7 +141,7 @@ def check_target(folder: str | Path, overwrite: bool = False) -> None:
 
 
 class _Reader:
-    """One model in front of one picture and question."""
+    """One model in front of one image and question."""
 
     def __init__(self, model: Any, processor: Any, image: Any, question: str):
         self.model, self.processor = model, processor
@@ -215,7 +215,7 @@ class _Reader:
     def _encode(
         self, pixels: Tensor | None
     ) -> tuple[dict[str, Any] | None, tuple[Tensor, ...] | None]:
-        """The pictures' visual tokens, and the attention of the learnable queries where there are any.
+        """The images' visual tokens, and the attention of the learnable queries where there are any.
 
         The vision encoder's own weights are not asked for: of a 7B model they take gigabytes.
         """
@@ -308,7 +308,7 @@ def _common_length(prompt: Tensor, whole: Tensor) -> int:
 
 def _open(processor: Any, image: Any) -> Image.Image:
     if isinstance(image, (list, tuple)):
-        raise ValueError(f"expected one picture, got {len(image)} of them in a list.")
+        raise ValueError(f"expected one image, got {len(image)} of them in a list.")
     return processor.image_processor.process_image(image)
 
 

@@ -12,7 +12,7 @@ import typer
 from ..printing import printable
 
 app = typer.Typer(
-    help="mPLUG-Owl2 and its family: ask about pictures, look into checkpoints, convert them.",
+    help="mPLUG-Owl2 and its family: ask about images, look into checkpoints, convert them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

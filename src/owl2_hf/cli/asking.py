@@ -16,7 +16,7 @@ from .options import JSON, Debug, Device, ModelOption
 @report_mistakes
 def describe(
     image: Annotated[
-        str | None, typer.Argument(help="Path or URL of a picture; a bundled one if not given.")
+        str | None, typer.Argument(help="Path or URL of an image; a bundled one if not given.")
     ] = None,
     question: Annotated[
         str, typer.Option("--question", "-q", help="What to ask about it.")
@@ -32,7 +32,7 @@ def describe(
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Ask a question about a picture; the answer streams as it is made."""
+    """Ask a question about an image; the answer streams as it is made."""
     from transformers import TextStreamer, pipeline
 
     if image is None:
@@ -70,7 +70,7 @@ def describe(
 @app.command()
 @report_mistakes
 def analyze(
-    image: Annotated[str, typer.Argument(help="Path or URL of a picture.")],
+    image: Annotated[str, typer.Argument(help="Path or URL of an image.")],
     out: Annotated[Path, typer.Option(help="Folder to write analysis.json and the figures to.")],
     question: Annotated[
         str, typer.Option("--question", "-q", help="What to ask about it.")
@@ -87,7 +87,7 @@ def analyze(
     unrelated: Annotated[
         str | None,
         typer.Option(
-            help="Picture that has nothing to do with the question: does it disturb the answer?"
+            help="Image that has nothing to do with the question: does it disturb the answer?"
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
@@ -98,7 +98,7 @@ def analyze(
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a model attends to: text or picture, layer by layer, and where its learnable queries look."""
+    """Show what a model attends to: text or image, layer by layer, and where its learnable queries look."""
     from ..analysis import analyze as analyze_model
     from ..analysis import check_target, plots  # noqa: F401, before the model runs: matplotlib may be missing
 

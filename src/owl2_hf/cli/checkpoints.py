@@ -141,7 +141,7 @@ def init(
     image_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Side of a picture in pixels; the vision model's own if not given."
+            min=1, help="Side of an image in pixels; the vision model's own if not given."
         ),
     ] = None,
     num_queries: Annotated[

@@ -21,7 +21,7 @@ def info(
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Show components, parameters, tokens of a picture or crop, preprocessing and dtype; the weights are not loaded."""
+    """Show components, parameters, tokens of an image or crop, preprocessing and dtype; the weights are not loaded."""
     facts = _facts(place(folder))
     if as_json:
         say_json(facts)
@@ -58,7 +58,7 @@ def _facts(folder: str) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError):
         preprocessing = "no processor in this folder"
         is_cropped = config.connector_type == "h_reducer"
-    square = "crop" if is_cropped else "picture"
+    square = "crop" if is_cropped else "image"
     return {
         "model": folder,
         "parameters": {**parameters, "total": sum(parameters.values())},

@@ -18,7 +18,7 @@ JSON = Annotated[bool, typer.Option("--json", help="Print JSON for a program to 
 AllowOutside = Annotated[
     bool,
     typer.Option(
-        "--allow-outside", help="Rows may name pictures outside the folder and http(s) URLs."
+        "--allow-outside", help="Rows may name images outside the folder and http(s) URLs."
     ),
 ]
 Preset = Annotated[
@@ -49,7 +49,7 @@ Levels = Annotated[
 ]
 Prompt = Annotated[
     str | None,
-    typer.Option(help="Prompt of your own, with <|image|> at the place of the picture."),
+    typer.Option(help="Prompt of your own, with <|image|> at the place of the image."),
 ]
 OriginalReading = Annotated[
     bool,

@@ -64,7 +64,7 @@ def score(
     original_reading: OriginalReading = False,
     device: Device = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON object in a line for each picture.")
+        bool, typer.Option("--json", help="Print a JSON object in a line for each image.")
     ] = False,
     as_csv: Annotated[
         bool, typer.Option("--csv", help="Print comma-separated values, the names first.")
@@ -99,7 +99,7 @@ def score(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Score pictures or videos by the probabilities of level words.
+    """Score images or videos by the probabilities of level words.
 
     The scorer inside the package tells degraded images from sharp ones; it learned no people's opinions.
     Of a video one frame a second counts. What cannot be read is named on stderr, the others are scored, and the exit

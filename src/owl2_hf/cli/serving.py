@@ -20,7 +20,7 @@ def serve(
     ] = 8000,
     max_image_pixels: Annotated[
         int | None,
-        typer.Option(min=1, help="Most pixels of all pictures of a request together; 89,478,485."),
+        typer.Option(min=1, help="Most pixels of all images of a request together; 89,478,485."),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
     max_body_bytes: Annotated[
@@ -38,7 +38,7 @@ def serve(
     allow_image_urls: Annotated[
         bool,
         typer.Option(
-            "--allow-image-urls", help="Also fetch pictures from http(s) URLs on public addresses."
+            "--allow-image-urls", help="Also fetch images from http(s) URLs on public addresses."
         ),
     ] = False,
     device: Device = None,
@@ -83,13 +83,13 @@ def demo(
     ] = False,
     max_image_pixels: Annotated[
         int | None,
-        typer.Option(min=1, help="Most pixels of all pictures of a chat together; 89,478,485."),
+        typer.Option(min=1, help="Most pixels of all images of a chat together; 89,478,485."),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
     device: Device = None,
     debug: Debug = False,
 ) -> None:
-    """Open a web page to chat about pictures, score them, and see what a model attends to; Ctrl-C ends it."""
+    """Open a web page to chat about images, score them, and see what a model attends to; Ctrl-C ends it."""
     from ..demo import DemoSettings, build_page, show
     from ..limits import bind
 

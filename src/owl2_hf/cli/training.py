@@ -39,7 +39,7 @@ def train(
     image_folder: Annotated[
         Path | None,
         typer.Option(
-            help="Where relative paths of pictures start; the folder of the file if not given."
+            help="Where relative paths of images start; the folder of the file if not given."
         ),
     ] = None,
     allow_outside: AllowOutside = False,
@@ -110,12 +110,12 @@ def check_data(
     ],
     image_folder: Annotated[
         Path | None,
-        typer.Option(help="What paths of pictures start from; the file's own folder if not given."),
+        typer.Option(help="What paths of images start from; the file's own folder if not given."),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or Hub id of the model to train: also counts tokens, pictures included."
+            help="Folder or Hub id of the model to train: also counts tokens, images included."
         ),
     ] = None,
     max_length: Annotated[
@@ -130,7 +130,7 @@ def check_data(
     skip_pictures: Annotated[
         bool,
         typer.Option(
-            "--skip-pictures", help="Do not open pictures, only see whether the files are there."
+            "--skip-pictures", help="Do not open images, only see whether the files are there."
         ),
     ] = False,
     opinions: Annotated[
@@ -153,7 +153,7 @@ def check_data(
     if model is None and max_length is not None:
         raise ValueError("--max-length counts tokens, which needs --model.")
     if model is not None and skip_pictures:
-        raise ValueError("--model looks into pictures: leave out --skip-pictures, or --model.")
+        raise ValueError("--model looks into images: leave out --skip-pictures, or --model.")
     if model is not None and opinions:
         raise ValueError(
             "--model counts tokens of conversations: leave out --opinions, or --model."

@@ -14,7 +14,7 @@ _NEW = """\
 
 {summary}.
 
-Nothing was trained yet: text gives what the language model gives, pictures mean nothing to it. Both branches of every
+Nothing was trained yet: text gives what the language model gives, images mean nothing to it. Both branches of every
 modality-adaptive module are copies of the language model's; the visual abstractor is fresh.
 
 Replace this card before you publish the model: the licences of its sources hold.

@@ -252,7 +252,7 @@ def _facts(report: ConversionReport, config: MplugOwl2Config) -> dict[str, str]:
         "Rebuilt, because the source lacked them": f"{len(report.rebuilt)} sin-cos tables",
         "Language model": f"{config.text_config.num_hidden_layers} layers of width {config.text_config.hidden_size}",
         "Context length": f"{config.text_config.max_position_embeddings} positions",
-        "Crop of a picture"
+        "Crop of an image"
         if is_docowl
         else "Picture": f"{side} x {side} pixels, {config.num_image_tokens} positions",
         "Tokenizer": "none in the source"

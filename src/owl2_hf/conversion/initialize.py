@@ -3,7 +3,7 @@
 Both branches of every modality-adaptive module start as the language model's own, so that the new model computes what
 the language model computes, whatever the indicators say.
 
-V: ids that the language model predicts, D: its width, C: width of the vision encoder, P: positions of one picture.
+V: ids that the language model predicts, D: its width, C: width of the vision encoder, P: positions of one image.
 """
 
 import re
@@ -90,8 +90,8 @@ def initialize(
         target: Folder to make; it must not exist, or be empty.
         vision: Folder or Hub id of a CLIP or DINOv2 ViT, or of a model of this family; a small
             fresh one if not given, the published 7B model's size for a language model of width 4096.
-        image_size: Side of the pictures; the vision model's own if not given. The positions are resized to it.
-        num_queries: Visual tokens of one picture, without the end-of-image vector.
+        image_size: Side of the images; the vision model's own if not given. The positions are resized to it.
+        num_queries: Visual tokens of one image, without the end-of-image vector.
         num_abstractor_layers: Layers of the visual abstractor.
         dtype: "float32", "float16" or "bfloat16"; the language model's own if not given.
         seed: Of what is fresh; the global random state stays as it is.

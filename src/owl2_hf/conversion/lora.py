@@ -66,7 +66,7 @@ class LoraSource:
     def __post_init__(self) -> None:
         self.layout = f"a LoRA fine-tune on {self.base.layout}"
         adapter = self.folder
-        # The fine-tune's configuration says how its pictures became square.
+        # The fine-tune's configuration says how its images became square.
         self.config = (
             read_config(adapter)[0] if (adapter / "config.json").is_file() else self.base.config
         )

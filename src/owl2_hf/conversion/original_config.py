@@ -215,7 +215,7 @@ def _check_nothing_lost(flat: dict[str, Any], config: MplugOwl2Config) -> None:
 
 
 def save_original_processor(processor: MplugOwl2Processor, vocabulary: Path, folder: Path) -> None:
-    """The vocabulary and the settings of tokenizer and pictures, as the original's folders have them.
+    """The vocabulary and the settings of tokenizer and images, as the original's folders have them.
 
     Args:
         vocabulary: The tokenizer.model or qwen.tiktoken; a tokenizer.json where there is none.

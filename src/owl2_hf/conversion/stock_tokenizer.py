@@ -1,4 +1,4 @@
-"""The tokenizer of a stock language model, with the placeholder of a picture as one token more."""
+"""The tokenizer of a stock language model, with the placeholder of an image as one token more."""
 
 import json
 from pathlib import Path

@@ -121,7 +121,7 @@ def _vision_config(source: str | Path, config: Any, **kwargs: Any) -> MplugOwl2V
     """Ours, from the fields that CLIP and DINOv2 share."""
     if config.num_channels != 3:
         raise ValueError(
-            f"{source} has {config.num_channels} channels: expected 3, pictures are RGB."
+            f"{source} has {config.num_channels} channels: expected 3, images are RGB."
         )
     return MplugOwl2VisionConfig(
         hidden_size=config.hidden_size,
@@ -239,7 +239,7 @@ def _own_values(config: MplugOwl2VisionConfig) -> dict[str, Any]:
 
 
 def resize_position_table(table: Tensor, from_side: int, to_side: int) -> Tensor:
-    """Learned positions for pictures of another size, by bicubic interpolation in float32.
+    """Learned positions for images of another size, by bicubic interpolation in float32.
 
     Args:
         table: (1, 1 + from_side**2, C), the class token first; its row stays as it is.

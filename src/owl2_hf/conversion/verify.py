@@ -47,7 +47,7 @@ def verify(
     Args:
         target: The folder.
         against: The checkpoint that it was converted from: every tensor is compared with it, and the logits of a fixed
-            prompt and picture where transformers can load it as it is.
+            prompt and image where transformers can load it as it is.
         base: As for `convert`, where `against` needs it.
 
     Returns:
@@ -148,7 +148,7 @@ def _check_preset(target: Path, processor: MplugOwl2Processor | None) -> list[st
 def _check_processor(processor: MplugOwl2Processor, config: MplugOwl2Config) -> list[str]:
     pairs = {
         "image placeholder": (processor.image_token_id, config.image_token_id),
-        "positions of a picture": (processor.num_image_tokens, config.num_image_tokens),
+        "positions of an image": (processor.num_image_tokens, config.num_image_tokens),
         "pixels of a side": (
             processor.image_processor.size["height"],
             config.vision_config.image_size,
@@ -176,9 +176,9 @@ def _check_processor(processor: MplugOwl2Processor, config: MplugOwl2Config) -> 
     num_positions = len(inputs["pixel_values"]) * config.num_image_tokens
     if (found := inputs["input_ids"][0].count(config.image_token_id)) != num_positions:
         raise ConversionError(
-            f"a picture takes {found} positions of a prompt, the model {num_positions}."
+            f"an image takes {found} positions of a prompt, the model {num_positions}."
         )
-    return [_check_ids(processor), f"the processor fits the model: {found} positions for a picture"]
+    return [_check_ids(processor), f"the processor fits the model: {found} positions for an image"]
 
 
 def _check_ids(processor: MplugOwl2Processor) -> str:
@@ -253,7 +253,7 @@ def _logits(folder: Path, processor: MplugOwl2Processor | None) -> Tensor:
     del model
     gc.collect()
     if not logits.isfinite().all():
-        raise ConversionError(f"{folder}: the logits of a prompt with a picture are not finite.")
+        raise ConversionError(f"{folder}: the logits of a prompt with an image are not finite.")
     return logits
 
 
@@ -273,7 +273,7 @@ def _compare_logits(
     bound = 16 * torch.finfo(logits.dtype).eps * expected.float().abs().max().item()
     if error > bound:
         raise ConversionError(
-            f"the logits of a prompt with a picture differ from the source's by up to {error:.3g}; "
+            f"the logits of a prompt with an image differ from the source's by up to {error:.3g}; "
             f"rounding explains up to {bound:.3g}."
         )
-    return [f"the logits of a prompt with a picture equal the source's, to {error:.1e}"]
+    return [f"the logits of a prompt with an image equal the source's, to {error:.1e}"]

@@ -16,7 +16,7 @@ def default_dir() -> Path:
 
 
 def default_pictures() -> dict[str, Path]:
-    """Name -> file of the pictures that come with the model; it was trained on none of them."""
+    """Name -> file of the images that come with the model; it was trained on none of them."""
     return {path.stem: path for path in sorted((default_dir() / "pictures").glob("*.png"))}
 
 

@@ -7,11 +7,11 @@ from typing import Any
 def to_messages(
     history: Sequence[dict[str, Any]], question: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """The chat so far and a new question, with paths at the places of pictures.
+    """The chat so far and a new question, with paths at the places of images.
 
     Args:
         history: Messages as gradio keeps them. A question without an answer, because it failed (`problem`) or was
-            stopped at once, is left out: its picture may be the very reason.
+            stopped at once, is left out: its image may be the very reason.
         question: Its "text" and "files".
 
     Raises:
@@ -33,7 +33,7 @@ def to_messages(
         [*({"path": path} for path in question.get("files") or []), question.get("text") or ""]
     )
     if not parts:
-        raise ValueError("the question is empty: write one, or add a picture.")
+        raise ValueError("the question is empty: write one, or add an image.")
     return [*messages, {"role": "user", "content": parts}]
 
 

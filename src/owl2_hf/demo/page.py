@@ -1,4 +1,4 @@
-"""The page: a tab to chat, one to score pictures, one to see what the model attends to."""
+"""The page: a tab to chat, one to score images, one to see what the model attends to."""
 
 import os
 import signal
@@ -129,7 +129,7 @@ def _add_chat(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
         temperature: float,
         top_p: float,
     ) -> Iterator[str | dict[str, Any]]:
-        """Answer a question about pictures."""
+        """Answer a question about images."""
         try:
             yield from worker.answer(
                 to_messages(history, question), int(max_new_tokens), temperature, top_p
@@ -161,7 +161,7 @@ def _add_chat(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
         textbox=gr.MultimodalTextbox(
             file_count="multiple",
             file_types=PICTURES,
-            placeholder="Ask, with pictures or without",
+            placeholder="Ask, with images or without",
             stop_btn=True,
         ),
         additional_inputs=sliders,
@@ -182,10 +182,10 @@ def _add_scores(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
         prompt: str,
         levels: str,
     ) -> Iterator[dict[str, Any]]:
-        """Score pictures by the probabilities of level words."""
+        """Score images by the probabilities of level words."""
         with _told_to_visitor():
             if not pictures:
-                raise ValueError("there is no picture: upload one or more.")
+                raise ValueError("there is no image: upload one or more.")
             chosen = custom_preset(
                 presets[preset],
                 task,
@@ -222,7 +222,7 @@ def _add_scores(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
                 )
             with gr.Accordion("Prompt and levels of your own", open=bool(levels)):
                 own_prompt = gr.Textbox(
-                    prompt, label="Prompt, with <|image|> at the place of the picture"
+                    prompt, label="Prompt, with <|image|> at the place of the image"
                 )
                 own_levels = gr.Textbox(
                     levels, label="Level words, best first and separated by commas"
@@ -277,14 +277,14 @@ def _add_analysis(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
 
     gr.Markdown(
         "How much of the answer's attention text and visual tokens get in each layer, and what each learnable query "
-        "looks at. A second picture is read as one that has nothing to do with the question."
+        "looks at. A second image is read as one that has nothing to do with the question."
     )
     question = gr.MultimodalTextbox(
         {"text": "What is this?", "files": []},
         file_count="multiple",
         file_types=PICTURES,
         show_label=False,
-        placeholder="Ask about a picture",
+        placeholder="Ask about an image",
     )
     summary = gr.Textbox(
         label="What the model answers, and its attention on visual tokens",

@@ -27,7 +27,7 @@ class DemoSettings:
     """Limits of the page.
 
     Args:
-        max_image_pixels: Pixels of all pictures of one chat, or analysis, together; of one picture that is scored.
+        max_image_pixels: Pixels of all images of one chat, or analysis, together; of one image that is scored.
         max_new_tokens: Longest answer, in tokens; visitors may ask for less.
     """
 
@@ -86,7 +86,7 @@ class ModelWorker:
             top_p: Share of the probability that tokens are sampled from.
 
         Raises:
-            ValueError: A picture cannot be used, or the messages are too long.
+            ValueError: An image cannot be used, or the messages are too long.
         """
         inputs = self._prepare(messages)
         room = self.context.room(inputs["input_ids"].shape[1])
@@ -134,7 +134,7 @@ class ModelWorker:
         task: str,
         scale: tuple[float, float] | None = None,
     ) -> Iterator[tuple[str, Score | ValueError]]:
-        """Name and score of each picture, or what is wrong with it.
+        """Name and score of each image, or what is wrong with it.
 
         Args:
             scale: Lowest and highest score, where not the preset's.
@@ -159,20 +159,20 @@ class ModelWorker:
         """What the model attends to, as `owl2-hf analyze` finds it.
 
         Args:
-            paths: The picture, and one that has nothing to do with the question, if that is to be compared.
+            paths: The image, and one that has nothing to do with the question, if that is to be compared.
 
         Returns:
             Lines of a summary, and figures by name.
 
         Raises:
-            ValueError: There are more or fewer pictures, one cannot be used, or there is no question.
+            ValueError: There are more or fewer images, one cannot be used, or there is no question.
         """
         if len(paths) not in (1, 2):
             raise ValueError(
-                f"expected one picture, or a second one that is unrelated, got {len(paths)}."
+                f"expected one image, or a second one that is unrelated, got {len(paths)}."
             )
         if not question.strip():
-            raise ValueError("the question is empty: write one about the picture.")
+            raise ValueError("the question is empty: write one about the image.")
         self.context.check(len(paths[:1]), len(question))
         given, *unrelated = self._open(paths)
         from ..analysis.plots import draw
@@ -204,7 +204,7 @@ class ModelWorker:
             files = [Path(path).read_bytes() for path in paths]
         except OSError:
             raise ValueError(
-                "a picture is not here any more: upload it again, in a new chat."
+                "an image is not here any more: upload it again, in a new chat."
             ) from None
         return open_pictures(
             files, self.settings.max_image_pixels, [Path(path).name for path in paths]
@@ -245,7 +245,7 @@ def _growing(streamer: TextIteratorStreamer) -> Iterator[str]:
 
 
 def _image(figure: Any) -> Image.Image:
-    """A figure of matplotlib as a picture."""
+    """A figure of matplotlib as an image."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return Image.open(file)

@@ -13,7 +13,7 @@ _GREEDY = {"do_sample": False, "num_beams": 1}
 # Upstream: prompts end with a space, which is a token of its own.
 _SHORT = "Answer the question using a single word or phrase. ASSISTANT: "
 _LETTER = "Answer with the option\u2019s letter from the given choices directly. ASSISTANT: "
-# How MMMU names a picture inside a question or an option.
+# How MMMU names an image inside a question or an option.
 _NUMBERED = re.compile(r"<image (\d+)>")
 _MMMU = {"max_new_tokens": 20, "min_new_tokens": 1}
 
@@ -23,8 +23,8 @@ class Evaluation:
     """How the original asks the questions of one benchmark.
 
     Args:
-        prompt: With `<|image|>` at the place of the picture and the names of what is filled in, in braces; without it
-            where questions say themselves where their pictures stand.
+        prompt: With `<|image|>` at the place of the image and the names of what is filled in, in braces; without it
+            where questions say themselves where their images stand.
         generation: Arguments of `generate`.
         dropped: Words that the original takes out of a question before it asks.
     """
@@ -36,7 +36,7 @@ class Evaluation:
     def fill(self, **values: str) -> str:
         """The prompt of one question; text of the question stays text, also where it holds braces.
 
-        Where the prompt has no place for a picture, each `<image 1>`, `<image 2>`, ... of the values becomes one.
+        Where the prompt has no place for an image, each `<image 1>`, `<image 2>`, ... of the values becomes one.
 
         Raises:
             ValueError: A value that the prompt names is missing.
@@ -45,7 +45,7 @@ class Evaluation:
         return filled if IMAGE_TOKEN in self.prompt else _NUMBERED.sub(IMAGE_TOKEN, filled)
 
     def picture_numbers(self, **values: str) -> list[int]:
-        """Which pictures `fill` gives a place to, in their order: of `<image 2>` and `<image 1>`, [2, 1]."""
+        """Which images `fill` gives a place to, in their order: of `<image 2>` and `<image 1>`, [2, 1]."""
         return (
             []
             if IMAGE_TOKEN in self.prompt

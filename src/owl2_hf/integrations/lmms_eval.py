@@ -93,7 +93,7 @@ class Owl2(lmms):
         ]
 
     def _prompt(self, request: Any) -> tuple[str, list[Any]]:
-        """A question with its pictures in front, or where it marks them."""
+        """A question with its images in front, or where it marks them."""
         context, _, doc_to_visual, doc_id, task, split = request.args
         pictures = [
             picture.convert("RGB")
@@ -140,9 +140,9 @@ def _batches(requests: list[Any], size: int) -> Iterator[list[tuple[int, Any]]]:
 
 
 def _place(question: str, pictures: list[Any], image_token: str) -> tuple[str, list[Any]]:
-    """Image tokens for the marks `<image>`, or MMMU's `<image 1>`, where they fit the pictures; else in front.
+    """Image tokens for the marks `<image>`, or MMMU's `<image 1>`, where they fit the images; else in front.
 
-    MMMU gives each picture once, in the order of the numbers, and may show it twice.
+    MMMU gives each image once, in the order of the numbers, and may show it twice.
     """
     marks = re.findall(r"<image(?: (\d+))?>", question)
     numbers = sorted(set(marks))

@@ -29,10 +29,10 @@ from ..modeling import MplugOwl2ForConditionalGeneration
 
 
 class MplugOwl2ProcessingInfo(MultiModalProcessingInfo):
-    """What vLLM asks about pictures before it has seen one."""
+    """What vLLM asks about images before it has seen one."""
 
     def get_image_size_with_most_features(self) -> ImageSize:
-        """The picture that nothing is done to, as all take the same; vLLM's guess has more pixels than are accepted."""
+        """The image that nothing is done to, as all take the same; vLLM's guess has more pixels than are accepted."""
         size = self.get_hf_processor().image_processor.size
         return ImageSize(width=size["width"], height=size["height"])
 

@@ -82,7 +82,7 @@ class MplugOwl2VisionConfig(PreTrainedConfig):
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side of the picture."""
+        """Patches along one side of the image."""
         return self.image_size // self.patch_size
 
     @property
@@ -95,13 +95,13 @@ class MplugOwl2VisionConfig(PreTrainedConfig):
 
 @strict
 class MplugOwl2AbstractorConfig(PreTrainedConfig):
-    """Visual abstractor: learnable queries that summarise one picture.
+    """Visual abstractor: learnable queries that summarise one image.
 
     Args:
         block_norm_eps: Epsilon of the norms around attention and MLP, 1e-5 whatever the original's config says.
         layer_norm_eps: Epsilon of the norm inside the MLP.
-        grid_size: Patches along one side of the encoded picture.
-        use_cls_token: The encoded picture has a class token in front; it gets a zero position.
+        grid_size: Patches along one side of the encoded image.
+        use_cls_token: The encoded image has a class token in front; it gets a zero position.
         projection_dim: Width of the language model.
     """
 
@@ -143,7 +143,7 @@ class MplugOwl2AbstractorConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions that one picture takes in the language model: the queries and the end-of-image vector."""
+        """Positions that one image takes in the language model: the queries and the end-of-image vector."""
         return self.num_learnable_queries + 1
 
 
@@ -155,7 +155,7 @@ class MplugOwl2HReducerConfig(PreTrainedConfig):
         hidden_size: Width of the vision encoder.
         kernel_width: Patches that one visual token replaces, the original's `conv_shape` "1x4".
         layer_norm_eps: Of the norm that the weights have and the model never applies.
-        grid_size: Patches along one side of the encoded picture.
+        grid_size: Patches along one side of the encoded image.
         projection_dim: Width of the language model.
     """
 
@@ -175,7 +175,7 @@ class MplugOwl2HReducerConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions that one picture takes in the language model: the merged patches and the end-of-image vector."""
+        """Positions that one image takes in the language model: the merged patches and the end-of-image vector."""
         return self.grid_size**2 // self.kernel_width + 1
 
 
@@ -488,12 +488,12 @@ class MplugOwl2Config(ComposedConfig):
 
     @property
     def connector_config(self) -> MplugOwl2AbstractorConfig | MplugOwl2HReducerConfig:
-        """Configuration of what turns encoded pictures into visual tokens."""
+        """Configuration of what turns encoded images into visual tokens."""
         return getattr(self, f"{self.connector_type}_config")
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions that one picture takes in the language model."""
+        """Positions that one image takes in the language model."""
         return self.connector_config.num_image_tokens
 
 

@@ -45,7 +45,7 @@ from .weight_files_mplug_owl2 import check_archive, read_weight_map, read_weight
 
 logger = logging.get_logger(__name__)
 
-# What quantisation leaves alone unless told otherwise: it is small beside the decoder, and what is lost of a picture is
+# What quantisation leaves alone unless told otherwise: it is small beside the decoder, and what is lost of an image is
 # not won back. Plain names, with and without a head on top: they are saved in config.json, where others compare them
 # literally (vLLM) though transformers reads patterns.
 _VISION_SIDE = ("vision_tower", "visual_abstractor", "h_reducer")

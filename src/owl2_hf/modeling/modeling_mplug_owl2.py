@@ -2,7 +2,7 @@
 
 The connector is the visual abstractor, or the H-Reducer of DocOwl 1.5; Q + 1 are the visual tokens that it makes.
 
-B: batch, L: positions, N: pictures of the whole batch, D: width of the language model, V: embedding rows.
+B: batch, L: positions, N: images of the whole batch, D: width of the language model, V: embedding rows.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -112,7 +112,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
 
     @property
     def connector(self) -> MplugOwl2VisualAbstractor | MplugOwl2HReducer:
-        """What turns encoded pictures into visual tokens."""
+        """What turns encoded images into visual tokens."""
         return (
             self.h_reducer if self.config.connector_type == "h_reducer" else self.visual_abstractor
         )
@@ -120,7 +120,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
     @merge_with_config_defaults
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> MplugOwl2ImageFeatures:
-        """(N, 3, H, W) normalised pixels -> the visual tokens of each picture, in `pooler_output`."""
+        """(N, 3, H, W) normalised pixels -> the visual tokens of each image, in `pooler_output`."""
         encoded = self.vision_tower(pixel_values, **{**kwargs, "return_dict": True})
         connected = self.connector(encoded.last_hidden_state, **{**kwargs, "return_dict": True})
         tokens = connected.last_hidden_state  # (N, Q + 1, D)
@@ -161,7 +161,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             image_mask = input_ids.eq(self.config.image_token_id)
         else:
             raise ValueError(
-                "inputs_embeds came with pictures but without mm_token_type_ids, so visual and text positions cannot "
+                "inputs_embeds came with images but without mm_token_type_ids, so visual and text positions cannot "
                 "be told apart: pass mm_token_type_ids (0 text, 1 image), or input_ids instead of inputs_embeds."
             )
         if image_features.shape[-1] != inputs_embeds.shape[-1]:
@@ -174,8 +174,8 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             per_image = self.config.num_image_tokens
             raise ValueError(
                 f"Image features and image tokens do not match: {len(image_features)} features "
-                f"({len(image_features) / per_image:g} pictures of {per_image}) for {num_positions} placeholder "
-                f"positions. Each picture needs {per_image} placeholders (id {self.config.image_token_id}) in its "
+                f"({len(image_features) / per_image:g} images of {per_image}) for {num_positions} placeholder "
+                f"positions. Each image needs {per_image} placeholders (id {self.config.image_token_id}) in its "
                 "prompt; MplugOwl2Processor writes them."
             )
         return image_mask.unsqueeze(-1).to(inputs_embeds.device)
@@ -194,7 +194,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> MplugOwl2ModelOutputWithPast:
-        """Encode the pictures, put them in place of their placeholders, and run the language model.
+        """Encode the images, put them in place of their placeholders, and run the language model.
 
         Args:
             input_ids: (B, L), `config.image_token_id` at each visual token, or
@@ -208,12 +208,12 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         encoder_output = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and encoder_output is not None:
             raise ValueError(
-                "Give pixel_values or mm_encoder_outputs, not both: they are the same pictures."
+                "Give pixel_values or mm_encoder_outputs, not both: they are the same images."
             )
         if pixel_values is not None:
             encoder_output = self.get_image_features(pixel_values, return_dict=True)
         elif self.training and encoder_output is None:
-            # Ahead of the embedding, where pictures are encoded: sharded ranks gather parameters in the order of use.
+            # Ahead of the embedding, where images are encoded: sharded ranks gather parameters in the order of use.
             nothing = self._untouched_vision_side()
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -261,9 +261,9 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         return nn.functional.pad(mm_token_type_ids, (num_virtual, 0))
 
     def _check_no_placeholder(self, input_ids: Tensor | None, cache: Cache | None) -> None:
-        """A prompt that names pictures needs them; looked at once per prompt, not at each decoding step.
+        """A prompt that names images needs them; looked at once per prompt, not at each decoding step.
 
-        Training and generation (which hands over a cache) refuse a picture's run of placeholders. A bare forward warns
+        Training and generation (which hands over a cache) refuse an image's run of placeholders. A bare forward warns
         and embeds them, as transformers' models do: its own tests feed ids at random.
         """
         if input_ids is None or torch.compiler.is_compiling() or input_ids.is_meta:
@@ -274,7 +274,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         if not (num_positions := int(placeholders.sum())):
             return
         message = (
-            f"The prompt has {num_positions} image placeholders (id {self.config.image_token_id}) but no pictures "
+            f"The prompt has {num_positions} image placeholders (id {self.config.image_token_id}) but no images "
             "came: pass pixel_values, or leave the placeholders out."
         )
         per_image = self.config.num_image_tokens
@@ -287,7 +287,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         logger.warning_once(message)
 
     def _untouched_vision_side(self) -> Tensor:
-        """Zero that depends on the vision side, so that ranks with and without pictures run the same collectives."""
+        """Zero that depends on the vision side, so that ranks with and without images run the same collectives."""
         vision = self.config.vision_config
         picture = torch.zeros(
             1, vision.num_channels, vision.image_size, vision.image_size, device=self.device
@@ -298,7 +298,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
 class MplugOwl2ForConditionalGeneration(
     ScoresImages, MplugOwl2PreTrainedModel, MplugOwl2Generation, GenerationMixin
 ):
-    """mPLUG-Owl2 with the language-model head: text from text and pictures, and scores of images."""
+    """mPLUG-Owl2 with the language-model head: text from text and images, and scores of images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -313,7 +313,7 @@ class MplugOwl2ForConditionalGeneration(
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> MplugOwl2ImageFeatures:
-        """(N, 3, H, W) normalised pixels -> the visual tokens of each picture, in `pooler_output`."""
+        """(N, 3, H, W) normalised pixels -> the visual tokens of each image, in `pooler_output`."""
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
     @known_arguments

@@ -1,6 +1,6 @@
-"""Visual abstractor of mPLUG-Owl2: learnable queries that read one encoded picture (figure 2 of the paper).
+"""Visual abstractor of mPLUG-Owl2: learnable queries that read one encoded image (figure 2 of the paper).
 
-N: pictures, Q: learnable queries, P: positions of one encoded picture, C: width, D: width of the language model.
+N: images, Q: learnable queries, P: positions of one encoded image, C: width, D: width of the language model.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def query_position_table(config: MplugOwl2AbstractorConfig) -> Tensor:
 
 
 def image_position_table(config: MplugOwl2AbstractorConfig) -> Tensor:
-    """(P, C) sin-cos positions of the picture, float32: column in the first half of C, row in the second."""
+    """(P, C) sin-cos positions of the image, float32: column in the first half of C, row in the second."""
     rows, columns = np.divmod(np.arange(config.grid_size**2, dtype=np.float32), config.grid_size)
     half = config.hidden_size // 2
     table = np.concatenate([sincos_table(columns, half), sincos_table(rows, half)], axis=1)
@@ -45,7 +45,7 @@ def image_position_table(config: MplugOwl2AbstractorConfig) -> Tensor:
 
 
 class MplugOwl2AbstractorAttention(nn.Module):
-    """Queries attend to themselves and to the picture; positions enter queries and keys, not values."""
+    """Queries attend to themselves and to the image; positions enter queries and keys, not values."""
 
     q_pos_embed: Tensor
     k_pos_embed: Tensor
@@ -68,7 +68,7 @@ class MplugOwl2AbstractorAttention(nn.Module):
     def forward(
         self, queries: Tensor, image: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """(N, Q, C) queries, (N, P, C) picture -> (N, Q, C) and, with eager attention, (N, heads, Q, Q + P) weights."""
+        """(N, Q, C) queries, (N, P, C) image -> (N, Q, C) and, with eager attention, (N, heads, Q, Q + P) weights."""
         context = torch.cat([queries, image], dim=1)
         query_positions = self.q_pos_embed.to(queries)
         context_positions = torch.cat([query_positions, self.k_pos_embed.to(queries)])
@@ -117,7 +117,7 @@ class MplugOwl2AbstractorLayer(GradientCheckpointingLayer):
         self.mlp = MplugOwl2AbstractorMLP(config)
 
     def forward(self, queries: Tensor, image: Tensor, **kwargs: Any) -> Tensor:
-        """(N, Q, C) queries, (N, P, C) picture -> (N, Q, C)."""
+        """(N, Q, C) queries, (N, P, C) image -> (N, Q, C)."""
         # Upstream: the residual starts after the norm.
         queries = self.query_layernorm(queries)
         queries = queries + self.cross_attn(queries, self.image_layernorm(image), **kwargs)[0]
@@ -125,7 +125,7 @@ class MplugOwl2AbstractorLayer(GradientCheckpointingLayer):
 
 
 class MplugOwl2VisualAbstractor(PreTrainedModel):
-    """Visual abstractor: Q + 1 visual tokens for each encoded picture."""
+    """Visual abstractor: Q + 1 visual tokens for each encoded image."""
 
     config: MplugOwl2AbstractorConfig
     base_model_prefix = "visual_abstractor"
@@ -173,7 +173,7 @@ class MplugOwl2VisualAbstractor(PreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, image_features: Tensor, **kwargs: Any) -> BaseModelOutput:
-        """Summarise each picture in Q visual tokens and an end-of-image vector.
+        """Summarise each image in Q visual tokens and an end-of-image vector.
 
         Args:
             image_features: (N, P, C) vision encoder output, class token first.

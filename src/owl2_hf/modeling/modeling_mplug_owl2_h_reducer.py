@@ -1,7 +1,7 @@
 """H-Reducer of DocOwl 1.5: every visual token is merged from patches that stand side by side, as letters in a line do.
 
-N: pictures, C: width of the vision encoder, G: patches along one side, K: patches that become one token, P: positions
-of one encoded picture (class token and patches), Q: G * G / K visual tokens, D: width of the language model.
+N: images, C: width of the vision encoder, G: patches along one side, K: patches that become one token, P: positions
+of one encoded image (class token and patches), Q: G * G / K visual tokens, D: width of the language model.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from .configuration_mplug_owl2 import MplugOwl2HReducerConfig
 
 
 class MplugOwl2HReducer(PreTrainedModel):
-    """H-Reducer: Q + 1 visual tokens for each encoded picture."""
+    """H-Reducer: Q + 1 visual tokens for each encoded image."""
 
     config: MplugOwl2HReducerConfig
     base_model_prefix = "h_reducer"
@@ -50,7 +50,7 @@ class MplugOwl2HReducer(PreTrainedModel):
         """None: there is no table to look up."""
 
     def forward(self, image_features: Tensor, **kwargs: Any) -> BaseModelOutput:
-        """Merge the patches of each picture into Q visual tokens, and append an end-of-image vector.
+        """Merge the patches of each image into Q visual tokens, and append an end-of-image vector.
 
         Args:
             image_features: (N, P, C) vision encoder output, class token first; it is left out.

@@ -1,6 +1,6 @@
 """Vision encoder of mPLUG-Owl2: a pre-norm ViT whose class token stays in the output.
 
-N: pictures, C: width, H, W: pixels of a side, P: positions of one picture (class token and patches).
+N: images, C: width, H, W: pixels of a side, P: positions of one image (class token and patches).
 """
 
 from collections.abc import Callable
@@ -172,7 +172,7 @@ class MplugOwl2VisionModel(PreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
-        """Encode pictures.
+        """Encode images.
 
         Args:
             pixel_values: (N, 3, H, W) normalised pixels, H = W = image_size.
@@ -182,13 +182,13 @@ class MplugOwl2VisionModel(PreTrainedModel):
             before the last norm) and `attentions` (layers times (N, heads, P, P)).
 
         Raises:
-            ValueError: Pictures of another shape than the configuration's.
+            ValueError: Images of another shape than the configuration's.
         """
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
             raise ValueError(
-                f"pixel_values must be (pictures, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}. "
-                "Prepare pictures with MplugOwl2Processor; the frames of a video are pictures of their own."
+                f"pixel_values must be (images, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}. "
+                "Prepare images with MplugOwl2Processor; the frames of a video are images of their own."
             )
         hidden_states = self.embeddings(pixel_values)
         for layer in self.layers:

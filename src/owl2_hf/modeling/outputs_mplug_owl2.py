@@ -18,7 +18,7 @@ class MplugOwl2ImageFeatures(BaseModelOutputWithPooling):
 
     Args:
         last_hidden_state: (N, P, C) vision encoder output; `hidden_states` and `attentions` are the vision encoder's.
-        pooler_output: N times (Q + 1, D), the visual tokens of each picture; one tensor (N, Q + 1, D) in an export.
+        pooler_output: N times (Q + 1, D), the visual tokens of each image; one tensor (N, Q + 1, D) in an export.
         abstractor_hidden_states: layers + 1 times (N, Q, C), on request; `None` with an H-Reducer.
         abstractor_attentions: layers times (N, heads, Q, Q + P), on request; `None` with an H-Reducer.
     """

@@ -29,13 +29,13 @@ class Preset:
     """How one model of the family scores.
 
     Args:
-        prompts: Task -> prompt, with `<|image|>` at the place of the picture, or of a video's frames.
+        prompts: Task -> prompt, with `<|image|>` at the place of the image, or of a video's frames.
         levels: Words, best first; or groups of words that mean the same, whose logits are averaged.
         values: What each level is worth, from 0 to 1.
-        image_aspect_ratio: How a picture becomes square, see `MplugOwl2ImageProcessor`.
+        image_aspect_ratio: How an image becomes square, see `MplugOwl2ImageProcessor`.
         scale: Lowest and highest score.
         temperature: The logits are divided by it.
-        images_per_prompt: Pictures that the prompt names; a video's frames stand in the place of one.
+        images_per_prompt: Images that the prompt names; a video's frames stand in the place of one.
     """
 
     prompts: dict[str, str]

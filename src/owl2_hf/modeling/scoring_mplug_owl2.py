@@ -121,7 +121,7 @@ def level_inputs(
     """
     if not all(frames):
         raise ValueError("expected at least one frame of each video, got a list without any.")
-    # Frames of a video stand where one picture would, one behind the other.
+    # Frames of a video stand where one image would, one behind the other.
     prompts = [prompt] * len(frames)
     if preset.images_per_prompt == 1:
         prompts = [prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * len(own)) for own in frames]

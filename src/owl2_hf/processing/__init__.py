@@ -1,4 +1,4 @@
-"""Pictures and prompts; the same files travel to the Hub as remote code."""
+"""Images and prompts; the same files travel to the Hub as remote code."""
 
 from ..registration import register
 from .image_processing_mplug_owl2 import MplugOwl2ImageProcessor

@@ -1,6 +1,6 @@
-"""Pictures for mPLUG-Owl2: opened with care, made square as the original makes them, resized and normalised.
+"""Images for mPLUG-Owl2: opened with care, made square as the original makes them, resized and normalised.
 
-H, W: height and width of a picture, S: side of the final square, N: pictures.
+H, W: height and width of an image, S: side of the final square, N: images.
 
 One file because the Hub finds an image processor by the name of its file.
 """
@@ -31,7 +31,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-ASPECT_RATIOS = ("resize", "pad", "crop")  # one square of each picture; "anchors" makes several
+ASPECT_RATIOS = ("resize", "pad", "crop")  # one square of each image; "anchors" makes several
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_FILE_BYTES = 64 * 2**20
 MAX_IMAGE_PIXELS = 89_478_485  # PIL's own threshold for a decompression bomb
@@ -127,31 +127,31 @@ class MplugOwl2ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[
 
 
 class MplugOwl2ImageProcessor(PilBackend):
-    """Prepares pictures with PIL, whose resampling the model was trained on.
+    """Prepares images with PIL, whose resampling the model was trained on.
 
     Args:
-        image_aspect_ratio: How a picture becomes square. "resize" stretches it to the square of its longer edge and
+        image_aspect_ratio: How an image becomes square. "resize" stretches it to the square of its longer edge and
             then to the final size, the original's two resamplings; "pad" centres it on a square in the mean colour;
             "crop" resizes the shorter edge and cuts the centre, as CLIP does; "anchors" makes several squares, the
-            crops of the grid that suits the picture's shape, row by row, as DocOwl does.
+            crops of the grid that suits the image's shape, row by row, as DocOwl does.
         size: `{"height": S, "width": S}`, the final square; a number, or CLIP's `{"shortest_edge": S}`, means the same.
-        max_image_pixels: A picture with more is refused before it is decoded. Where the square of the longer edge has
+        max_image_pixels: An image with more is refused before it is decoded. Where the square of the longer edge has
             more, the first of the two resamplings is skipped; such panoramas do not have the original's pixels.
         crop_anchors: Grids that "anchors" chooses from, a name in `CROP_ANCHORS`.
-        add_global_image: In front of its crops "anchors" puts the whole picture, stretched to the square. DocOwl 1.5's
+        add_global_image: In front of its crops "anchors" puts the whole image, stretched to the square. DocOwl 1.5's
             first-stage checkpoints want `False`.
         add_text_crop_tags: For the processor: each crop of "anchors" is named in the prompt, as `<crop_img_row0_col0>`.
         original_reading: Files are read as the original, Q-Align and pyiqa read them, by PIL's `convert("RGB")` alone:
             EXIF orientation is not applied, and 16-bit grey is clipped at 255, not scaled. For the papers' numbers.
 
-    Pictures may be PIL images, arrays, tensors, paths, URLs, data URLs, base64 strings or bytes, singly or in lists.
+    Images may be PIL images, arrays, tensors, paths, URLs, data URLs, base64 strings or bytes, singly or in lists.
     EXIF orientation is applied to what is opened here; a PIL image is taken as it is. Transparency is dropped, as in
     the original. 16-bit grey is scaled to 8 bits. Of an animation the first frame counts. Arrays hold 0 to 255, or
     floats from 0 to 1, which mean the same with and without `do_rescale`; channels come last in arrays and first in
     tensors where the shape leaves it open.
 
     Raises:
-        ValueError: A picture is broken, too large, or of an unknown kind; the message names it.
+        ValueError: An image is broken, too large, or of an unknown kind; the message names it.
     """
 
     valid_kwargs = MplugOwl2ImageProcessorKwargs
@@ -182,7 +182,7 @@ class MplugOwl2ImageProcessor(PilBackend):
             raise ValueError(
                 f"crop_anchors must be one of {names}, got {kwargs.get('crop_anchors')!r}."
             )
-        # The final picture is cut by `image_aspect_ratio` alone; CLIP's own switches say nothing more.
+        # The final image is cut by `image_aspect_ratio` alone; CLIP's own switches say nothing more.
         kwargs.update(do_center_crop=None, crop_size=None)
         kwargs = super()._standardize_kwargs(size=size, **kwargs)
         size = kwargs["size"]
@@ -213,7 +213,7 @@ class MplugOwl2ImageProcessor(PilBackend):
         add_global_image: bool | None = None,
         **kwargs: Any,
     ) -> int:
-        """Squares that become of one picture, with the settings of this processor where none are given."""
+        """Squares that become of one image, with the settings of this processor where none are given."""
         if (image_aspect_ratio or self.image_aspect_ratio) != "anchors":
             return 1
         side = dict(size or self.size)
@@ -238,11 +238,9 @@ class MplugOwl2ImageProcessor(PilBackend):
     ) -> list[Image.Image]:
         flat = flatten_images(images)
         if not flat:
-            raise ValueError("No picture came: give at least one.")
+            raise ValueError("No image came: give at least one.")
         return [
-            _named(
-                f"picture {index} of {len(flat)}", partial(self.process_image, picture, **kwargs)
-            )
+            _named(f"image {index} of {len(flat)}", partial(self.process_image, picture, **kwargs))
             for index, picture in enumerate(flat, start=1)
         ]
 
@@ -256,7 +254,7 @@ class MplugOwl2ImageProcessor(PilBackend):
         original_reading: bool | None = None,
         **kwargs: Any,
     ) -> Image.Image:
-        """One picture of any kind -> RGB."""
+        """One image of any kind -> RGB."""
         max_image_pixels = max_image_pixels or self.max_image_pixels
         original_reading = self.original_reading if original_reading is None else original_reading
         if isinstance(image, (str, Path, bytes)):
@@ -287,15 +285,15 @@ class MplugOwl2ImageProcessor(PilBackend):
         add_global_image: bool = True,
         **kwargs: Any,
     ) -> BatchFeature:
-        """N RGB pictures -> `pixel_values` (squares, 3, S, S) float32, N squares or with "anchors" more.
+        """N RGB images -> `pixel_values` (squares, 3, S, S) float32, N squares or with "anchors" more.
 
-        With "anchors" also `crop_grid` (N, 2), rows and columns of each picture's crops.
+        With "anchors" also `crop_grid` (N, 2), rows and columns of each image's crops.
         """
         resample = BICUBIC if resample is None else resample
         data: dict[str, list[Any]] = {"pixel_values": []}
         if image_aspect_ratio == "anchors":
             if not do_resize:
-                raise ValueError("'anchors' cuts pictures after resizing them; leave do_resize on.")
+                raise ValueError("'anchors' cuts images after resizing them; leave do_resize on.")
             anchors = CROP_ANCHORS[crop_anchors]
             data["crop_grid"] = [
                 best_anchor(image.height, image.width, size.height, anchors) for image in images
@@ -334,7 +332,7 @@ class MplugOwl2ImageProcessor(PilBackend):
 def best_anchor(
     height: int, width: int, side: int, anchors: list[tuple[int, int]]
 ) -> tuple[int, int]:
-    """Rows and columns of the grid that suits a picture: first by its shape, then by its size.
+    """Rows and columns of the grid that suits an image: first by its shape, then by its size.
 
     Args:
         side: Pixels along one side of a crop.
@@ -359,7 +357,7 @@ def _overlap(
 def _cut(
     picture: Image.Image, side: int, resample: int, grid: tuple[int, int], add_global: bool
 ) -> Iterator[Image.Image]:
-    """The whole picture as one square, then the crops row by row; all are resized from the picture itself."""
+    """The whole image as one square, then the crops row by row; all are resized from the image itself."""
     rows, columns = grid
     if add_global:
         yield picture.resize((side, side), resample)
@@ -415,13 +413,13 @@ def _crop(
 def open_image(
     source: str | Path | bytes, max_pixels: int = MAX_IMAGE_PIXELS, original_reading: bool = False
 ) -> Image.Image:
-    """Open a picture from a path, an http(s) URL, a data URL, base64 or bytes, in RGB and upright.
+    """Open an image from a path, an http(s) URL, a data URL, base64 or bytes, in RGB and upright.
 
     Args:
         original_reading: As for `MplugOwl2ImageProcessor`.
 
     Raises:
-        ValueError: It cannot be had, is not a picture in one of `FORMATS`, or is too large.
+        ValueError: It cannot be had, is not an image in one of `FORMATS`, or is too large.
     """
     read: Callable[[], bytes]
     if isinstance(source, bytes):
@@ -518,7 +516,7 @@ def _decode(content: bytes, max_pixels: int, original_reading: bool) -> Image.Im
         ) from None
     except UnidentifiedImageError:
         raise ValueError(
-            f"it is not a picture in one of the formats {', '.join(FORMATS)}."
+            f"it is not an image in one of the formats {', '.join(FORMATS)}."
         ) from None
     except MemoryError:
         raise
@@ -534,7 +532,7 @@ def _decode(content: bytes, max_pixels: int, original_reading: bool) -> Image.Im
 
 
 def _load(picture: Image.Image) -> None:
-    """Decode a picture that PIL has opened."""
+    """Decode an image that PIL has opened."""
     try:
         picture.load()
     except MemoryError:
@@ -602,7 +600,7 @@ def _convert(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     except ValueError:
         raise ValueError(
-            f"pictures of mode {image.mode!r} cannot be turned into RGB; convert it first."
+            f"images of mode {image.mode!r} cannot be turned into RGB; convert it first."
         ) from None
 
 
@@ -654,12 +652,12 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
 
 
 def is_many(images: Any) -> bool:
-    """Whether this is a list, or an array or tensor of several pictures."""
+    """Whether this is a list, or an array or tensor of several images."""
     return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
 
 
 def flatten_images(images: Any) -> list[Any]:
-    """Every single picture of nested lists and arrays, in order."""
+    """Every single image of nested lists and arrays, in order."""
     return (
         [picture for image in images for picture in flatten_images(image)]
         if is_many(images)

@@ -1,7 +1,7 @@
-"""Prompts and pictures for mPLUG-Owl2: chat template, placeholders, modality indicators.
+"""Prompts and images for mPLUG-Owl2: chat template, placeholders, modality indicators.
 
-One `<|image|>` of a prompt becomes the positions of one picture: the learnable queries and the end-of-image vector. For
-DocOwl 1.5, whose pictures are cut into crops, it becomes the positions of each crop behind the crop's name.
+One `<|image|>` of a prompt becomes the positions of one image: the learnable queries and the end-of-image vector. For
+DocOwl 1.5, whose images are cut into crops, it becomes the positions of each crop behind the crop's name.
 
 One file because the Hub finds a processor by the name of its file.
 """
@@ -112,17 +112,17 @@ class Answer(Decoded):
 class MplugOwl2Processor(ProcessorMixin):
     """Tokenizer and image processor in one.
 
-    In a raw prompt `<|image|>` stands for a picture and `<s>`, `</s>`, `<unk>` are control tokens. Inside the text of a
-    chat message all of them are text; pictures are parts of their own. A video is a part with a list of frames, which
-    take the place of one picture one after another.
+    In a raw prompt `<|image|>` stands for an image and `<s>`, `</s>`, `<unk>` are control tokens. Inside the text of a
+    chat message all of them are text; images are parts of their own. A video is a part with a list of frames, which
+    take the place of one image one after another.
 
     Args:
-        num_image_tokens: Positions of one picture, or of one crop: what the model's connector makes of it.
+        num_image_tokens: Positions of one image, or of one crop: what the model's connector makes of it.
         legacy: Every text between control tokens starts with a space of its own, as in checkpoints without the flag.
             `False`: not behind `<s>`, `</s>` and `<unk>`.
 
     Raises:
-        ValueError: Pictures and placeholders do not match, or a picture cannot be used; the message says which.
+        ValueError: Images and placeholders do not match, or an image cannot be used; the message says which.
     """
 
     return_mm_token_type_ids = True
@@ -199,7 +199,7 @@ class MplugOwl2Processor(ProcessorMixin):
         Args:
             source: Its folder, with config.json, and preprocessor_config.json where it has one.
             tokenizer: File or folder to read the tokenizer from, where not from `source`.
-            num_image_tokens, image_size: Positions and side of a picture, where not read off config.json.
+            num_image_tokens, image_size: Positions and side of an image, where not read off config.json.
             num_text_tokens: Rows of the weights, where config.json may not tell them (mPLUG-Owl2.1).
             added_tokens: Tokens behind LLaMA's that the weights have rows for, where no added_tokens.json tells them.
 
@@ -222,7 +222,7 @@ class MplugOwl2Processor(ProcessorMixin):
             kernel_width = int(str(reducer.get("conv_shape", "1x4")).rpartition("x")[2])
             num_queries = (side // vision.get("patch_size", 14)) ** 2 // kernel_width
         else:
-            # Training writes how pictures became square into the model's configuration.
+            # Training writes how images became square into the model's configuration.
             mode = "pad" if values.get("image_aspect_ratio") == "pad" else "resize"
             num_queries = visual_config.get("visual_abstractor", {}).get(
                 "num_learnable_queries", 64
@@ -253,11 +253,11 @@ class MplugOwl2Processor(ProcessorMixin):
         text: str | list[str] | None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
-        """Prompts (B) and their pictures (N) -> the model's inputs.
+        """Prompts (B) and their images (N) -> the model's inputs.
 
         Args:
-            images: One picture, a flat list for all prompts in order, or a list for each prompt.
-            text: One prompt or several, with one `<|image|>` for each picture, whatever crops it is cut into. `<s>` in
+            images: One image, a flat list for all prompts in order, or a list for each prompt.
+            text: One prompt or several, with one `<|image|>` for each image, whatever crops it is cut into. `<s>` in
                 front, as chat templates write it, is the one that the tokenizer would write. Without special tokens a
                 text that begins with a space goes on where another ended, and gets no further space in front.
         """
@@ -293,7 +293,7 @@ class MplugOwl2Processor(ProcessorMixin):
     def replace_image_token(
         self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any
     ) -> str:
-        """What stands for one picture: its placeholders, for DocOwl crop by crop behind their names."""
+        """What stands for one image: its placeholders, for DocOwl crop by crop behind their names."""
         run = self.image_token * self.num_image_tokens
         grids = image_inputs.get("crop_grid")
         if grids is None:
@@ -302,7 +302,7 @@ class MplugOwl2Processor(ProcessorMixin):
             getattr(self.image_processor, name) if kwargs.get(name) is None else kwargs[name]
             for name in ("add_global_image", "add_text_crop_tags")
         )
-        # Upstream: with several pictures each place gets the names of all their crops; here those of its own.
+        # Upstream: with several images each place gets the names of all their crops; here those of its own.
         rows, columns = map(int, grids[image_idx])
         tags = ["<global_img>"] if add_global else []
         tags += [
@@ -318,10 +318,10 @@ class MplugOwl2Processor(ProcessorMixin):
         audio: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Prompts as a list; pictures as one list for each prompt, or as one list where there is no prompt."""
+        """Prompts as a list; images as one list for each prompt, or as one list where there is no prompt."""
         if videos is not None:
             raise ValueError(
-                "Give a video as its frames: as pictures, or as a chat part of type 'video' with a list."
+                "Give a video as its frames: as images, or as a chat part of type 'video' with a list."
             )
         if audio is not None:
             raise ValueError("Got audio, which this model cannot hear: give text and images.")
@@ -340,13 +340,13 @@ class MplugOwl2Processor(ProcessorMixin):
             if len(images) != len(text):
                 raise ValueError(
                     self._count_error(
-                        f"Got lists of pictures for {len(images)} prompts, but {len(text)}"
+                        f"Got lists of images for {len(images)} prompts, but {len(text)}"
                     )
                 )
             return [[] if own is None else flatten_images(own) for own in images]
         counts = [prompt.count(self.image_token) for prompt in text]
         if len(images) != sum(counts):
-            got = f"The text has {sum(counts)} {self.image_token} but {len(images)} pictures"
+            got = f"The text has {sum(counts)} {self.image_token} but {len(images)} images"
             raise ValueError(self._count_error(got))
         rest = iter(images)
         return [[next(rest) for _ in range(count)] for count in counts]
@@ -366,13 +366,11 @@ class MplugOwl2Processor(ProcessorMixin):
             if expected != got:
                 where = "The text" if len(text) == 1 else f"Prompt {index} of the batch"
                 raise ValueError(
-                    self._count_error(
-                        f"{where} has {expected} {self.image_token} but {got} pictures"
-                    )
+                    self._count_error(f"{where} has {expected} {self.image_token} but {got} images")
                 )
 
     def _count_error(self, got: str) -> str:
-        return f"{got}: {self.image_token} tokens in the prompts should be the same as the number of pictures."
+        return f"{got}: {self.image_token} tokens in the prompts should be the same as the number of images."
 
     def _process_images(self, images: list[list[Any]], **kwargs: Any) -> Any:
         flat = flatten_images(images)
@@ -479,7 +477,7 @@ class MplugOwl2Processor(ProcessorMixin):
             raise ValueError(f"The chat template refuses this: {error}") from error
 
     def _plain(self, conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The conversation with its text escaped and its videos as pictures; the original stays as it is."""
+        """The conversation with its text escaped and its videos as images; the original stays as it is."""
         if not conversation:
             raise ValueError("The conversation is empty: give at least one message.")
         messages = []
@@ -519,11 +517,11 @@ class MplugOwl2Processor(ProcessorMixin):
             if part.get(key) is not None
         ]
         if not given:
-            return [{"type": "image"}]  # only a place, for a picture that comes some other way
+            return [{"type": "image"}]  # only a place, for an image that comes some other way
         key, value = given[0]
         is_list = is_many(value)
         if is_list != (kind == "video") or (is_list and len(value) == 0):
-            expected = "a list of at least one frame" if kind == "video" else "a single picture"
+            expected = "a list of at least one frame" if kind == "video" else "a single image"
             raise ValueError(
                 f"A part of type {kind!r} must hold {expected}, got {type(value).__name__}."
             )
@@ -563,7 +561,7 @@ class MplugOwl2Processor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Any] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Placeholders and crops of each picture of (height, width); its size matters where it is cut by its shape."""
+        """Placeholders and crops of each image of (height, width); its size matters where it is cut by its shape."""
         if image_sizes is None:
             return MultiModalData()
         crops = [self.image_processor.num_crops(*size, **kwargs) for size in image_sizes]

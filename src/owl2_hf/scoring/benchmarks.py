@@ -92,7 +92,7 @@ def benchmark_rows(
             image = locate_picture(str(Path(row.image).absolute()), place)
             yield row.row, replace(row, image=image)
         except ValueError as error:
-            may_miss = name in _INCOMPLETE and "there is no picture" in str(error)
+            may_miss = name in _INCOMPLETE and "there is no image" in str(error)
             yield row.row, None if may_miss else error
 
 

@@ -1,8 +1,8 @@
-"""Comparisons of pictures, as Compare2Score and Co-Instruct make them.
+"""Comparisons of images, as Compare2Score and Co-Instruct make them.
 
-Compare2Score (arXiv:2405.19298) asks which of two pictures has the better quality, and turns comparisons with anchor
-pictures into one score: the maximum a posteriori estimate under Thurstone's model. Co-Instruct (arXiv:2402.16641) asks
-in words about numbered pictures.
+Compare2Score (arXiv:2405.19298) asks which of two images has the better quality, and turns comparisons with anchor
+images into one score: the maximum a posteriori estimate under Thurstone's model. Co-Instruct (arXiv:2402.16641) asks
+in words about numbered images.
 """
 
 from collections.abc import Sequence
@@ -41,12 +41,12 @@ COMPARE2SCORE = Preset(
 
 
 class Comparator:
-    """Tells which of two pictures is the better one.
+    """Tells which of two images is the better one.
 
     Args:
         model: `MplugOwl2ForConditionalGeneration`, in evaluation mode.
         processor: Its processor.
-        preset: Prompt with two pictures, level words for the second one, and temperature of their logits.
+        preset: Prompt with two images, level words for the second one, and temperature of their logits.
         batch_size: Pairs in one forward pass.
         original_reading: Read files as the originals do, for the papers' numbers; see `MplugOwl2ImageProcessor`.
     """
@@ -65,20 +65,20 @@ class Comparator:
         (self._task,) = preset.prompts
 
     def __call__(self, pairs: Sequence[tuple[Any, Any]]) -> list[float]:
-        """How much better the second picture of each pair is: 0 inferior, 0.5 alike, 1 superior."""
+        """How much better the second image of each pair is: 0 inferior, 0.5 alike, 1 superior."""
         return [found.score for found in self._scorer([list(pair) for pair in pairs], self._task)]
 
     def score(
         self, images: Sequence[Any], anchors: Sequence[Any], anchor_preferences: Any | None = None
     ) -> list[float]:
-        """Scores from 0 to 100 of pictures, by comparison with anchors.
+        """Scores from 0 to 100 of images, by comparison with anchors.
 
-        The qualities of the anchors and one picture are those of `thurstone_map`; as in the released code, the worst of
-        them counts 0 and the best 100, so that a picture beyond all anchors scores 0 or 100.
+        The qualities of the anchors and one image are those of `thurstone_map`; as in the released code, the worst of
+        them counts 0 and the best 100, so that an image beyond all anchors scores 0 or 100.
 
         Args:
-            images: Pictures to score, each on its own.
-            anchors: Two or more pictures whose qualities differ.
+            images: Images to score, each on its own.
+            anchors: Two or more images whose qualities differ.
             anchor_preferences: (M, M) how much anchor i is preferred to anchor j, from 0 to 1, such as the released
                 table for the released anchors; if not given the model compares them.
 
@@ -152,17 +152,17 @@ def thurstone_map(preferences: Tensor) -> Tensor:
 
 
 def numbered_images(images: Sequence[Any], question: str) -> list[dict[str, Any]]:
-    """A chat about several pictures in Co-Instruct's words, for `apply_chat_template` or a pipeline.
+    """A chat about several images in Co-Instruct's words, for `apply_chat_template` or a pipeline.
 
     Args:
-        images: One to ten pictures, in any form that a chat takes.
+        images: One to ten images, in any form that a chat takes.
         question: What to ask about them.
 
     Raises:
         ValueError: There are none, or too many.
     """
     if not 1 <= len(images) <= len(_ORDINALS):
-        raise ValueError(f"expected one to {len(_ORDINALS)} pictures, got {len(images)}.")
+        raise ValueError(f"expected one to {len(_ORDINALS)} images, got {len(images)}.")
     parts: list[dict[str, Any]] = []
     if len(images) == 1:
         parts = [{"type": "text", "text": "The image: "}, {"type": "image", "image": images[0]}]

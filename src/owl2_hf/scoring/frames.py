@@ -1,4 +1,4 @@
-"""Videos and animated pictures as lists of frames."""
+"""Videos and animated images as lists of frames."""
 
 import math
 from collections.abc import Sequence
@@ -31,10 +31,10 @@ def is_video_path(source: Any) -> bool:
 
 
 def read_frames(source: str | Path) -> list[Image.Image]:
-    """One frame a second of a video, every frame of an animated picture, or a picture as the only frame.
+    """One frame a second of a video, every frame of an animated image, or an image as the only frame.
 
     Args:
-        source: A file of any suffix; a picture also in the other forms that the image processor takes.
+        source: A file of any suffix; an image also in the other forms that the image processor takes.
 
     Raises:
         ValueError: It is none of these or damaged, or PyAV, which reads videos, is not installed.
@@ -59,7 +59,7 @@ def _decode(path: Path) -> list[Image.Image]:
 
     if not is_av_available():
         raise ValueError(
-            f"{str(path)!r} is no picture; to read videos, install PyAV: pip install 'owl2_hf[video]'."
+            f"{str(path)!r} is no image; to read videos, install PyAV: pip install 'owl2_hf[video]'."
         )
     path = path.resolve()  # whatever its name, no protocol of FFmpeg's
     try:
@@ -69,7 +69,7 @@ def _decode(path: Path) -> list[Image.Image]:
     except Exception as error:  # as above
         kind = type(error).__name__
         raise ValueError(
-            f"{str(path)!r} is neither a picture nor a video that can be read ({kind})."
+            f"{str(path)!r} is neither an image nor a video that can be read ({kind})."
         ) from None
     return [Image.fromarray(frame) for frame in frames]
 
@@ -95,7 +95,7 @@ def expand_paths(paths: Sequence[str], is_video: bool = False) -> tuple[list[str
     """Files and folders as names and what to score.
 
     Args:
-        is_video: A folder that holds videos stands for each of them; else its pictures are the frames of one video, in
+        is_video: A folder that holds videos stands for each of them; else its images are the frames of one video, in
             the order of their names.
 
     Raises:

@@ -13,7 +13,7 @@ from .scorer import Score, Scorer
 def score_each(
     scorer: Scorer, images: Sequence[Any], task: str = "quality"
 ) -> Iterator[Score | ValueError]:
-    """Scores in order, with the error of a picture that cannot be read in its place.
+    """Scores in order, with the error of an image that cannot be read in its place.
 
     Args:
         images: A list as for `Scorer`, for task "video" of videos; opened one by one, so that a broken one costs
@@ -61,7 +61,7 @@ def _named_images(paths: Iterable[str], is_video: bool) -> Iterator[tuple[str, A
 
 
 def _try_open(scorer: Scorer, image: Any, is_video: bool) -> Any:
-    """A decoded picture, the list of a video's frames, or what is wrong with it."""
+    """A decoded image, the list of a video's frames, or what is wrong with it."""
     if isinstance(image, ValueError):
         return image
     try:

@@ -1,7 +1,7 @@
-"""Scores of pictures and videos by the probabilities of level words, as Q-Align, Q-Instruct and DeQA-Score read them.
+"""Scores of images and videos by the probabilities of level words, as Q-Align, Q-Instruct and DeQA-Score read them.
 
-What makes a score of a picture is in `owl2_hf.modeling.scoring_mplug_owl2`, which travels with the weights; here are
-batches, videos, crops and scales. B: pictures of one batch, K: levels.
+What makes a score of an image is in `owl2_hf.modeling.scoring_mplug_owl2`, which travels with the weights; here are
+batches, videos, crops and scales. B: images of one batch, K: levels.
 
 Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (arXiv:2501.11561), and their released
 code.
@@ -36,7 +36,7 @@ __all__ = ["Score", "Scorer", "crop_boxes", "level_id"]
 
 @dataclass(frozen=True)
 class Score:
-    """What a model thinks of one picture.
+    """What a model thinks of one image.
 
     Args:
         score: Expected value of the level, on `scale`.
@@ -56,14 +56,14 @@ class Score:
 
 
 class Scorer:
-    """Scores pictures with a model and its processor.
+    """Scores images with a model and its processor.
 
     Args:
         model: `MplugOwl2ForConditionalGeneration`, in evaluation mode.
         processor: Its processor.
         preset: A name in `PRESETS`, or one of your own; if not given that beside the weights, else OneAlign's.
         scale: Lowest and highest score, where not the preset's.
-        batch_size: Pictures in one forward pass; it does not change the scores.
+        batch_size: Images in one forward pass; it does not change the scores.
         crops: Score squares of the model's size, cut from the image at its own resolution, and average them. This is
             not how the papers score.
         original_reading: Read files as the originals do, for the papers' numbers; see `MplugOwl2ImageProcessor`.
@@ -104,15 +104,15 @@ class Scorer:
         return self._names
 
     def __call__(self, images: Any, task: str = "quality") -> list[Score]:
-        """Scores of pictures, or of videos.
+        """Scores of images, or of videos.
 
         Args:
-            images: Pictures as the processor takes them. For task "video" the path of a video each, of which one frame
+            images: Images as the processor takes them. For task "video" the path of a video each, of which one frame
                 a second counts, or a list or array of frames. One alone may stand without a list.
             task: One of the preset's; "aesthetic" means "aesthetics".
 
         Raises:
-            ValueError: The preset has no such task, a picture or video cannot be read, or the model gives NaN.
+            ValueError: The preset has no such task, an image or video cannot be read, or the model gives NaN.
         """
         prompt = self._prompt(task)
         images = _to_list(images, is_video=task == "video")
@@ -248,7 +248,7 @@ class Scorer:
 
 
 def _to_list(images: Any, is_video: bool) -> Any:
-    """What is to be scored one by one; a list of pictures is one video."""
+    """What is to be scored one by one; a list of images is one video."""
     if not is_video:
         return images if is_many(images) else [images]
     is_several = isinstance(images, (list, tuple)) and all(

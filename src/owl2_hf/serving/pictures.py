@@ -1,4 +1,4 @@
-"""Pictures of a request: data URLs and, where allowed, pictures from public addresses. Never a file of the server."""
+"""Images of a request: data URLs and, where allowed, images from public addresses. Never a file of the server."""
 
 import base64
 import binascii
@@ -37,7 +37,7 @@ def read_pictures(urls: Sequence[str], allow_http: bool) -> list[bytes]:
             else:
                 files.append(_decode(url))
         except ValueError as error:
-            raise ValueError(f"picture {index} of {len(urls)}: {error}") from None
+            raise ValueError(f"image {index} of {len(urls)}: {error}") from None
     return files
 
 
@@ -50,7 +50,7 @@ def _decode(url: str) -> bytes:
     header, _, content = url.partition(",")
     if is_http(url):
         raise ValueError(
-            "this server fetches no URLs; send the picture as 'data:image/png;base64,...'."
+            "this server fetches no URLs; send the image as 'data:image/png;base64,...'."
         )
     if not DATA_URL.fullmatch(header):
         raise ValueError(

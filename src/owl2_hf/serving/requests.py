@@ -28,7 +28,7 @@ class TextPart(_Strict):
 class ImageURL(_Strict):
     url: str
     detail: Literal["auto", "low", "high"] | None = (
-        None  # a picture is always seen in the model's own resolution
+        None  # an image is always seen in the model's own resolution
     )
 
 
@@ -122,7 +122,7 @@ class ChatRequest(_Strict):
 
     @property
     def image_urls(self) -> list[str]:
-        """URLs of all pictures, in order."""
+        """URLs of all images, in order."""
         return [part.image_url.url for part in self._parts() if isinstance(part, ImagePart)]
 
     @property

@@ -1,7 +1,7 @@
 """transformers' application with one model in it, and the process that serves it.
 
 transformers' own server loads whatever model a request names, and knows only the model classes that come with it; it
-opens files of the server as pictures, ignores fields that it does not support, and generates to the end for clients
+opens files of the server as images, ignores fields that it does not support, and generates to the end for clients
 that have gone. Its application, streaming and answers are used here, around a handler that does none of this.
 
 One file because a request passes all of it, from top to bottom.
@@ -56,11 +56,11 @@ class ServerSettings:
     """Limits of a server.
 
     Args:
-        max_image_pixels: Pixels of all pictures of one request together.
+        max_image_pixels: Pixels of all images of one request together.
         max_new_tokens: Longest answer, in tokens; requests may ask for less.
         max_body_bytes: Largest body of a request.
         batch_size: Most images that one forward pass scores.
-        allow_image_urls: Whether pictures are also fetched from http(s) URLs on public addresses.
+        allow_image_urls: Whether images are also fetched from http(s) URLs on public addresses.
         api_key: What clients must send, if not `None`.
     """
 
@@ -190,7 +190,7 @@ class ChatHandler(ChatCompletionHandler):
         )
         self.generator = Generator()
         self.downloads = asyncio.Semaphore(MAX_DOWNLOADS)
-        self.turn = asyncio.Lock()  # one request's pictures in memory at a time
+        self.turn = asyncio.Lock()  # one request's images in memory at a time
         self.context = Context(self.model, self.processor)
         self.num_outputs = (
             self.model.config.output_vocab_size or self.model.config.get_text_config().vocab_size
@@ -236,7 +236,7 @@ class ChatHandler(ChatCompletionHandler):
             )
 
     def _check(self, request: ChatRequest) -> None:
-        """What can be said before pictures are opened and text is cut into tokens."""
+        """What can be said before images are opened and text is cut into tokens."""
         self.check_name(request.model)
         if request.logit_bias and max(map(int, request.logit_bias)) >= self.num_outputs:
             raise ValueError(f"logit_bias: token ids must be below {self.num_outputs}.")

@@ -51,7 +51,7 @@ LORA_PRESETS: dict[str, LoraPreset] = {
     "visual-branch": LoraPreset(
         _VISUAL_ATTENTION,
         "What visual tokens have for themselves: their keys and values (mPLUG-Owl2, equations 3 and 4), in "
-        "mPLUG-Owl2.1 their queries too. Text without pictures stays as it was.",
+        "mPLUG-Owl2.1 their queries too. Text without images stays as it was.",
     ),
     "attention": LoraPreset(
         (*_TEXT_ATTENTION, *_VISUAL_ATTENTION),

@@ -1,6 +1,6 @@
 """Rows of training data as one batch.
 
-B: rows, L: positions of the longest row, S: side of a picture's square.
+B: rows, L: positions of the longest row, S: side of an image's square.
 """
 
 import itertools
@@ -31,12 +31,12 @@ class Collator:
     """Makes a batch of rows in any format of `to_messages`.
 
     Labels are the tokens that the chat template marks as generated: the answers with the `</s>` behind each. A row is
-    truncated at its end, after its pictures took their positions; a picture that does not fit as a whole is dropped,
+    truncated at its end, after its images took their positions; an image that does not fit as a whole is dropped,
     with all that follows it. A row without a label stays in the batch and adds nothing to the loss.
 
     Args:
         max_length: Most positions of a row; rows stay whole if not given.
-        image_folder: What relative paths of pictures start from; the rows' own `image_folder` if not given.
+        image_folder: What relative paths of images start from; the rows' own `image_folder` if not given.
         padding_side: "right" or "left".
         pad_to_multiple_of: L is a multiple of it.
         name_rows: The batch also holds "rows", what to call each row in an error: `Owl2Trainer` takes it out again.
@@ -80,7 +80,7 @@ class Collator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Rows (B) -> `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` (B, L).
 
-        With pictures also `pixel_values` (squares, 3, S, S).
+        With images also `pixel_values` (squares, 3, S, S).
         """
         encoded = [self.truncate(row) for row in self.encode(rows)] or [self._nothing()]
         width = max(map(len, encoded))
@@ -124,7 +124,7 @@ class Collator:
         return encoded
 
     def _encode(self, rows: Sequence[dict[str, Any]]) -> list["EncodedRow"]:
-        """Rows whose pictures are processed in one call."""
+        """Rows whose images are processed in one call."""
         chats, crops = [], []
         for number, row in enumerate(rows, 1):
             with _naming(_place(row, number)):
@@ -152,7 +152,7 @@ class Collator:
         ]
 
     def truncate(self, row: "EncodedRow") -> "EncodedRow":
-        """At most `max_length` positions, with whole pictures only; counts what becomes of the row."""
+        """At most `max_length` positions, with whole images only; counts what becomes of the row."""
         length, num_squares = self._fitting(row)
         kept = EncodedRow(
             row.input_ids[:length], row.labels[:length], row.crops, row.squares[:num_squares]
@@ -188,7 +188,7 @@ class Collator:
         return length, num_squares
 
     def _open(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with their pictures opened, so that an error names its row and sizes are known."""
+        """The messages with their images opened, so that an error names its row and sizes are known."""
         fetch = (self._cache or self.processor.image_processor).fetch_images
         return [
             {
@@ -223,7 +223,7 @@ class Collator:
 
 @dataclass
 class EncodedRow:
-    """A row of L positions: `input_ids` and `labels` (L,), squares of each picture, and all squares (3, S, S)."""
+    """A row of L positions: `input_ids` and `labels` (L,), squares of each image, and all squares (3, S, S)."""
 
     input_ids: Tensor
     labels: Tensor

@@ -26,7 +26,7 @@ _ALL = tuple(COMPONENTS)[1:]
 _COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
 # What trains; adapters, where there are any, always do.
 TRAINABLE: dict[str, tuple[str, ...]] = {
-    # Stage 1 of the paper: everything that sees pictures.
+    # Stage 1 of the paper: everything that sees images.
     "pretrain": ("vision_tower", "connector", "visual_branch"),
     # Stage 2 of the paper.
     "instruct": _ALL,

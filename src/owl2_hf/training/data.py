@@ -170,10 +170,10 @@ def load_rows(
     Args:
         source: A file of LLaVA's list or of one JSON object a line, a folder that `datasets` saved or reads, the id of
             a data set on the Hub, or rows: a list, `datasets.Dataset` or `datasets.IterableDataset`.
-        image_folder: What relative paths of pictures start from; for a file its own folder if not given.
+        image_folder: What relative paths of images start from; for a file its own folder if not given.
         split: Split of a folder or a Hub data set that has several.
         streaming: Read the rows one after another.
-        allow_outside: Rows may name pictures outside the folder and http(s) URLs. Rows that are given as they are, and
+        allow_outside: Rows may name images outside the folder and http(s) URLs. Rows that are given as they are, and
             without a folder, may do so anyway.
         skip_bad: A row that cannot be read is no error here, but one that `to_messages` refuses, as bad rows are.
 
@@ -288,7 +288,7 @@ class DataReport:
     def summary(self) -> str:
         """The counts, in lines."""
         lines = [
-            f"{self.rows:,} rows, {len(self.bad):,} bad, {self.text_only:,} text only; {self.images:,} pictures, "
+            f"{self.rows:,} rows, {len(self.bad):,} bad, {self.text_only:,} text only; {self.images:,} images, "
             f"{self.turns:,} turns, {self.answers:,} answers"
         ]
         if self.tokens_longest is not None:
@@ -318,7 +318,7 @@ def check_rows(
     Args:
         source, image_folder, split, streaming, allow_outside: as in `load_rows`.
         processor: Also counts tokens, and with `max_length` the rows that truncation shortens or leaves unlabelled.
-        open_images: Decode every picture; without a processor `False` only sees whether its file is there.
+        open_images: Decode every image; without a processor `False` only sees whether its file is there.
         on_row: Called with the number of rows seen so far.
 
     Raises:

@@ -32,7 +32,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """Where pictures of a row come from.
+    """Where images of a row come from.
 
     Args:
         folder: What relative paths start from; the working directory if `None`.
@@ -65,7 +65,7 @@ def to_messages(
 ) -> list[Message]:
     """A row as chat messages whose content is a list of text, image and video parts; the row stays as it is.
 
-    LLaVA rows: `<|image|>` and `<image>` stand for a picture, `<video>` for a video. With one picture all markers of a
+    LLaVA rows: `<|image|>` and `<image>` stand for an image, `<video>` for a video. With one image all markers of a
     turn become one in front of its text and a line break, as the original trains; with several they stay where they
     are. An answer that opens the conversation is left out, as the original does.
 
@@ -74,7 +74,7 @@ def to_messages(
 
     Args:
         image_folder: What relative paths start from; the row's own `image_folder` if not given.
-        allow_outside: Take pictures from elsewhere, too: paths that lead out of the folder, and http(s) URLs. If not
+        allow_outside: Take images from elsewhere, too: paths that lead out of the folder, and http(s) URLs. If not
             given what the row's own `allow_outside` says, and without one whether there is no folder to stay in.
 
     Raises:
@@ -107,7 +107,7 @@ def to_messages(
 
 
 def pictures_of(messages: Sequence[Message]) -> list[Any]:
-    """Every picture and every frame of a conversation, in order."""
+    """Every image and every frame of a conversation, in order."""
     found: list[Any] = []
     for message in messages:
         for part in message["content"]:
@@ -239,7 +239,7 @@ def _is_place(part: Mapping[str, Any]) -> bool:
 
 
 def _fill(messages: Sequence[Message], images: list[Any], videos: list[list[Any]]) -> None:
-    """Put pictures and videos, in order, into the places that wait for them."""
+    """Put images and videos, in order, into the places that wait for them."""
     for kind, media in (("image", images), ("video", videos)):
         places = [part for part in _parts(messages) if part["type"] == kind and _is_place(part)]
         if len(places) != len(media):
@@ -305,25 +305,25 @@ def _frames(video: Any, place: Place) -> list[Any]:
 
 
 def locate_picture(image: Any, place: Place) -> Any:
-    """A picture that the processor opens: a path that exists, a URL, bytes or a PIL image."""
+    """An image that the processor opens: a path that exists, a URL, bytes or a PIL image."""
     if isinstance(image, Mapping):  # an undecoded `Image` of the package datasets
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, (bytes, Image.Image)):
         return image
     if not isinstance(image, (str, Path)) or not str(image):
         got = repr(image) if isinstance(image, str) else type(image).__name__
-        raise ValueError(f"expected a picture as path, URL, bytes or PIL image, got {got}.")
+        raise ValueError(f"expected an image as path, URL, bytes or PIL image, got {got}.")
     is_web = isinstance(image, str) and image.startswith(("http://", "https://"))
     if is_web and not place.is_open:
         raise ValueError(
-            f"{str(image).partition('?')[0]!r} is not fetched: set allow_outside for pictures from the internet."
+            f"{str(image).partition('?')[0]!r} is not fetched: set allow_outside for images from the internet."
         )
     if is_web or (isinstance(image, str) and image.startswith("data:")):
         return image
     path = place.path(image)
     if not path.is_file():
         raise ValueError(
-            f"there is no picture {str(path)!r}; relative paths start from the image folder."
+            f"there is no image {str(path)!r}; relative paths start from the image folder."
         )
     return str(path)
 

@@ -1,4 +1,4 @@
-"""Another size of pictures for a model that is to be trained on: the paper's stages see 224 and 448 pixels."""
+"""Another size of images for a model that is to be trained on: the paper's stages see 224 and 448 pixels."""
 
 import copy
 
@@ -12,12 +12,12 @@ from ..processing import MplugOwl2Processor
 def set_image_size(
     model: MplugOwl2ForConditionalGeneration, processor: MplugOwl2Processor, image_size: int
 ) -> MplugOwl2ForConditionalGeneration:
-    """A model of the same weights for pictures of another size; the processor is changed in place.
+    """A model of the same weights for images of another size; the processor is changed in place.
 
     Learned positions are resized by bicubic interpolation, those of the abstractor's keys computed anew.
 
     Args:
-        image_size: Side of a picture in pixels.
+        image_size: Side of an image in pixels.
 
     Raises:
         ValueError: It is no multiple of the patch size.
@@ -51,7 +51,7 @@ def set_image_size(
         + result.unexpected_keys
     ):
         raise AssertionError(
-            f"parameters that do not depend on the size of pictures changed: {lost[:3]}"
+            f"parameters that do not depend on the size of images changed: {lost[:3]}"
         )
     resized.generation_config = model.generation_config
     processor.image_processor.size = {"height": image_size, "width": image_size}

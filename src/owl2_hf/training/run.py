@@ -46,7 +46,7 @@ from .trainer import Owl2Trainer, RunRecord
 _FIXED: dict[str, Any] = {
     "remove_unused_columns": False,
     "prediction_loss_only": True,
-    # A batch of an IterableDataset cannot be cut between ranks row by row: pictures have rows of their own.
+    # A batch of an IterableDataset cannot be cut between ranks row by row: images have rows of their own.
     "accelerator_config": {"dispatch_batches": False, "split_batches": False},
     "logging_nan_inf_filter": False,
 }
