@@ -131,21 +131,35 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "test_an_interval_leaves_as_much_out_below_as_above",
         ),
     ],
-    ("scoring/scorer.py", "tests/scoring/test_scorer.py"): [
+    ("modeling/scoring_mplug_owl2.py", "tests/scoring/test_scorer.py"): [
         (
             "mean = float(probs @ values)",
             "mean = float(probs @ values.flip(0))",
             "test_a_score_is_the_expected_value_of_the_levels",
         ),
         (
+            "torch.stack([logits[:, own].mean(-1) for own in ids], -1)",
+            "torch.stack([logits[:, own].amax(-1) for own in ids], -1)",
+            "test_words_of_a_group_are_averaged_before_the_softmax",
+        ),
+    ],
+    ("scoring/scorer.py", "tests/scoring/test_scorer.py"): [
+        (
             "torch.stack(probs).mean(0).log()",
             "torch.stack(probs).amax(0).log()",
             "test_a_score_over_crops_is_that_of_their_mean_probabilities",
         ),
+    ],
+    ("scoring/tensors.py", "tests/scoring/test_tensors.py"): [
         (
-            "torch.stack([logits[:, ids].mean(-1) for ids in self._ids], -1)",
-            "torch.stack([logits[:, ids].amax(-1) for ids in self._ids], -1)",
-            "test_words_of_a_group_are_averaged_before_the_softmax",
+            "images = (images - mean) / std",
+            "images = images / std - mean",
+            "test_pixels_are_within_pils_rounding_of_the_image_processors",
+        ),
+        (
+            "return levels.softmax(-1) @ (low + (high - low)",
+            "return levels.softmax(-1) @ (low + high",
+            "test_scores_are_the_scorers",
         ),
     ],
     ("scoring/comparison.py", "tests/scoring/test_comparison.py"): [
