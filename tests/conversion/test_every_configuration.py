@@ -106,7 +106,8 @@ def test_it_saves_loads_and_converts(config):
                 before, after = (
                     one(input_ids=ids, pixel_values=pixels).logits for one in (model, loaded)
                 )
-            assert torch.equal(before, after)
+            # The weights are the same to the bit; another place in memory may round differently.
+            torch.testing.assert_close(before, after)
 
         convert(folder / "saved", folder / "converted", max_shard_size="1KB")
         assert_same_bits(model.state_dict(), load_state(folder / "converted"))
