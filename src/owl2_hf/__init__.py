@@ -1,8 +1,9 @@
-"""mPLUG-Owl2 and its family on the Hugging Face stack.
+"""mPLUG-Owl2 and its family for Hugging Face transformers.
 
 After importing the package `AutoModel*.from_pretrained`, `AutoProcessor.from_pretrained` and
-`pipeline("image-text-to-text")` know the model without remote code. Neither torch nor transformers are imported before
-they are used: the names below are imported when asked for, and registration.py tells the Auto classes where they are.
+`pipeline("image-text-to-text")` load the model without remote code. `import owl2_hf` imports
+neither torch nor transformers: the names below are imported at first use. registration.py registers
+the classes with the Auto classes.
 """
 
 from importlib import import_module

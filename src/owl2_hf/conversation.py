@@ -28,7 +28,7 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer and why it ended.
+    """An answer, and the reason it ended.
 
     Args:
         ending: "complete", or what cut it off: "length" (`max_new_tokens`), "context" (the context
@@ -41,7 +41,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """An image and where it came from: an absolute path, or a URL."""
+    """An opened image and its source: an absolute path or a URL."""
 
     source: str
     image: Image.Image
@@ -51,7 +51,7 @@ class OpenedImage:
         """Open a path, an http(s) URL or a data URL.
 
         Raises:
-            ValueError: There is no such file, or it is not an image that the processor takes.
+            ValueError: If there is no such file, or it is not an image that the processor takes.
         """
         if source.startswith(("http://", "https://", "data:")):
             return cls(source, processor.image_processor.fetch_images(source))
@@ -63,19 +63,19 @@ class Conversation:
     """Messages, the images in them, and the model that answers.
 
     Args:
-        system: System prompt; stays in front when the conversation is cleared.
-        max_new_tokens: Longest answer, in tokens; the model's own setting if `None`, or 256.
-        temperature: 0 for the most likely token every time.
-        top_p: Share of the probability that tokens are sampled from.
+        system: System prompt. It stays when the conversation is cleared.
+        max_new_tokens: Longest answer, in tokens. Default: the model's setting, otherwise 256.
+        temperature: Sampling temperature. 0 always takes the most likely token.
+        top_p: Sample from the most likely tokens whose probabilities sum to this.
 
     Attributes:
         messages: The conversation so far, as `apply_chat_template` takes it. Images are named by
             path or URL.
         waiting: Images of the next message.
-        file: Where the conversation was last saved to, or loaded from.
+        file: File that the conversation was last saved to or loaded from.
 
     Raises:
-        ValueError: The model is of another family, or `top_p` would have no effect.
+        ValueError: If the model is of another family, or `top_p` would have no effect.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Conversation:
         self.clear()
 
     def clear(self) -> None:
-        """Start anew; the system prompt stays."""
+        """Start a new conversation. The system prompt stays."""
         system = {"role": "system", "content": [{"type": "text", "text": self.system}]}
         self.messages: Messages = [system] if self.system else []
         self.waiting: list[OpenedImage] = []
@@ -122,7 +122,7 @@ class Conversation:
             source: A path, an http(s) URL or a data URL.
 
         Raises:
-            ValueError: It cannot be opened. The conversation stays as it is.
+            ValueError: If it cannot be opened. The conversation stays as it is.
         """
         self.waiting.append(OpenedImage.open(source, self.processor))
 
@@ -136,12 +136,13 @@ class Conversation:
 
         Args:
             show: Called with each new piece of the answer.
-            should_stop: Looked at after each token. What was said until then stays in the
-                conversation; without any text the message is taken back, and its images wait again.
+            should_stop: Called after each token; `True` stops the answer. The text so far stays in
+                the conversation. If there is no text yet, the message is removed, and its images go
+                with the next message.
 
         Raises:
-            ValueError: The conversation is longer than the context. As after any error, it stays as
-                it was, without the message and its images.
+            ValueError: If the conversation is longer than the context. After any error, the
+                conversation is as it was before the message.
         """
         images = self.waiting
         self.waiting = []
@@ -242,11 +243,13 @@ class Conversation:
         """Write the messages as JSON, and return the file.
 
         Args:
-            path: The file; if not given that of the conversation, or a new one named by the time.
+            path: File to write. Default: the file of the conversation, otherwise a new file named
+                by the time.
 
         Raises:
-            ValueError: There are no messages yet, or the file exists and is not this conversation's.
-            OSError: It cannot be written.
+            ValueError: If there are no messages yet, or the file exists and is not this
+                conversation's.
+            OSError: If it cannot be written.
         """
         if not any(message["role"] == "assistant" for message in self.messages):
             raise ValueError("there is nothing to save yet: ask something first.")
@@ -261,12 +264,12 @@ class Conversation:
         return path
 
     def load(self, path: Path) -> None:
-        """Go on with a conversation that was saved, in place of this one.
+        """Replace this conversation with a saved one.
 
         Raises:
-            ValueError: The file has no messages, or an image of theirs cannot be opened. This
+            ValueError: If the file has no messages, or an image of theirs cannot be opened. This
                 conversation stays as it is.
-            OSError: The file cannot be read.
+            OSError: If the file cannot be read.
         """
         messages = _read_messages(path)
         opened = [

@@ -1,4 +1,4 @@
-"""Warn about a name that still works and will be removed.
+"""Warn about deprecated names, which still work and will be removed.
 
 CONTRIBUTING.md, "Deprecate a name", has the policy and an example.
 """

@@ -1,4 +1,4 @@
-"""The vision side, from pixels to visual tokens, as a graph for ONNX runtimes.
+"""Export the vision encoder and connector to ONNX.
 
 N: images, Q + 1: visual tokens of one image, D: width of the language model.
 """
@@ -27,17 +27,21 @@ class _VisionSide(nn.Module):
 
 
 def export_vision(name: str, target: Path) -> float:
-    """Write the vision encoder and the connector of a model as an ONNX file, in float32, for any number of images.
+    """Write the vision encoder and connector of a model to an ONNX file.
+
+    The weights are float32. The file takes any number of images.
 
     Args:
         name: Folder or Hub id of a model.
-        target: The file; weights above 1.5 GiB lie beside it, in a file of its name with `.data` behind it.
+        target: The file to write. Weights above 1.5 GiB go to a second file, with `.data` added to
+            the name.
 
     Returns:
-        The largest difference between what the file and torch make of random images.
+        The largest difference between the outputs of the file and of torch for random images.
 
     Raises:
-        ValueError: Packages are missing, the file exists, the model does not load, or the file computes something else.
+        ValueError: If packages are missing, the file exists, the model does not load, or the
+            outputs of the file differ from torch's.
     """
     try:
         import onnxruntime

@@ -1,6 +1,6 @@
-"""Push a model folder to the Hub: what belongs to a model goes, anything else stops the push.
+"""Push a model folder to the Hub. A file that does not belong to a model stops the push.
 
-One file because what may be published is one list of rules.
+This is one file because the rules on what may be published belong together.
 """
 
 import json
@@ -59,7 +59,7 @@ _RELATIVE_IMPORT = re.compile(r"^\s*from \.(\w+) import", re.MULTILINE)
 
 @dataclass
 class PushReport:
-    """What a push sent, or would send: names in the repository with their sizes in bytes."""
+    """What a push sent or would send: file names in the repository and their sizes in bytes."""
 
     repo_id: str
     files: list[tuple[str, int]]
@@ -76,26 +76,31 @@ def push(
     token: str | None = None,
     commit_message: str | None = None,
 ) -> PushReport:
-    """Check a model folder and upload it; the repository and the branch are made where they do not exist.
+    """Check a model folder and upload it to the Hub.
 
-    Weight files of the repository that the folder does not have are deleted in the same commit, for a loader would
-    take them for the new ones; all other files there stay. A push that broke off is resumed by the same call: what has
-    arrived is not sent again (with `create_pr`, pass `revision="refs/pr/N"` instead, or a second one is opened).
-    It cannot change who sees a repository that exists, add files outside of the list of what a model folder holds,
-    or open a pull request against another branch than main.
+    The repository and the branch are created if they do not exist.
+
+    Weight files in the repository that the folder does not have are deleted in the same commit,
+    because a loader would read them as part of the new model. All other files there stay. To resume
+    an interrupted push, call it again: files that have arrived are not sent again. To resume a pull
+    request, pass `revision="refs/pr/N"` instead of `create_pr`; otherwise a second one is opened.
+
+    A push cannot change the visibility of an existing repository, add files that do not belong to a
+    model, or open a pull request against a branch other than main.
 
     Args:
-        folder: As `save_pretrained` or `convert` made it, with a model card.
-        repo_id: `namespace/name`, or a name in the namespace of the token's owner.
-        private: For a repository that is made now; True is refused where a public one exists.
-        revision: Branch to push to; main if not given.
+        folder: Folder made by `save_pretrained` or `convert`, with a model card.
+        repo_id: `namespace/name`, or only a name, for the namespace of the token's owner.
+        private: Create the repository as private. True raises an error if a public one exists.
+        revision: Branch to push to. Default: main.
         create_pr: Open a pull request instead of changing main.
-        dry_run: Check everything and report, without any request.
-        token: The one that `hf auth login` saved if not given.
-        commit_message: Also the title of the pull request.
+        dry_run: Check everything and report, without network requests.
+        token: Hub token. Default: the token that `hf auth login` saved.
+        commit_message: Message of the commit, and title of the pull request.
 
     Raises:
-        ValueError: The folder is no whole model, holds what must not be published, or the Hub refused.
+        ValueError: If the model in the folder is incomplete, the folder holds files that must not
+            be published, or the Hub refuses the upload.
     """
     folder = Path(folder)
     validate_repo_id(repo_id)
@@ -116,7 +121,7 @@ def push(
 
 
 def checked_names(folder: Path) -> list[str]:
-    """The names of the files that go, after every check that needs no network."""
+    """Run every check that needs no network, and return the names of the files to upload."""
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder}: expected a model folder with a config.json, got none; save or convert one first."
@@ -335,7 +340,7 @@ def _check_picture(path: Path) -> None:
 
 
 def check_code(folder: Path, names: list[str]) -> None:
-    """Remote code runs at strangers: it is the package's own, and whole."""
+    """Check that the remote code in the folder is the package's own and complete."""
     package = Path(__file__).parent
     ours = {
         file.name: file

@@ -1,4 +1,4 @@
-"""What one request may ask of a model: pixels of its images, positions of the context. And where requests come in."""
+"""Limits of one request (image pixels, context length), and the socket that servers listen on."""
 
 import socket
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def open_pictures(
         names: What to call the images in an error; "image 1 of 2" if not given.
 
     Raises:
-        ValueError: An image is broken, or they are too large; the message says which.
+        ValueError: If an image is broken, or they are too large. The message says which.
     """
     pictures: list[Image.Image] = []
     for index, file in enumerate(files):
@@ -60,7 +60,7 @@ class Context:
         """Refuse what cannot fit, before images are opened and text is cut into tokens.
 
         Raises:
-            ValueError: It is longer than the context.
+            ValueError: If it is longer than the context.
         """
         if num_pictures * self.num_image_tokens + num_characters / self.longest_token > self.size:
             raise ValueError(
@@ -71,16 +71,18 @@ class Context:
         """Tokens that an answer may have.
 
         Raises:
-            ValueError: There is none left.
+            ValueError: If there is none left.
         """
         return room_for_answer(self._config, num_prompt_tokens)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at an address, before the model is loaded: a port that is taken should not be found out later.
+    """Open a socket at an address.
+
+    Servers call it before they load the model, so that a port in use is reported at once.
 
     Raises:
-        OSError: The address cannot be had.
+        OSError: If the address cannot be had.
     """
     family, _, _, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

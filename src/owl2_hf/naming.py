@@ -1,4 +1,4 @@
-"""Names of models: those of the package itself, and errors of loading that say which model it was."""
+"""Names of the models in the package, and loading errors that name the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,20 +10,20 @@ _FOLDERS = {DEFAULT_MODEL: "default", DEFAULT_SCORER: "default_scorer"}
 
 
 def place(model: str) -> str:
-    """What `from_pretrained` takes for a model's name: of a model inside the package its folder."""
+    """Return what `from_pretrained` takes: the folder for a model in the package, else the name."""
     folder = _FOLDERS.get(model)
     return model if folder is None else str(Path(__file__).parent / folder)
 
 
 @contextmanager
 def naming_model(model: str) -> Iterator[None]:
-    """Name the model in whatever ValueError or OSError comes of loading it.
+    """Add the model's name to any ValueError or OSError raised while loading it.
 
     Args:
         model: A folder, the id of a model on the Hub, `DEFAULT_MODEL`, or `DEFAULT_SCORER`.
 
     Raises:
-        ValueError: There is no such folder and it is no id; or loading failed.
+        ValueError: If there is no such folder and it is no id; or loading failed.
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 

@@ -1,4 +1,4 @@
-"""Text that a terminal may show, whoever wrote it."""
+"""Make untrusted text safe to print in a terminal."""
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Our entries in the tables of transformers' Auto classes, made when somebody looks for them.
+"""Register the package's classes with transformers' Auto classes, at the first look-up.
 
 Registering a class needs the class, so torch and transformers' modeling code: seconds that `import owl2_hf` should not
 take. Registering when transformers imports its Auto classes is no way either, for it does so in the middle of importing

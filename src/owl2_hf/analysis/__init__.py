@@ -1,4 +1,4 @@
-"""What the model looks at: attention by modality, maps of the learnable queries, norms of the modality-adaptive module.
+"""Analyse what a model attends to: attention by modality, query maps, and norms by modality.
 
 The analyses of the paper (mPLUG-Owl2, CVPR 2024, arXiv:2311.04257), for any model of the family.
 """

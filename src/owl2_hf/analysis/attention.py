@@ -29,7 +29,7 @@ def attention_mass(
         (layers, B, 2), text and visual; the two sum to one.
 
     Raises:
-        ValueError: Shapes disagree, or a row has no query.
+        ValueError: If shapes disagree, or a row has no query.
     """
     visual = mm_token_type_ids.bool()
     return attention_shares(
@@ -54,7 +54,7 @@ def attention_shares(
         (layers, B, groups) float32.
 
     Raises:
-        ValueError: Shapes disagree, or a row has no query.
+        ValueError: If shapes disagree, or a row has no query.
     """
     num_rows, _, length = key_groups.shape
     tokens = torch.ones(num_rows, length) if attention_mask is None else attention_mask
@@ -110,7 +110,7 @@ def query_maps(abstractor_attentions: Sequence[Tensor], grid_size: int) -> Query
         grid_size: G.
 
     Raises:
-        ValueError: The weights are not those of an image with this grid.
+        ValueError: If the weights are not those of an image with this grid.
     """
     weights = torch.stack([layer.float().mean(1).cpu() for layer in abstractor_attentions])
     num_queries, num_keys = weights.shape[-2:]

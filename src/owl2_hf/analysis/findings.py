@@ -12,7 +12,7 @@ class Run:
 
     Args:
         picture: "given", "unrelated" or "none".
-        image: Its name.
+        image: Name of the image.
         generated: What the model itself answers, greedily.
         answer_logprob: Mean log probability, in nats, of the tokens of the answer that is read, its end included.
         num_tokens: How many are "text", "visual", and, among the text, "answer".
@@ -52,7 +52,7 @@ class Run:
 
 @dataclass
 class Findings:
-    """What `analyze` found; `Analysis` also saves it.
+    """The numbers that `analyze` found. `Analysis` also saves them.
 
     Args:
         model: Name of the model.

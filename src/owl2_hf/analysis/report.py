@@ -1,4 +1,4 @@
-"""An analysis of one model, image and question: what it answers, what it attends to, how its two modalities differ.
+"""Analyse one model with one image and question: its answer, its attention, and its norms.
 
 N: squares that the image becomes, S: side of a square, Q: learnable queries, G: patches along one side.
 """
@@ -28,22 +28,22 @@ MODEL_TYPES = ("mplug_owl2", "mplug_owl2_1")
 
 @dataclass
 class Analysis(Findings):
-    """What `analyze` found: its numbers, described at `Findings`, and figures of them."""
+    """The result of `analyze`: numbers, described at `Findings`, and figures."""
 
     def save(
         self, folder: str | Path, overwrite: bool = False
     ) -> dict[str, tuple[int, int] | None]:
-        """Write analysis.json, attention.png, norms.png and the maps of the queries; needs matplotlib.
+        """Write analysis.json, attention.png, norms.png and the query maps. Needs matplotlib.
 
         Args:
             folder: Must not exist, or be empty.
-            overwrite: An analysis in the folder gives way; other files stay.
+            overwrite: Replace an analysis in the folder. Other files stay.
 
         Returns:
-            Name of each file -> width and height of an image in pixels.
+            Name of each file -> width and height in pixels, for images.
 
         Raises:
-            ValueError: The folder is in use, or matplotlib is not installed.
+            ValueError: If the folder is in use, or matplotlib is not installed.
         """
         folder = Path(folder)
         check_target(folder, overwrite)
@@ -76,24 +76,26 @@ def analyze(
     max_new_tokens: int = 64,
     name: str | None = None,
 ) -> Analysis:
-    """Ask a question about an image, and look at what the model attends to while it answers.
+    """Ask a question about an image, and measure what the model attends to while it answers.
 
-    Training mode and attention implementation of the model are restored.
+    The model's training mode and attention implementation are restored afterwards.
 
     Args:
         model: `MplugOwl2ForConditionalGeneration`, also with LoRA adapters.
         processor: Its processor.
-        image: One image as the processor takes it.
-        question: What to ask.
-        answer: Text whose attention is read; what the model itself answers if not given.
-        unrelated: An image that has nothing to do with the question: it is read with this image, and with none, too.
-        without: A model and its processor to compare with, usually without the modality-adaptive module. It reads the
-            same answer.
-        max_new_tokens: Longest generated answer.
-        name: What to call the model; what it was loaded from if not given.
+        image: One image, in any form that the processor takes.
+        question: The question to ask.
+        answer: Answer whose attention is measured. Default: the answer that the model generates.
+        unrelated: An image that has nothing to do with the question. The analysis is repeated with
+            this image, and without an image.
+        without: A second model and its processor to compare with, usually one without the
+            modality-adaptive module. It reads the same answer.
+        max_new_tokens: Longest generated answer, in tokens.
+        name: Name of the model in the report. Default: what it was loaded from.
 
     Raises:
-        ValueError: The model is of another family, the image cannot be used, or the answer is empty.
+        ValueError: If the model is of another family, the image cannot be used, or the answer is
+            empty.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     _check(model, answer, max_new_tokens)
@@ -129,7 +131,7 @@ def check_target(folder: str | Path, overwrite: bool = False) -> None:
     """Refuse a folder that an analysis may not be written into.
 
     Raises:
-        ValueError: It is a file, or has files and `overwrite` is not given.
+        ValueError: If it is a file, or has files and `overwrite` is not given.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

@@ -1,4 +1,4 @@
-"""`owl2_hf.check()` and `owl2-hf check`: does the model compute what it should on this machine?"""
+"""`owl2_hf.check()` and `owl2-hf check`: test that a model computes correct results here."""
 
 from .report import Check, Report
 from .run import check

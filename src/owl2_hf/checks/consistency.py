@@ -1,4 +1,4 @@
-"""Ways to the same logits: cached or not, in a batch or alone, saved, compiled, other attention.
+"""Check that different ways to compute logits agree: cache, batch, saving, compiling, attention.
 
 They hold for any model of the family. Each answer is compared with its own tokens read at once,
 row by row, without a cache. So it does not matter which of two near-equal tokens was chosen.

@@ -1,4 +1,4 @@
-"""The model by remote code, in a process that cannot import this package."""
+"""Run the model as remote code, in a process that cannot import this package."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def ask_without_the_package(subject: Subject, prompt: str, images: Sequence[str]
     """(1, V) logits behind a prompt with bundled images.
 
     Raises:
-        RuntimeError: The other process failed; its last words are in the text.
+        RuntimeError: If the other process failed; its last words are in the text.
         Skipped: The model is an adapter on another.
     """
     if (subject.saved() / "adapter_config.json").is_file():

@@ -1,4 +1,4 @@
-"""What a run of the checks found: as an object, as lines for people, as JSON for programs."""
+"""The result of a run of the checks: as an object, as lines of text, and as JSON."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -11,12 +11,12 @@ OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Args:
         status: "ok", "failed" or "skipped".
-        difference: Largest difference that was seen; docs/check.md says of what.
-        tolerance: Largest difference that is fine.
+        difference: Largest difference found. docs/check.md says between which values.
+        tolerance: Largest difference that passes.
         message: Why it was skipped; or what differs and what to do about it; or what was measured.
     """
 
@@ -37,7 +37,7 @@ class Check:
 
 @dataclass
 class Report:
-    """What a run of the checks found.
+    """The result of a run of the checks.
 
     Args:
         platform: Operating system, processor and number of threads.
@@ -59,7 +59,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether something was checked and nothing failed."""
+        """Return whether at least one check ran and none failed."""
         return not self.failed and any(check.status == OK for check in self.checks)
 
     def header(self) -> list[str]:

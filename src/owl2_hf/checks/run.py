@@ -1,4 +1,4 @@
-"""Run the checks one after the other, each on its own feet."""
+"""Run the checks one after the other, independent of each other."""
 
 import os
 import platform
@@ -55,19 +55,19 @@ def check(
     attn_implementation: str | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> Report:
-    """Check that a model computes on this machine what it should.
+    """Check that a model computes correct results on this machine.
 
     Args:
-        model: Folder or Hub id of a model; the bundled one if not given. The bundled one is also
+        model: Folder or Hub id of a model. Default: the model in the package, which is also
             compared with stored numbers.
-        device: Where to run; the first CUDA or MPS device if there is one.
-        dtype: float32, bfloat16 or float16. If not given, float32 for the bundled model and the
-            checkpoint's own for others.
-        attn_implementation: As `from_pretrained` takes it.
-        on_line: Called with each line of the report as soon as it is known.
+        device: Device to run on. Default: the first CUDA or MPS device, otherwise the CPU.
+        dtype: "float32", "bfloat16" or "float16". Default: float32 for the model in the package,
+            the dtype of the checkpoint for others.
+        attn_implementation: Attention implementation, as for `from_pretrained`.
+        on_line: Called with each line of the report as soon as it is ready.
 
     Raises:
-        ValueError: There is no such device, dtype or attention, or `model` cannot be loaded.
+        ValueError: If the device, dtype or attention does not exist, or `model` cannot be loaded.
     """
     say = on_line or (lambda line: None)
     where, kind = _device(device), _dtype(dtype)

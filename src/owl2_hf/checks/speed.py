@@ -1,4 +1,4 @@
-"""How many tokens a second decoding makes, and how near that is to what the memory allows."""
+"""Measure decoding speed, and compare it with the limit that memory bandwidth sets."""
 
 import time
 from collections.abc import Callable

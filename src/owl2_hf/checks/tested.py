@@ -1,4 +1,4 @@
-"""The versions that this release was tested with; whoever tests others changes this table."""
+"""The package versions that this release was tested with."""
 
 from typing import NamedTuple
 

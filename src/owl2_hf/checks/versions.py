@@ -1,4 +1,4 @@
-"""Which versions are installed, and whether the tests ran with them."""
+"""Find installed versions, and whether this release was tested with them."""
 
 import platform
 from dataclasses import dataclass

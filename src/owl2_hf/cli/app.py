@@ -1,4 +1,4 @@
-"""The command `owl2-hf` itself: what each of its commands shares."""
+"""The `owl2-hf` command, and what all its subcommands share."""
 
 import json
 import logging
@@ -12,7 +12,8 @@ import typer
 from ..printing import printable
 
 app = typer.Typer(
-    help="mPLUG-Owl2 and its family: ask about images, look into checkpoints, convert them.",
+    help="mPLUG-Owl2 and its family: ask about images, score them, and inspect, convert "
+    "and train models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -21,7 +22,7 @@ app = typer.Typer(
 
 
 def say(line: str, err: bool = False) -> None:
-    """Print one line; names and texts of files cannot steer the terminal or forge a second line."""
+    """Print one line, with control characters escaped, so that files cannot steer the terminal."""
     typer.echo(printable(line), err=err)
 
 
@@ -30,7 +31,7 @@ def say_json(value: Any) -> None:
 
 
 def say_mistake(error: Exception) -> None:
-    """One line about an error, however many lines its message has."""
+    """Print an error in one line, even if its message has several."""
     from huggingface_hub.errors import StrictDataclassError
 
     is_mistake = isinstance(error, (ValueError, OSError, StrictDataclassError))
@@ -47,7 +48,7 @@ NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 def silence_start_up() -> None:
-    """Keep warnings of other libraries' imports off the screen; their errors stay."""
+    """Hide the warnings that other libraries print during import. Keep their errors."""
     # What is wrong with an image is in the error.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     for name in NOISY_LOGGERS:
@@ -55,7 +56,7 @@ def silence_start_up() -> None:
 
 
 def report_mistakes(command: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake ends in one line and exit code 1, never in a traceback."""
+    """Make a command report a user's mistake in one line, with exit code 1 and no traceback."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:

@@ -16,23 +16,24 @@ from .options import JSON, Debug, Device, ModelOption
 @report_mistakes
 def describe(
     image: Annotated[
-        str | None, typer.Argument(help="Path or URL of an image; a bundled one if not given.")
+        str | None,
+        typer.Argument(help="Path or URL of an image. Default: an image in the package."),
     ] = None,
     question: Annotated[
-        str, typer.Option("--question", "-q", help="What to ask about it.")
+        str, typer.Option("--question", "-q", help="Question to ask about the image.")
     ] = "What is this?",
     model: ModelOption = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Longest answer, in tokens; the model's own setting if not given, or 256."
+            min=1, help="Longest answer, in tokens. Default: the model's setting, otherwise 256."
         ),
     ] = None,
     device: Device = None,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Ask a question about an image; the answer streams as it is made."""
+    """Ask a question about an image. The answer appears while it is generated."""
     from transformers import TextStreamer, pipeline
 
     if image is None:
@@ -73,32 +74,41 @@ def analyze(
     image: Annotated[str, typer.Argument(help="Path or URL of an image.")],
     out: Annotated[Path, typer.Option(help="Folder to write analysis.json and the figures to.")],
     question: Annotated[
-        str, typer.Option("--question", "-q", help="What to ask about it.")
+        str, typer.Option("--question", "-q", help="Question to ask about the image.")
     ] = "What is this?",
     answer: Annotated[
         str | None,
-        typer.Option(help="Answer whose attention is read; the model's own if not given."),
+        typer.Option(
+            help="Answer whose attention to measure. Default: the answer that the model generates."
+        ),
     ] = None,
     model: ModelOption = None,
     without: Annotated[
         str | None,
-        typer.Option(help="Model to compare with, usually without the modality-adaptive module."),
+        typer.Option(
+            help="Second model to compare with, usually one without the modality-adaptive module."
+        ),
     ] = None,
     unrelated: Annotated[
         str | None,
         typer.Option(
-            help="Image that has nothing to do with the question: does it disturb the answer?"
+            help="Image that has nothing to do with the question, to test whether it changes the "
+            "answer."
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     device: Device = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an analysis that stands in --out.")
+        bool, typer.Option("--overwrite", help="Replace an analysis that is already in --out.")
     ] = False,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a model attends to: text or image, layer by layer, and where its learnable queries look."""
+    """Show what a model attends to.
+
+    Measure the attention to text and to image tokens in each layer, and draw the parts of the image
+    that each learnable query attends to.
+    """
     from ..analysis import analyze as analyze_model
     from ..analysis import check_target, plots  # noqa: F401, before the model runs: matplotlib may be missing
 

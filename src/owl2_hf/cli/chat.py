@@ -1,4 +1,4 @@
-"""A conversation with a model in the terminal."""
+"""Chat with a model in the terminal."""
 
 import signal
 import sys
@@ -22,8 +22,8 @@ PROMPT = "> "
 HELP = """\
 /image PATH_OR_URL  add an image to your next message
 /clear              start a new conversation
-/save [FILE]        write the conversation to a JSON file
-/load FILE          go on with a saved conversation
+/save [FILE]        save the conversation to a JSON file
+/load FILE          continue a saved conversation
 /help               show this list
 /quit               end the chat; so does Ctrl-D
 Ctrl-C stops an answer. The arrow keys bring back earlier lines.
@@ -41,23 +41,29 @@ def chat(
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Longest answer, in tokens; the model's own setting if not given, or 256."
+            min=1, help="Longest answer, in tokens. Default: the model's setting, otherwise 256."
         ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 for the most likely token every time.")
+        float,
+        typer.Option(min=0, help="Sampling temperature. 0 always takes the most likely token."),
     ] = 0.0,
     top_p: Annotated[
         float,
-        typer.Option(min=0.001, max=1, help="Share of the probability to sample tokens from."),
+        typer.Option(
+            min=0.001,
+            max=1,
+            help="Sample from the most likely tokens whose probabilities sum to this. Needs "
+            "--temperature above 0.",
+        ),
     ] = 1.0,
     device: Device = None,
     debug: Debug = False,
 ) -> None:
-    """Talk with a model about images, in the terminal. /help lists the commands.
+    """Chat with a model about images in the terminal. /help lists the commands.
 
-    Without a terminal each line of the input is a message or a command. Answers go to the output,
-    everything else to the error output. The exit code is 1 if a line failed.
+    When the input or the output is not a terminal, each input line is a message or a command.
+    Answers go to stdout, everything else to stderr. The exit code is 1 if a line failed.
     """
     from ..conversation import Conversation, OpenedImage
 
@@ -87,10 +93,10 @@ def chat(
 
 
 class Session:
-    """Reads lines, and answers them or does what they say.
+    """Read lines, and answer them or run them as commands.
 
     Args:
-        debug: Raise errors, in place of one line about each.
+        debug: Raise errors instead of printing one line about each.
     """
 
     def __init__(self, conversation: "Conversation", debug: bool = False) -> None:
@@ -106,7 +112,7 @@ class Session:
         }
 
     def run(self) -> None:
-        """Until the input ends, or /quit."""
+        """Handle lines until the input ends or /quit."""
         # Bytes that are no text would end the conversation.
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         while (line := self.read_line()) is not None and line.split() != ["/quit"]:
@@ -123,7 +129,7 @@ class Session:
                 say_mistake(error)
 
     def read_line(self) -> str | None:
-        """The next line; `None` where there is none."""
+        """Return the next line, or `None` at the end of the input."""
         while True:
             try:
                 return input(PROMPT if self.is_terminal else "")
@@ -165,7 +171,7 @@ class Session:
         self.say_ending(reply)
 
     def say_ending(self, reply: "Reply") -> None:
-        """Say what cut an answer off."""
+        """Print why an answer was cut off."""
         kept = "its beginning stays" if reply.text else "the message is left out"
         endings = {
             "stopped": f"stopped; {kept}.",
@@ -208,10 +214,11 @@ class Session:
 
 @contextmanager
 def stopped_by_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed; a second one raises KeyboardInterrupt.
+    """Give a function that tells whether Ctrl-C was pressed.
 
-    The first one waits for the end of a token: an exception in the middle of one can leave
-    libraries half imported, as many parts of torch are at the first answer.
+    A second Ctrl-C raises KeyboardInterrupt. The first one waits until the current token is
+    finished: an exception during a token can leave libraries half imported, because the first
+    answer imports many parts of torch.
     """
     is_pressed = False
 

@@ -12,18 +12,22 @@ from .options import JSON, Debug, Dtype, Overwrite
 
 _CONVERT_HELP = """Convert a checkpoint of the original into a folder that transformers loads, or back.
 
-SOURCE is recognised by what it holds, not by its name:
+SOURCE is recognised by its files, not by its name:
 
 \b
-- the original's Hugging Face layout: config.json with pytorch_model.bin, numbered .bin shards or safetensors
-  (mPLUG-Owl2, Q-Align, OneAlign, Q-Instruct, Co-Instruct, Compare2Score, DeQA-Score, DocOwl 1.5, mPLUG-Owl2.1)
-- Megatron: release/, iter_*/ with its tracker file, or mp_rank_00/ ...; one or several tensor-parallel ranks;
-  config.json and tokenizer come from --base, the published model's sizes are taken without it
-- a LoRA fine-tune: adapter_config.json, the adapter and non_lora_trainables.bin; needs its --base model
-- this package's own format: nothing to do, unless for --to original, another --dtype or a --preset
+- the original's Hugging Face layout: config.json with pytorch_model.bin, numbered .bin shards
+  or safetensors (mPLUG-Owl2, Q-Align, OneAlign, Q-Instruct, Co-Instruct, Compare2Score,
+  DeQA-Score, DocOwl 1.5, mPLUG-Owl2.1)
+- Megatron: release/, iter_*/ with its tracker file, or mp_rank_00/ ..., with one or several
+  tensor-parallel ranks. --base names the folder with config.json and tokenizer. Without --base,
+  the sizes of the published model are used.
+- a LoRA fine-tune: adapter_config.json, the adapter and non_lora_trainables.bin. Needs --base.
+- this package's own format: nothing is converted, except with --to original, another --dtype or
+  a --preset
 
-What a scorer is asked is written beside the weights: as the source's scorer.json says, or its config.json, or the
-code beside it, which is read and never run; --preset says it where none of them does.
+For a scorer, the prompt and levels are written beside the weights. They come from the source's
+scorer.json, its config.json, or the code beside it, which is read and never run. Give --preset if
+none of these names the scorer.
 """
 
 
@@ -43,32 +47,39 @@ def convert(
     to: Annotated[
         Target,
         typer.Option(
-            help="Layout to write: for transformers, for the original's code, or a PEFT adapter."
+            help="Layout to write: ours for transformers, original for the original code, "
+            "adapter for PEFT."
         ),
     ] = Target.ours,
     base: Annotated[
         Path | None,
         typer.Option(
-            help="Base model of a LoRA fine-tune; config.json and tokenizer for Megatron."
+            help="Base model of a LoRA fine-tune. For a Megatron checkpoint: folder with "
+            "config.json and tokenizer."
         ),
     ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="Folder or file to read the tokenizer from, where the source has none."),
+        typer.Option(help="Folder or file to read the tokenizer from, if the source has none."),
     ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Which scorer it is, where it cannot be seen: one-align, deqa, q-instruct or q-instruct-boost."
+            help="Which scorer the source is, if its files do not tell: one-align, deqa, "
+            "q-instruct or q-instruct-boost."
         ),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Type of the weights; as they are if not given.")
+        Dtype | None,
+        typer.Option(help="Data type of the weights. Default: keep the data type of each weight."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one weight file.")] = "5GB",
     allow_nonfinite: Annotated[
         bool,
-        typer.Option("--allow-nonfinite", help="Convert NaN and infinite values and report them."),
+        typer.Option(
+            "--allow-nonfinite",
+            help="Convert NaN and infinite values, and report them, instead of stopping.",
+        ),
     ] = False,
     overwrite: Overwrite = False,
     as_json: JSON = False,
@@ -106,16 +117,22 @@ def verify(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint that it was converted from: compare every tensor, and logits."
+            help="Checkpoint that the model was converted from. Every tensor and the logits are "
+            "compared."
         ),
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(help="As for convert, where --against needs it.")
+        Path | None,
+        typer.Option(help="Base model of the --against checkpoint; see convert --help."),
     ] = None,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Check a converted folder: every tensor, the configuration, tokenizer and processor, and an answer's logits."""
+    """Check a converted folder.
+
+    Check every tensor, the configuration, the tokenizer, the processor, and the logits of an
+    answer.
+    """
     from ..conversion.verify import verify as verify_folder
 
     checks = verify_folder(target, against, base)
@@ -135,13 +152,14 @@ def init(
     vision: Annotated[
         str | None,
         typer.Option(
-            help="Folder or Hub id of a CLIP or DINOv2 ViT, or of a model of this family; a fresh one if not given."
+            help="Folder or Hub id of a CLIP or DINOv2 ViT, or of a model of this family. "
+            "Default: a new vision encoder with random weights."
         ),
     ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Side of an image in pixels; the vision model's own if not given."
+            min=1, help="Width and height of an image in pixels. Default: the vision model's."
         ),
     ] = None,
     num_queries: Annotated[
@@ -151,14 +169,17 @@ def init(
         int, typer.Option(min=1, help="Layers of the visual abstractor.")
     ] = 6,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Type of the weights; the language model's if not given.")
+        Dtype | None, typer.Option(help="Data type of the weights. Default: the language model's.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of what is made anew.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the new random weights.")] = 0,
     overwrite: Overwrite = False,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Make a new model from a stock LLaMA and, optionally, a stock vision encoder, ready for training."""
+    """Make a new model, ready for training.
+
+    Combine a LLaMA and, optionally, a pretrained vision encoder with a new visual abstractor.
+    """
     from ..conversion import initialize
 
     report = initialize(
@@ -188,7 +209,10 @@ def export(
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Write vision encoder and connector as an ONNX file, and compare what it computes with torch."""
+    """Export the vision encoder and connector to ONNX.
+
+    Compare the results of the file with those of torch.
+    """
     from ..export import export_vision
 
     difference = export_vision(place(model), target)
@@ -202,20 +226,24 @@ def export(
 @report_mistakes
 def push(
     folder: Annotated[
-        Path, typer.Argument(help="Folder of a model, as convert or save_pretrained makes it.")
+        Path, typer.Argument(help="Folder of a model, made by convert or save_pretrained.")
     ],
-    repo_id: Annotated[str, typer.Argument(help="namespace/name on the Hub.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, as namespace/name.")],
     private: Annotated[
-        bool, typer.Option("--private", help="Make a private repository, if it is made now.")
+        bool,
+        typer.Option("--private", help="Make the repository private, if it does not exist yet."),
     ] = False,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch to push to; main if not given.")
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to. Default: main.")] = None,
     create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="Open a pull request instead.")
+        bool,
+        typer.Option("--create-pr", help="Open a pull request instead of changing the branch."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, and list what would go; no network.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check the folder and list the files to upload. Do not use the network.",
+        ),
     ] = False,
     as_json: JSON = False,
     debug: Debug = False,

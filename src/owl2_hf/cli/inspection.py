@@ -1,4 +1,4 @@
-"""Look into a model, and check that it computes what it should."""
+"""Inspect a model, and check its results."""
 
 import json
 from typing import Annotated, Any
@@ -16,12 +16,18 @@ from .options import JSON, Debug, Dtype
 def info(
     folder: Annotated[
         str | None,
-        typer.Argument(help="Folder or Hub id of a model; the small bundled one if not given."),
+        typer.Argument(
+            help="Folder or Hub id of a model. Default: the small model in the package."
+        ),
     ] = None,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Show components, parameters, tokens of an image or crop, preprocessing and dtype; the weights are not loaded."""
+    """Show the parts and settings of a model.
+
+    Print the parameters of each component, the tokens of an image or crop, the preprocessing and
+    the dtype. The weights are not loaded.
+    """
     facts = _facts(place(folder))
     if as_json:
         say_json(facts)
@@ -76,27 +82,35 @@ def check(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or Hub id of a model; the small bundled one, with its stored numbers, if not given."
+            help="Folder or Hub id of a model. Default: the small model in the package, which is "
+            "also compared with stored numbers."
         ),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="Where to run, for instance cuda:0 or cpu; a GPU if there is one."),
+        typer.Option(
+            help="Device to run on, for example cuda:0 or cpu. Default: a GPU if there is one."
+        ),
     ] = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Type of the numbers; float32, or what the checkpoint of --model says."),
+        typer.Option(
+            help="Data type to compute in. Default: the dtype of the checkpoint that --model "
+            "names, or float32 for the model in the package."
+        ),
     ] = None,
     attn_implementation: Annotated[
         str | None,
-        typer.Option(help="Attention to run with, for instance eager, sdpa or flex_attention."),
+        typer.Option(help="Attention implementation, for example eager, sdpa or flex_attention."),
     ] = None,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Check that models compute on this machine what they should; begin an issue report with the output.
+    """Check that a model computes correct results here.
 
-    The exit code is 1 where a check fails.
+    Paste the output at the top of a bug report.
+
+    The exit code is 1 if a check fails.
     """
     from ..checks import check as run
 

@@ -1,4 +1,4 @@
-"""Judge scorers by people's opinions."""
+"""Compare scorers with people's opinions."""
 
 import csv
 import sys
@@ -26,74 +26,91 @@ def evaluate_scores(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder or Hub id of a model that scores, or default-scorer for the one inside the package."
+            help="Folder or Hub id of a scorer, or default-scorer for the scorer in the package."
         ),
     ],
     data: Annotated[
         str | None,
         typer.Argument(
-            help="Opinions: CSV, JSON, JSON lines, Parquet, or a data set, with image and mos."
+            help="Opinions: a CSV, JSON, JSON lines or Parquet file, or a data set, with the "
+            "columns image and mos."
         ),
     ] = None,
     benchmark: Annotated[
         str | None,
         typer.Option(
-            help="In place of DATA koniq, spaq, kadid, livec, agiqa, csiq, ava or lsvq, or the "
-            "questions of qbench; with --root."
+            help="Published data set to use instead of DATA: koniq, spaq, kadid, livec, agiqa, "
+            "csiq, ava, lsvq, or qbench (questions). Needs --root."
         ),
     ] = None,
     root: Annotated[
-        Path | None, typer.Option(help="Folder of the benchmark, as it was unpacked.")
+        Path | None, typer.Option(help="Folder that the benchmark was unpacked to.")
     ] = None,
     image_folder: Annotated[
         Path | None,
-        typer.Option(help="What paths of images start from; the file's own folder if not given."),
+        typer.Option(
+            help="Folder that relative image paths start from. Default: the folder of the file."
+        ),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Judge by this part of the rows alone.")] = None,
+    split: Annotated[str | None, typer.Option(help="Use only the rows of this split.")] = None,
     preset: Preset = None,
     task: Annotated[
-        str, typer.Option(help="quality; with one-align also aesthetics or video.")
+        str,
+        typer.Option(help="What to score: quality, or with one-align also aesthetics or video."),
     ] = "quality",
     levels: Levels = None,
     prompt: Prompt = None,
     splits: Annotated[
-        int, typer.Option(min=0, help="Also the median over this many random fifths of the images.")
+        int,
+        typer.Option(
+            min=0, help="Also report the median over this many random fifths of the images."
+        ),
     ] = 0,
-    samples: Annotated[int, typer.Option(min=1, help="Draws for the intervals.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of splits and draws.")] = 0,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Bootstrap samples for the confidence intervals.")
+    ] = 1000,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed for the random fifths and the bootstrap.")
+    ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 8,
     original_reading: OriginalReading = False,
     allow_outside: AllowOutside = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw opinions over scores, with the fit, to this file.")
+        Path | None,
+        typer.Option(help="File to plot opinions against scores to, with the logistic fit."),
     ] = None,
     card: Annotated[
-        Path | None, typer.Option(help="Write a model card with the results, a README.md.")
+        Path | None,
+        typer.Option(help="File to write a model card with the results to, usually README.md."),
     ] = None,
     hub_benchmark: Annotated[
         str | None,
         typer.Option(
-            help="Write the results to .eval_results in the model's folder, for this data set of the Hub."
+            help="Id of a benchmark data set on the Hub. Write the results for it to "
+            ".eval_results in the model's folder."
         ),
     ] = None,
     hub_task: Annotated[
         list[str] | None,
         typer.Option(
-            help="Task of --hub-benchmark, as TASK=STATISTIC, once for each; srcc and plcc if not given."
+            help="Task of --hub-benchmark, as TASK=STATISTIC. Repeat the option for more tasks. "
+            "Default: srcc and plcc."
         ),
     ] = None,
     device: Device = None,
     as_json: JSON = False,
     as_csv: Annotated[
-        bool, typer.Option("--csv", help="Print comma-separated values, the names first.")
+        bool, typer.Option("--csv", help="Print comma-separated values with a header line.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Judge a scorer by people's opinions: SRCC, KRCC, PLCC before and after the logistic fit, RMSE, with intervals.
+    """Compare a scorer's scores with people's opinions.
 
-    With standard deviations of the opinions also KL, JS and Wasserstein distances. Of qbench the
-    accuracy of the answers. What cannot be scored is named on stderr, the others count, and the
-    exit code is 1.
+    Report SRCC, KRCC, PLCC before and after a logistic fit, and RMSE, with confidence intervals.
+
+    If the opinions have standard deviations, also report KL, JS and Wasserstein distances. For
+    qbench, report the accuracy of the answers. Images that cannot be scored are named on stderr and
+    left out, and the exit code is 1.
     """
     from ..scoring import Scorer, custom_preset, evaluate, load_opinions
     from ..scoring.benchmarks import read_benchmark

@@ -1,4 +1,4 @@
-"""Models by the names that a user gives."""
+"""Load models by the names that a user gives."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from ..naming import place as place_of
 
 
 def load(model: str | None) -> tuple[Any, Any]:
-    """A model and its processor."""
+    """Load a model and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
@@ -28,5 +28,5 @@ def load_processor(model: str) -> Any:
 
 
 def place(model: str | None) -> str:
-    """What `from_pretrained` takes for a model's name."""
+    """Return the folder or Hub id of a model's name, for `from_pretrained`."""
     return place_of(DEFAULT_MODEL if model is None else model)

@@ -7,7 +7,7 @@ import typer
 
 
 class Dtype(str, Enum):
-    """Types of numbers of weights."""
+    """Data types of weights."""
 
     float32 = "float32"
     float16 = "float16"
@@ -18,45 +18,53 @@ JSON = Annotated[bool, typer.Option("--json", help="Print JSON for a program to 
 AllowOutside = Annotated[
     bool,
     typer.Option(
-        "--allow-outside", help="Rows may name images outside the folder and http(s) URLs."
+        "--allow-outside",
+        help="Also accept rows that name images outside the folder or at http(s) URLs.",
     ),
 ]
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="one-align, deqa, q-instruct or q-instruct-boost: prompt, levels, preprocessing; if not given that of a "
-        "model's own training, else one-align."
+        help="Prompt, levels and preprocessing: one-align, deqa, q-instruct or "
+        "q-instruct-boost. Default: the preset stored with the model, otherwise "
+        "one-align."
     ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a model that stands in the target.")
+    bool, typer.Option("--overwrite", help="Replace a model that is already in the target folder.")
 ]
-Device = Annotated[str | None, typer.Option(help="Where to run, for instance cuda:0 or cpu.")]
+Device = Annotated[str | None, typer.Option(help="Device to run on, for example cuda:0 or cpu.")]
 ModelOption = Annotated[
     str | None,
-    typer.Option(help="Folder or Hub id of a model; the small bundled one if not given."),
+    typer.Option(help="Folder or Hub id of a model. Default: the small model in the package."),
 ]
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(help="Folder or Hub id of a model; the small bundled one if not given."),
+    typer.Argument(help="Folder or Hub id of a model. Default: the small model in the package."),
 ]
 Levels = Annotated[
     str | None,
     typer.Option(
-        help="Level words of your own, best first and separated by commas; evenly spaced."
+        help="Your own level words, best first, separated by commas. Their values are evenly "
+        "spaced."
     ),
 ]
 Prompt = Annotated[
     str | None,
-    typer.Option(help="Prompt of your own, with <|image|> at the place of the image."),
+    typer.Option(help="Your own prompt, with <|image|> where the image goes."),
 ]
 OriginalReading = Annotated[
     bool,
     typer.Option(
         "--original-reading",
-        help="Read files as the originals do: EXIF turns nothing, 16-bit grey is clipped.",
+        help="Read files as the original code does: ignore EXIF orientation and clip 16-bit "
+        "grey images.",
     ),
 ]
-Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of the machine's.")]
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens; 1024.")]
+Host = Annotated[
+    str, typer.Option(help="Address to listen on. Use 0.0.0.0 to listen on all network interfaces.")
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Longest answer, in tokens. Default: 1024.")
+]

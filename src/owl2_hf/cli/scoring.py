@@ -28,26 +28,29 @@ def score(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Images, folders of images, videos; for task video also folders of videos or of a video's frames. "
-            "With --out also globs, CSV and Parquet lists, tar files, and data sets of the package datasets. "
-            "Two images inside the package if none are given."
+            help="Images, folders of images, or videos. With --task video also folders of "
+            "videos, or a folder of one video's frames. With --out also globs, CSV and "
+            "Parquet lists, tar files, and data sets of the datasets library. Default: two "
+            "images in the package."
         ),
     ] = None,
     model: Annotated[
         str,
         typer.Option(
-            help="Folder or Hub id of a model that scores; the small scorer inside the package if not given."
+            help="Folder or Hub id of a scorer, or default-scorer for the small scorer in the "
+            "package."
         ),
     ] = DEFAULT_SCORER,
     preset: Preset = None,
     task: Annotated[
         str,
         typer.Option(
-            help="quality, for a video of each frame; with one-align also aesthetics or video."
+            help="What to score: quality, or with one-align also aesthetics or video. quality "
+            "scores each frame of a video; video gives one score for a video."
         ),
     ] = "quality",
     scale: Annotated[
-        Scale | None, typer.Option(help="Lowest and highest score; the preset's if not given.")
+        Scale | None, typer.Option(help="Lowest and highest score. Default: the preset's.")
     ] = None,
     levels: Levels = None,
     prompt: Prompt = None,
@@ -58,53 +61,71 @@ def score(
         bool,
         typer.Option(
             "--crops",
-            help="Average over squares at the image's own resolution; not how the papers score, and slower.",
+            help="Score square crops of the image at full resolution and average them. Slower, "
+            "and not how the papers score.",
         ),
     ] = False,
     original_reading: OriginalReading = False,
     device: Device = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON object in a line for each image.")
+        bool, typer.Option("--json", help="Print one JSON object per line, one for each image.")
     ] = False,
     as_csv: Annotated[
-        bool, typer.Option("--csv", help="Print comma-separated values, the names first.")
+        bool, typer.Option("--csv", help="Print comma-separated values with a header line.")
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write a .csv or .parquet file, for a whole data set: decoded ahead, resumed after an interruption."
+            help="File to write, .csv or .parquet. Use it for whole data sets: worker processes "
+            "decode images, and an interrupted run can continue."
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="With --out: begin anew, whatever is there.")
+        bool,
+        typer.Option("--overwrite", help="With --out: start again and replace earlier results."),
     ] = False,
     column: Annotated[
-        str | None, typer.Option(help="With --out: the column of a list that holds images; image.")
+        str | None,
+        typer.Option(help="With --out: name of the image column in a list. Default: image."),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="With --out: part of a data set; all parts if not given.")
+        str | None, typer.Option(help="With --out: split of a data set. Default: all splits.")
     ] = None,
     image_folder: Annotated[
         Path | None,
-        typer.Option(help="With --out: where a list's paths start; the list's own folder."),
+        typer.Option(
+            help="With --out: folder that relative paths in a list start from. Default: the "
+            "folder of the list."
+        ),
     ] = None,
     allow_outside: AllowOutside = False,
     workers: Annotated[
         int | None,
-        typer.Option(min=0, help="With --out: processes that decode images; half the processors."),
+        typer.Option(
+            min=0,
+            help="With --out: number of processes that decode images. Default: half the "
+            "processors, at most 8.",
+        ),
     ] = None,
     part_rows: Annotated[
         int | None,
-        typer.Option(min=1, help="With --out: rows that are written together; 128."),
+        typer.Option(min=1, help="With --out: number of rows to write at a time. Default: 128."),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Score images or videos by the probabilities of level words.
+    """Score images or videos.
 
-    The scorer inside the package tells degraded images from sharp ones; it learned no people's opinions.
-    Of a video one frame a second counts. What cannot be read is named on stderr, the others are scored, and the exit
-    code is 1. With --out it is named in the column error, and the exit code is 0; several processes share the rows:
-    torchrun --nproc-per-node N -m owl2_hf score ...
+    The model gives a probability to each level word, such as good or poor. The score is the mean
+    value of the levels.
+
+    The scorer in the package tells degraded images from sharp ones. It was not trained on people's
+    opinions. From a video, one frame per second is scored.
+
+    Files that cannot be read are named on stderr and left out, and the exit code is 1. With --out,
+    they are named in the column error, and the exit code is 0.
+
+    With --out, several processes can share the rows: torchrun --nproc-per-node N -m owl2_hf score
+    ...
     """
     from ..scoring import Scorer, custom_preset, score_paths
     from ..scoring.parts import check_kind

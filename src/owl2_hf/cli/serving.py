@@ -16,35 +16,42 @@ def serve(
     model: ModelArgument = None,
     host: Host = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")
+        int, typer.Option(min=0, max=65535, help="Port to listen on. Use 0 for any free port.")
     ] = 8000,
     max_image_pixels: Annotated[
         int | None,
-        typer.Option(min=1, help="Most pixels of all images of a request together; 89,478,485."),
+        typer.Option(
+            min=1, help="Most pixels in all images of a request together. Default: 89,478,485."
+        ),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
     max_body_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Largest body of a request; 32 MiB.")
+        int | None, typer.Option(min=1, help="Largest request body, in bytes. Default: 32 MiB.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Most images that one forward pass scores; 8.")
+        int | None,
+        typer.Option(min=1, help="Most images to score in one forward pass. Default: 8."),
     ] = None,
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="OWL2_HF_API_KEY", help="What clients must send; anyone may ask if not given."
+            envvar="OWL2_HF_API_KEY",
+            help="API key that clients must send. Default: no key is needed.",
         ),
     ] = None,
     allow_image_urls: Annotated[
         bool,
         typer.Option(
-            "--allow-image-urls", help="Also fetch images from http(s) URLs on public addresses."
+            "--allow-image-urls", help="Also fetch images from http(s) URLs at public addresses."
         ),
     ] = False,
     device: Device = None,
     debug: Debug = False,
 ) -> None:
-    """Serve a model to OpenAI's clients, and scores of images; SIGTERM or Ctrl-C ends it."""
+    """Serve a model over HTTP.
+
+    The server has an OpenAI-compatible API, and also scores images. Stop it with Ctrl-C or SIGTERM.
+    """
     from ..scoring.presets import preset_for
     from ..serving import ServerSettings, bind, build_app
     from ..serving import serve as run
@@ -73,23 +80,28 @@ def demo(
     model: ModelArgument = None,
     host: Host = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")
+        int, typer.Option(min=0, max=65535, help="Port to listen on. Use 0 for any free port.")
     ] = 7860,
     share: Annotated[
         bool,
         typer.Option(
-            "--share", help="Also ask Gradio's servers for a public address, open to everybody."
+            "--share", help="Also get a public address from Gradio's servers. Anyone can open it."
         ),
     ] = False,
     max_image_pixels: Annotated[
         int | None,
-        typer.Option(min=1, help="Most pixels of all images of a chat together; 89,478,485."),
+        typer.Option(
+            min=1, help="Most pixels in all images of a chat together. Default: 89,478,485."
+        ),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
     device: Device = None,
     debug: Debug = False,
 ) -> None:
-    """Open a web page to chat about images, score them, and see what a model attends to; Ctrl-C ends it."""
+    """Serve a web page to chat about and score images.
+
+    The page also shows what the model attends to. Stop it with Ctrl-C.
+    """
     from ..demo import DemoSettings, build_page, show
     from ..limits import bind
 

@@ -1,4 +1,4 @@
-"""Train models, and check what they are trained on."""
+"""Train models, and check training data."""
 
 import dataclasses
 import json
@@ -20,46 +20,56 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="YAML file, or one of pretrain, instruct, lora, qlora, visual-branch, score, score-lora, score-soft, "
-            "score-soft-lora."
+            help="Recipe: a YAML file, or one of pretrain, instruct, lora, qlora, visual-branch, "
+            "score, score-lora, score-soft, score-soft-lora."
         ),
     ],
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or Hub id to train; default or default-scorer for a bundled one."
+            help="Folder or Hub id of the model to train, or default or default-scorer for a "
+            "model in the package."
         ),
     ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Rows to train on: .json, .jsonl, a saved data set or Hub id; opinions for a scorer; repeatable."
+            help="Training data: a .json or .jsonl file, a saved data set, or a Hub id. For a "
+            "scorer, opinions. Repeat the option for more data."
         ),
     ] = None,
     image_folder: Annotated[
         Path | None,
         typer.Option(
-            help="Where relative paths of images start; the folder of the file if not given."
+            help="Folder that relative image paths start from. Default: the folder of the file."
         ),
     ] = None,
     allow_outside: AllowOutside = False,
-    out: Annotated[Path | None, typer.Option(help="Folder to make.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder to make.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="key=value of the recipe, for instance trainer.max_steps=100."),
+        typer.Option(
+            "--set",
+            help="Change a setting of the recipe: key=value, for example trainer.max_steps=100. "
+            "Repeatable.",
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint of the folder.")
+        bool,
+        typer.Option("--resume", help="Continue from the last checkpoint in the output folder."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would train; take no step.")
+        bool, typer.Option("--dry-run", help="Show which parameters would be trained, and stop.")
     ] = False,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Train a model as a recipe says; several processes: torchrun --nproc-per-node N -m owl2_hf train ...
+    """Train a model with a recipe.
 
-    Options win over the recipe. The folder holds the trained model, its recipe, and the curve of the losses.
+    To use several processes: torchrun --nproc-per-node N -m owl2_hf train ...
+
+    Options override the recipe. The output folder holds the trained model, its recipe, and the loss
+    curve.
     """
     from contextlib import redirect_stdout
 
@@ -88,13 +98,13 @@ def train(
         say(f"{report.output_dir}: {report.summary()}")
 
 
-data_app = typer.Typer(help="Training data.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(help="Check training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
 
 @data_app.callback()
 def _data() -> None:
-    """Training data."""
+    """Check training data."""
 
 
 @data_app.command(name="check")
@@ -103,49 +113,62 @@ def check_data(
     file: Annotated[
         str,
         typer.Argument(
-            help="LLaVA's JSON, JSON lines, a folder saved by datasets, or the id of a data set on "
-            "the Hub; opinions also as CSV or Parquet, or as koniq:FOLDER and other published data "
-            "sets."
+            help="Data to check: JSON or JSON lines in LLaVA's format, a folder saved by the "
+            "datasets library, or the id of a data set on the Hub. Opinions may also be CSV "
+            "or Parquet files, or a published data set such as koniq:FOLDER."
         ),
     ],
     image_folder: Annotated[
         Path | None,
-        typer.Option(help="What paths of images start from; the file's own folder if not given."),
+        typer.Option(
+            help="Folder that relative image paths start from. Default: the folder of the file."
+        ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or Hub id of the model to train: also counts tokens, images included."
+            help="Folder or Hub id of the model to train. Also count tokens, including those of "
+            "images."
         ),
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(min=1, help="With --model: count rows that this many positions truncate."),
+        typer.Option(
+            min=1,
+            help="With --model: count the rows that are longer than this and would be truncated, "
+            "in tokens.",
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of a data set that has several.")] = "train",
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
     streaming: Annotated[
-        bool, typer.Option("--streaming", help="Read a data set of the Hub as it arrives.")
+        bool,
+        typer.Option(
+            "--streaming", help="Stream a data set from the Hub instead of downloading it first."
+        ),
     ] = False,
     allow_outside: AllowOutside = False,
     skip_pictures: Annotated[
         bool,
         typer.Option(
-            "--skip-pictures", help="Do not open images, only see whether the files are there."
+            "--skip-pictures", help="Only check that the image files exist. Do not open them."
         ),
     ] = False,
     opinions: Annotated[
         bool,
         typer.Option(
-            "--opinions", help="Rows are opinions of images (image, mos); files are recognised."
+            "--opinions",
+            help="Read rows as opinions of images (image, mos). Files of opinions are recognised "
+            "without it.",
         ),
     ] = False,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Name every row that cannot be learned from, and why, and count the others.
+    """List the rows that cannot be used, and why. Count the other rows.
 
-    Rows are numbered from 1, rows of JSON lines and CSV by their line. The exit code is 1 where rows are bad. An
-    opinion is bad, too, where its image is in another part of the data set; duplicates are named.
+    Rows are numbered from 1. In JSON lines and CSV files the number is the line. The exit code is 1
+    if a row is bad. An opinion is also bad if its image is in another split of the data set.
+    Duplicates are listed.
     """
     from ..scoring.opinions import OpinionReport, check_opinions, is_opinions
     from ..training.data import DataReport, check_rows

@@ -1,4 +1,4 @@
-"""Checkpoints of the original, in and out; new models from stock ones."""
+"""Convert checkpoints from and to the original format, and make new models from pretrained ones."""
 
 from .convert import ConversionReport, convert, open_source
 from .initialize import InitReport, initialize

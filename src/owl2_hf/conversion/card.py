@@ -1,4 +1,4 @@
-"""Model cards: `model_card.md` with the facts of a converted checkpoint, and a short one for a new model."""
+"""Write model cards of converted checkpoints and of new models."""
 
 from pathlib import Path
 

@@ -1,8 +1,9 @@
-"""Convert a checkpoint of any layout of the original into a folder that transformers loads, or back.
+"""Convert a checkpoint of the original, in any layout, for transformers, or back.
 
-Tensors stream: each is read, checked, renamed and written before the next one, and the folder appears when it is whole.
+Tensors are read, checked, renamed and written one at a time. The folder appears when it is
+complete.
 
-One file because every layout goes through the same plan.
+This is one file because every layout goes through the same steps.
 """
 
 import functools
@@ -58,10 +59,10 @@ _SHARD_SIZE = "5GB"
 
 @dataclass
 class ConversionReport:
-    """What a conversion did, for people and programs; written beside the weights as conversion_report.json.
+    """The result of a conversion, also written to conversion_report.json beside the weights.
 
-    Folders are named without what lies above them, and nothing depends on the time: the report may be published, and
-    equal conversions give equal files.
+    The report can be published: it holds folder names without their parent folders. It does not
+    depend on the time, so equal conversions give equal files.
     """
 
     source: str
@@ -99,14 +100,15 @@ class ConversionReport:
 
 
 def open_source(source: str | Path, base: str | Path | None = None) -> Source:
-    """Recognise what a folder holds, by its content.
+    """Recognise the layout of a checkpoint by the files in its folder.
 
     Args:
         source: The original's Hugging Face layout, Megatron's, a LoRA fine-tune, or this package's format.
-        base: For a LoRA fine-tune the model it was trained on, for Megatron a folder with config.json and tokenizer.
+        base: For a LoRA fine-tune, the model that it was trained on. For Megatron, a folder with
+            config.json and tokenizer.
 
     Raises:
-        ConversionError: It is none of them, or incomplete.
+        ConversionError: If the layout is not recognised, or files are missing.
     """
     folder, base_folder = Path(source), Path(base) if base is not None else None
     for given in (folder, base_folder):
@@ -141,24 +143,26 @@ def convert(
     overwrite: bool = False,
     on_file: Callable[[str], None] = lambda name: None,
 ) -> ConversionReport:
-    """Convert a checkpoint.
+    """Convert a checkpoint to another layout.
 
     Args:
-        source: Folder of the checkpoint, in any layout that `open_source` knows.
+        source: Folder of the checkpoint, in any layout that `open_source` recognises.
         target: Folder to make; it must not exist, or be empty.
         to: "ours" for transformers, "original" for the original's code, "adapter" for PEFT (LoRA fine-tunes only).
         base: See `open_source`.
-        tokenizer: File or folder to read the tokenizer from where the source has none.
-        preset: Which scorer it is, a name in `owl2_hf.scoring.PRESETS`, where the source does not tell.
-        dtype: "float32", "float16" or "bfloat16"; each tensor's own if not given. The sin-cos tables stay as they are.
-        max_shard_size: Upper bound of one target file, as in `save_pretrained`.
-        allow_nonfinite: Convert NaN and infinite values, and report them, instead of refusing them.
-        overwrite: Replace what stands in `target`, once the new folder is whole.
-        on_file: Called with the name of each source file before it is read.
+        tokenizer: File or folder to read the tokenizer from, if the source has none.
+        preset: Name in `owl2_hf.scoring.PRESETS`, if the source does not say which scorer it is.
+        dtype: "float32", "float16" or "bfloat16"; The sin-cos tables keep their dtype. Default:
+            every tensor keeps its dtype.
+        max_shard_size: Largest size of one weight file, as in `save_pretrained`.
+        allow_nonfinite: Convert NaN and infinite values, and report them, instead of raising an
+            error.
+        overwrite: Replace a model in `target`, after the new folder is complete.
+        on_file: Called with the name of each source file before the file is read.
 
     Raises:
-        ConversionError: The source is incomplete, unknown or broken.
-        ValueError: The target is in use, or an option makes no sense.
+        ConversionError: If the source is incomplete, not recognised or broken.
+        ValueError: If the target is in use, or an option does not fit the source.
     """
     _check_options(to, dtype, tokenizer, max_shard_size)
     check_apart(Path(target), *(Path(folder) for folder in (source, base) if folder is not None))

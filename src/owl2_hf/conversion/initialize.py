@@ -1,7 +1,8 @@
-"""A new mPLUG-Owl2 from a stock LLaMA and, where there is one, a stock ViT; the visual abstractor is fresh.
+"""Make a new mPLUG-Owl2 from a pretrained LLaMA and, optionally, a pretrained ViT.
 
-Both branches of every modality-adaptive module start as the language model's own, so that the new model computes what
-the language model computes, whatever the indicators say.
+The visual abstractor is new. Both branches of every modality-adaptive module start with the
+language model's weights. So the new model first computes the same as the language model, with any
+modality indicators.
 
 V: ids that the language model predicts, D: its width, C: width of the vision encoder, P: positions of one image.
 """
@@ -47,11 +48,11 @@ _ADAPTED = re.compile(r"\b(k_proj|v_proj|input_layernorm|post_attention_layernor
 
 @dataclass
 class InitReport:
-    """What a new model was made of.
+    """The parts that a new model was made from.
 
     Args:
         parameters: Component -> number of parameters; a head that is tied to the embeddings counts 0.
-        notes: What may be unexpected, one sentence each.
+        notes: Facts that may be unexpected, one sentence each.
     """
 
     language: str
@@ -83,22 +84,25 @@ def initialize(
     seed: int = 0,
     overwrite: bool = False,
 ) -> InitReport:
-    """Build a model and its processor, ready for training.
+    """Make a new model and its processor, ready for training.
 
     Args:
         language: Folder or Hub id of a LLaMA with its tokenizer.
         target: Folder to make; it must not exist, or be empty.
-        vision: Folder or Hub id of a CLIP or DINOv2 ViT, or of a model of this family; a small
-            fresh one if not given, the published 7B model's size for a language model of width 4096.
-        image_size: Side of the images; the vision model's own if not given. The positions are resized to it.
+        vision: Folder or Hub id of a CLIP or DINOv2 ViT, or of a model of this family. Default: a
+            new, small vision encoder; for a language model of width 4096, one of the published 7B
+            model's size.
+        image_size: Width and height of the images in pixels. Position embeddings are resized to
+            fit. Default: the vision model's.
         num_queries: Visual tokens of one image, without the end-of-image vector.
         num_abstractor_layers: Layers of the visual abstractor.
-        dtype: "float32", "float16" or "bfloat16"; the language model's own if not given.
-        seed: Of what is fresh; the global random state stays as it is.
-        overwrite: Replace what stands in `target`, once the new folder is whole.
+        dtype: "float32", "float16" or "bfloat16". Default: the language model's dtype.
+        seed: Seed for the new random weights. The global random state is not changed.
+        overwrite: Replace a model in `target`, after the new folder is complete.
 
     Raises:
-        ValueError: A source is of another kind or incomplete, sizes do not fit, or the target is in use.
+        ValueError: If a source has the wrong type or is incomplete, sizes do not fit, or the target
+            is in use.
     """
     _check_arguments(language, target, vision, image_size, dtype)
     report = InitReport(

@@ -313,7 +313,7 @@ def load_non_lora(model: torch.nn.Module, folder: str | Path) -> None:
     """Put the other trained weights of a fine-tune, as `save_adapter` writes them, into its base model.
 
     Raises:
-        ConversionError: The model has no such parameters.
+        ConversionError: If the model has no such parameters.
     """
     file = Path(folder) / _OTHER_FILES[0]
     result = model.load_state_dict(read_tensors(file), strict=False)

@@ -154,7 +154,7 @@ def rank_files(folder: Path) -> list[Path]:
     """The weights of every tensor-parallel rank, in order.
 
     Raises:
-        ConversionError: It is not clear which iteration is meant, or a rank is missing.
+        ConversionError: If it is not clear which iteration is meant, or a rank is missing.
     """
     folder = _iteration(folder)
     ranks = sorted(
@@ -311,7 +311,7 @@ def merge_ranks(
         may_be_padded: Megatron pads tables of tokens with rows that no token has; they are cut off.
 
     Raises:
-        ValueError: The parts do not make up the whole.
+        ValueError: If the parts do not make up the whole.
     """
     if all(part.shape == shape for part in parts):
         if parts[0].is_meta or all(torch.equal(parts[0], part) for part in parts[1:]):

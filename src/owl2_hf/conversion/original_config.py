@@ -91,7 +91,7 @@ def original_config(config: MplugOwl2Config) -> dict[str, Any]:
     """The flat form of the original: the decoder's fields at the top, the vision side in `visual_config`.
 
     Raises:
-        ConversionError: The original's code has no word for something in it.
+        ConversionError: If the original's code has no word for something in it.
     """
     if config.output_vocab_size is None:
         raise ConversionError(

@@ -40,7 +40,7 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         For each file the tensors that the index places in it, `None` where there is no index.
 
     Raises:
-        ConversionError: There are none, or the index names what it must not name.
+        ConversionError: If there are none, or the index names what it must not name.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         # transformers prefers the single file, too.
@@ -97,7 +97,7 @@ def read_tensors(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
     """As `read_weights`.
 
     Raises:
-        ConversionError: The file is damaged, or holds more than tensors.
+        ConversionError: If the file is damaged, or holds more than tensors.
     """
     try:
         return read_weights(path, allowed)
@@ -113,7 +113,7 @@ def check_tensor(where: str, tensor: Any, meta: bool = False) -> Tensor:
         meta: Give its shape and dtype alone, on the meta device.
 
     Raises:
-        ConversionError: It is something else.
+        ConversionError: If it is something else.
     """
     if not isinstance(tensor, Tensor):
         raise ConversionError(f"{where}: expected a tensor, got {type(tensor).__name__}.")
@@ -145,7 +145,7 @@ def sha256(path: Path) -> str:
     """Hash of one file, which is checked for damage on the way where its format carries checksums.
 
     Raises:
-        ConversionError: A checksum is wrong.
+        ConversionError: If a checksum is wrong.
     """
     digest = hashlib.sha256()
     records = _Records(path)

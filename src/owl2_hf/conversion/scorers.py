@@ -33,7 +33,8 @@ def find_preset(source: Source, name: str | None = None) -> tuple[Preset | None,
         name: What it is, where that is told.
 
     Raises:
-        ConversionError: There is no preset of that name, the model cannot score, or its scorer.json is damaged.
+        ConversionError: If there is no preset of that name, the model cannot score, or its
+            scorer.json is damaged.
     """
     can_score = hasattr(model_class(source.config), "score")
     if name is not None:
@@ -92,7 +93,7 @@ def write_preset(
         is_told: The preset was asked for, so that words which the vocabulary lacks are an error.
 
     Raises:
-        ConversionError: A level word is not one token of the vocabulary.
+        ConversionError: If a level word is not one token of the vocabulary.
     """
     try:
         files = scorer_files(preset, processor)

@@ -152,7 +152,7 @@ def read_config(folder: Path) -> tuple[MplugOwl2Config, bool]:
     """Our configuration from a folder's config.json, and whether it is in the original's form.
 
     Raises:
-        ConversionError: It is missing, broken, another model's, or of sizes that no model has.
+        ConversionError: If it is missing, broken, another model's, or of sizes that no model has.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: built beside their final place, flushed to disk, and renamed at the end."""
+"""Build a folder beside its final place, and rename it when it is complete."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def check_apart(target: Path, *sources: Path) -> None:
     """Refuse a target that is a source, or lies inside one or around it.
 
     Raises:
-        ValueError: It does.
+        ValueError: If it does.
     """
     for source in sources:
         inner, outer = target.resolve(), source.resolve()
@@ -41,7 +41,9 @@ def check_apart(target: Path, *sources: Path) -> None:
 
 @contextmanager
 def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill that becomes `target` at the end of the block; an exception leaves `target` as it was.
+    """Give a folder to fill, which becomes `target` at the end of the block.
+
+    An exception leaves `target` unchanged.
 
     A run that was killed leaves a hidden folder beside the target, which the next run removes.
 
@@ -50,7 +52,7 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         overwrite: A filled folder may stand there; its model files give way at the end, its other files stay.
 
     Raises:
-        ValueError: The target is in use, or another process is building it.
+        ValueError: If the target is in use, or another process is building it.
     """
     target = target.resolve()  # a link keeps its place, the folder behind it is what gets replaced
     _check_free(target, overwrite)

@@ -1,4 +1,4 @@
-"""The tokenizer of a stock language model, with the placeholder of an image as one token more."""
+"""Read a pretrained language model's tokenizer, and add the image placeholder token."""
 
 import json
 from pathlib import Path

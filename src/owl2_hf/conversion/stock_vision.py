@@ -1,4 +1,4 @@
-"""Vision encoders for a new model: CLIP's, DINOv2's, that of another model of this family, or a fresh one. C: width."""
+"""Vision encoders for a new model: from CLIP, DINOv2 or this family, or new ones. C: width."""
 
 import re
 from collections.abc import Callable
@@ -250,7 +250,7 @@ def resize_position_table(table: Tensor, from_side: int, to_side: int) -> Tensor
         (1, 1 + to_side**2, C) in the table's dtype; the table itself where the sides are equal.
 
     Raises:
-        ValueError: The table has another shape.
+        ValueError: If the table has another shape.
     """
     if table.ndim != 3 or table.shape[:2] != (1, 1 + from_side**2):
         raise ValueError(

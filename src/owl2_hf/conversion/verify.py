@@ -1,4 +1,4 @@
-"""Check that a converted folder is whole and right: what is claimed here was asserted."""
+"""Check that a converted folder is complete and correct."""
 
 import gc
 from pathlib import Path
@@ -46,15 +46,15 @@ def verify(
 
     Args:
         target: The folder.
-        against: The checkpoint that it was converted from: every tensor is compared with it, and the logits of a fixed
-            prompt and image where transformers can load it as it is.
-        base: As for `convert`, where `against` needs it.
+        against: The checkpoint that the folder was converted from. Every tensor is compared with
+            it. If transformers can load it directly, so are the logits of a fixed prompt and image.
+        base: Base model of `against`; see `convert`.
 
     Returns:
-        What was checked and found right, one sentence each.
+        One sentence for each check that passed.
 
     Raises:
-        ConversionError: Something is wrong; the message says what and where.
+        ConversionError: If a check fails. The message says what is wrong and where.
     """
     target = Path(target)
     source = open_source(target)

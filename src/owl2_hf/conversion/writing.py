@@ -1,4 +1,4 @@
-"""Weights into sharded safetensors, one tensor at a time: no shard is ever held in memory."""
+"""Write sharded safetensors files one tensor at a time, without holding a shard in memory."""
 
 import json
 import os
@@ -35,7 +35,7 @@ class ShardWriter:
         max_shard_size: Upper bound of one file, as in `save_pretrained`.
 
     Raises:
-        ValueError: A tensor has a dtype that safetensors cannot hold.
+        ValueError: If a tensor has a dtype that safetensors cannot hold.
     """
 
     def __init__(self, folder: Path, plan: Mapping[str, Tensor], max_shard_size: str | int = "5GB"):

@@ -1,4 +1,4 @@
-"""The small trained model inside the package; its card is README.md in this folder."""
+"""The small trained model in the package. README.md in this folder is its model card."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
 
 
 def default_dir() -> Path:
-    """Folder of the embedded model, as `from_pretrained` takes it."""
+    """Return the folder of the model in the package, for `from_pretrained`."""
     return Path(__file__).parent
 
 
 def default_pictures() -> dict[str, Path]:
-    """Name -> file of the images that come with the model; it was trained on none of them."""
+    """Return name -> file of the example images. The model was not trained on them."""
     return {path.stem: path for path in sorted((default_dir() / "pictures").glob("*.png"))}
 
 
 def load_default(**kwargs: Any) -> tuple[MplugOwl2ForConditionalGeneration, MplugOwl2Processor]:
-    """The embedded model, in evaluation mode, and its processor.
+    """Load the model in the package, in evaluation mode, and its processor.
 
     Args:
-        kwargs: As `from_pretrained` of the model takes them, for instance `dtype`.
+        kwargs: Arguments of the model's `from_pretrained`, for example `dtype`.
     """
     from ..modeling import MplugOwl2ForConditionalGeneration
     from ..processing import MplugOwl2Processor

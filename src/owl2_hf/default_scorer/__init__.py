@@ -1,4 +1,4 @@
-"""The small scorer inside the package; its card is README.md in this folder."""
+"""The small scorer in the package. README.md in this folder is its model card."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ if TYPE_CHECKING:
 
 
 def default_scorer_dir() -> Path:
-    """Folder of the bundled scorer, as `from_pretrained` takes it."""
+    """Return the folder of the scorer in the package, for `from_pretrained`."""
     return Path(__file__).parent
 
 
 def default_scorer_images() -> dict[str, Path]:
-    """Name -> file of the images that come with the scorer; it was trained on none of them."""
+    """Return name -> file of the example images. The scorer was not trained on them."""
     return {path.stem: path for path in sorted((default_scorer_dir() / "images").glob("*.png"))}
 
 
 def load_default_scorer(**kwargs: Any) -> Scorer:
-    """The bundled scorer, which knows its prompt and its levels.
+    """Load the scorer in the package, with its prompt and levels.
 
-    It learned simulated opinions of degraded images, no people's: see its card for what its scores are worth.
+    It was trained on simulated opinions of degraded images, not on people's opinions. Its model
+    card reports how accurate its scores are.
 
     Args:
-        kwargs: As `Scorer` takes them, for instance `batch_size` or `crops`.
+        kwargs: Arguments of `Scorer`, for example `batch_size` or `crops`.
     """
     from ..modeling import MplugOwl2ForConditionalGeneration
     from ..processing import MplugOwl2Processor

@@ -1,4 +1,4 @@
-"""A web page for one model of the family: chat about images, score them, see what it attends to; extra `demo`.
+"""A web page to chat about images, score them, and see attention. Needs the extra `demo`.
 
 chat.py turns a chat of the page into messages, worker.py has the model answer, score and analyse, page.py lays out the
 page and shows it.

@@ -15,7 +15,7 @@ def to_messages(
         question: Its "text" and "files".
 
     Raises:
-        ValueError: The question is empty.
+        ValueError: If the question is empty.
     """
     messages: list[dict[str, Any]] = []
     waiting: list[dict[str, Any]] = []

@@ -58,7 +58,7 @@ def build_page(
         on_device: Decorates each function that runs the model, as `spaces.GPU` does where a GPU is lent for one call.
 
     Raises:
-        ValueError: It is another family's model.
+        ValueError: If it is another family's model.
     """
     worker = ModelWorker(model, processor, name, settings)
     with gr.Blocks(

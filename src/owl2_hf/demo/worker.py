@@ -49,7 +49,7 @@ class ModelWorker:
         name: What the page calls it.
 
     Raises:
-        ValueError: It is another family's model.
+        ValueError: If it is another family's model.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ModelWorker:
             top_p: Share of the probability that tokens are sampled from.
 
         Raises:
-            ValueError: An image cannot be used, or the messages are too long.
+            ValueError: If an image cannot be used, or the messages are too long.
         """
         inputs = self._prepare(messages)
         room = self.context.room(inputs["input_ids"].shape[1])
@@ -140,7 +140,8 @@ class ModelWorker:
             scale: Lowest and highest score, where not the preset's.
 
         Raises:
-            ValueError: A level is not one token of the model's vocabulary, or the preset has no such task.
+            ValueError: If a level is not one token of the model's vocabulary, or the preset has no
+                such task.
         """
         scorer = Scorer(self.model, self.processor, preset, scale, batch_size=1)
         for path in paths:
@@ -165,7 +166,8 @@ class ModelWorker:
             Lines of a summary, and figures by name.
 
         Raises:
-            ValueError: There are more or fewer images, one cannot be used, or there is no question.
+            ValueError: If there are more or fewer images, one cannot be used, or there is no
+                question.
         """
         if len(paths) not in (1, 2):
             raise ValueError(

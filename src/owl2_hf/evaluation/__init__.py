@@ -1,4 +1,4 @@
-"""The original's evaluation settings."""
+"""Evaluation settings of the original code, and Q-Bench."""
 
 from .settings import EVALUATIONS, Evaluation
 

@@ -1,4 +1,4 @@
-"""Q-Bench's multiple-choice questions, asked and counted as Q-Align and DeQA-Score do.
+"""Evaluate Q-Bench's multiple-choice questions as Q-Align and DeQA-Score do.
 
 Sources: Q-Bench (arXiv:2309.14181), LLVisionQA as published; eval_qbench_mcq.py of Q-Align and
 DeQA-Score, which is the same in both: the prompt, greedy decoding, and an answer that counts if it
@@ -171,7 +171,7 @@ def load_questions(root: str | Path, split: str = "dev") -> list[Question]:
         split: The part. The right answers of `test` are not published.
 
     Raises:
-        ValueError: The folder does not hold it, or a row is no question; the message names both.
+        ValueError: If the folder does not hold it, or a row is no question. The message names both.
     """
     folder = Path(root)
     path = folder / f"llvisionqa_{split}.json"
@@ -244,7 +244,7 @@ def evaluate_qbench(
         on_question: Called with the number of questions asked so far.
 
     Raises:
-        ValueError: No question could be asked.
+        ValueError: If no question could be asked.
     """
     report = QBenchReport(samples=samples, seed=seed)
     for start in range(0, len(questions), batch_size):

@@ -39,7 +39,7 @@ class Evaluation:
         Where the prompt has no place for an image, each `<image 1>`, `<image 2>`, ... of the values becomes one.
 
         Raises:
-            ValueError: A value that the prompt names is missing.
+            ValueError: If a value that the prompt names is missing.
         """
         filled = self._fill(values)
         return filled if IMAGE_TOKEN in self.prompt else _NUMBERED.sub(IMAGE_TOKEN, filled)

@@ -1,1 +1,1 @@
-"""The model inside other programs: vLLM and lmms-eval load these files by the entry points in pyproject.toml."""
+"""Integrations. vLLM and lmms-eval find them by the entry points in pyproject.toml."""

@@ -1,6 +1,6 @@
-"""Scores on a Ray cluster: actors hold the model, Ray Data brings the rows and takes them away.
+"""Score a data set on a Ray cluster with Ray Data. Each actor holds the model.
 
-Ray Data starts a killed actor again and repeats what it had in hand.
+Ray Data restarts a killed actor and repeats its unfinished work.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Configuration and model; the same files travel to the Hub as remote code."""
+"""Configuration and model. The same files are uploaded to the Hub as remote code."""
 
 from ..registration import register
 from .configuration_mplug_owl2 import (

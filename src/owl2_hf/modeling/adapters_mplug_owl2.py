@@ -1,6 +1,6 @@
-"""PEFT adapters in a folder or on the Hub: where their base model is, and that every tensor of theirs finds its place.
+"""PEFT adapters: find their base model, and check that every tensor of theirs is loaded.
 
-No line here imports PEFT before an adapter comes: the file travels to the Hub, where a model must load without it.
+PEFT is imported only when an adapter is loaded, because models on the Hub must load without PEFT.
 """
 
 import json
@@ -47,7 +47,7 @@ def find_adapter(source: Any, kwargs: dict[str, Any]) -> Adapter | None:
     """What `from_pretrained(source, **kwargs)` names: an adapter, or `None` for a model, also one with its own adapter.
 
     Raises:
-        ValueError: The adapter is the original's, or does not tell its base model.
+        ValueError: If the adapter is the original's, or does not tell its base model.
     """
     if source is None or not is_peft_available():
         return None
@@ -77,7 +77,7 @@ def read_settings(source: str | Path, hub: dict[str, Any]) -> dict[str, Any] | N
     """Content of adapter_config.json; `None` where there is none.
 
     Raises:
-        ValueError: The adapter is one of the original's training code, or the file is not JSON.
+        ValueError: If the adapter is one of the original's training code, or the file is not JSON.
     """
     path = find_adapter_config_file(str(source), **hub)
     if path is None:
@@ -108,7 +108,7 @@ def read_adapter(
         use_safetensors: As in transformers: `False` prefers the pickle where there are both.
 
     Raises:
-        ValueError: There are none, or the file is broken.
+        ValueError: If there are none, or the file is broken.
     """
     names = ["adapter_model.safetensors", "adapter_model.bin"]
     for name in reversed(names) if use_safetensors is False else names:
@@ -151,7 +151,7 @@ def check_adapter_keys(source: Any, missing: Collection[str], unexpected: Collec
     """An adapter fits where neither it nor the model has a tensor that the other lacks.
 
     Raises:
-        ValueError: There are such tensors.
+        ValueError: If there are such tensors.
     """
     if any(map(_ORIGINAL_NAME.search, unexpected)):
         raise ValueError(_original_error(source))
@@ -190,7 +190,7 @@ def place_adapter(
     Before 5.19 that is all but the layers of the adapter itself: whole modules and single tokens that were trained.
 
     Raises:
-        ValueError: The adapter does not fit.
+        ValueError: If the adapter does not fit.
     """
     try:
         check_adapter(source, model, adapter_name, saved)
@@ -208,7 +208,7 @@ def check_adapter(
     What belongs to it is PEFT's to say; parts of names are not enough, for an adapter may have any name.
 
     Raises:
-        ValueError: It is not.
+        ValueError: If it is not.
     """
     get_state_dict = import_module("peft").get_peft_model_state_dict
     found = get_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)

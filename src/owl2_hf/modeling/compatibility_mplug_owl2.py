@@ -1,4 +1,4 @@
-"""The differences between the releases of transformers that the model runs on, 5.17 to 5.24 and later.
+"""Differences between the supported releases of transformers, 5.17 to 5.24 and later.
 
 The other files are written for the newest release. Where an older one differs, they take the name from here. Each
 difference names the release that made it, and is found by looking for the feature, never by comparing version numbers.
@@ -47,7 +47,7 @@ def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a method of transformers, with the cache under the name that this release knows.
 
     Raises:
-        ValueError: It was given under both names.
+        ValueError: If it was given under both names.
     """
     if kwargs.get("cache") is not None and kwargs.get("past_key_values") is not None:
         raise ValueError(TWO_CACHES)
@@ -59,7 +59,7 @@ def takes_past_key_values(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of `forward`: `past_key_values`, the name of the cache before 5.24, is taken as `cache`.
 
     Raises:
-        ValueError: Both names were given.
+        ValueError: If both names were given.
     """
 
     @functools.wraps(forward)
@@ -122,19 +122,19 @@ else:
 
     @dataclass
     class BaseModelOutputWithPast(modeling_outputs.BaseModelOutputWithPast):
-        """Args: as in transformers; the cache is also found as `cache`."""
+        """Args: as in transformers. The cache is also available as `cache`."""
 
         cache = property(_past_key_values)
 
     @dataclass
     class CausalLMOutputWithPast(modeling_outputs.CausalLMOutputWithPast):
-        """Args: as in transformers; the cache is also found as `cache`."""
+        """Args: as in transformers. The cache is also available as `cache`."""
 
         cache = property(_past_key_values)
 
     @dataclass
     class SequenceClassifierOutputWithPast(modeling_outputs.SequenceClassifierOutputWithPast):
-        """Args: as in transformers; the cache is also found as `cache`."""
+        """Args: as in transformers. The cache is also available as `cache`."""
 
         cache = property(_past_key_values)
 
@@ -267,7 +267,8 @@ def take_chunk(tokens: Tensor, mm_token_type_ids: Tensor, start: int, end: int) 
         (1, V, D) for the V visual tokens of the part, `None` if it has none.
 
     Raises:
-        ValueError: The tokens are not those of the whole prompt, so that nothing tells which are the part's.
+        ValueError: If the tokens are not those of the whole prompt, so that nothing tells which are
+            the part's.
     """
     is_visual = mm_token_type_ids.bool()
     if int(is_visual.sum()) != len(tokens):
@@ -351,7 +352,7 @@ def check_step(model_inputs: dict[str, Any]) -> None:
     """A decoding step reads one token, so without a cache it would read nothing else.
 
     Raises:
-        ValueError: There is no cache.
+        ValueError: If there is no cache.
     """
     if model_inputs.get(CACHE) is None:
         raise ValueError(
@@ -371,7 +372,7 @@ def check_positions(attention_mask: Any, num_new: int, cache: Any) -> None:
         num_new: L, the positions of this step.
 
     Raises:
-        ValueError: The mask covers more than past + L positions.
+        ValueError: If the mask covers more than past + L positions.
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return

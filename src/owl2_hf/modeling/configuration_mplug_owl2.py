@@ -1,9 +1,9 @@
-"""Configuration of mPLUG-Owl2: every number of the architecture, the published 7B model as defaults.
+"""Configuration of mPLUG-Owl2. The defaults are those of the published 7B model.
 
 Sources: mPLUG-Owl2 (CVPR 2024, arXiv:2311.04257), mPLUG-DocOwl 1.5 (arXiv:2403.12895) and their released code
 (X-PLUG/mPLUG-Owl, X-PLUG/mPLUG-DocOwl).
 
-One file because the configurations of all parts refer to each other.
+This is one file because the configurations of all parts refer to each other.
 """
 
 from dataclasses import field
@@ -39,14 +39,15 @@ DOCOWL_MODEL_TYPE = "mplug_docowl"
 
 @strict
 class MplugOwl2VisionConfig(PreTrainedConfig):
-    """Vision encoder (ViT-L/14).
+    """Configuration of the vision encoder (ViT-L/14).
 
     Args:
-        use_cls_token: A class token stands in front of the patches.
-        use_pre_layernorm: The input of the first layer is normalised, as in CLIP and unlike DINOv2.
-        use_post_layernorm: The output of the last layer is normalised.
-        position_grid_size: Side of the learned position table. `None`: the patch grid itself with a class token,
-            16 without one (the original's table, resized bicubically to the patch grid).
+        use_cls_token: Put a class token in front of the patches.
+        use_pre_layernorm: Normalise the input of the first layer, as CLIP does and DINOv2 does not.
+        use_post_layernorm: Normalise the output of the last layer.
+        position_grid_size: Positions along one side of the learned position table. Default: with a
+            class token, the side of the patch grid; without one 16, as in the original, whose table
+            is resized bicubically to the patch grid.
     """
 
     model_type = "mplug_owl2_vision"
@@ -82,12 +83,12 @@ class MplugOwl2VisionConfig(PreTrainedConfig):
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side of the image."""
+        """Return the number of patches along one side of the image."""
         return self.image_size // self.patch_size
 
     @property
     def position_table_side(self) -> int:
-        """Positions along one side of the learned table."""
+        """Return the number of positions along one side of the learned table."""
         if self.position_grid_size is not None:
             return self.position_grid_size
         return self.grid_size if self.use_cls_token else 16
@@ -95,13 +96,15 @@ class MplugOwl2VisionConfig(PreTrainedConfig):
 
 @strict
 class MplugOwl2AbstractorConfig(PreTrainedConfig):
-    """Visual abstractor: learnable queries that summarise one image.
+    """Configuration of the visual abstractor: learnable queries that summarise one image.
 
     Args:
-        block_norm_eps: Epsilon of the norms around attention and MLP, 1e-5 whatever the original's config says.
+        block_norm_eps: Epsilon of the norms around attention and MLP. It is always 1e-5, also if
+            the original's config has another value.
         layer_norm_eps: Epsilon of the norm inside the MLP.
         grid_size: Patches along one side of the encoded image.
-        use_cls_token: The encoded image has a class token in front; it gets a zero position.
+        use_cls_token: The encoded image begins with a class token, whose position embedding is
+            zero.
         projection_dim: Width of the language model.
     """
 
@@ -143,18 +146,19 @@ class MplugOwl2AbstractorConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions that one image takes in the language model: the queries and the end-of-image vector."""
+        """Return the number of positions of one image: the queries and the end-of-image vector."""
         return self.num_learnable_queries + 1
 
 
 @strict
 class MplugOwl2HReducerConfig(PreTrainedConfig):
-    """H-Reducer of DocOwl 1.5: convolutions that merge patches side by side in a row.
+    """Configuration of DocOwl 1.5's H-Reducer, which merges neighbouring patches of a row.
 
     Args:
         hidden_size: Width of the vision encoder.
-        kernel_width: Patches that one visual token replaces, the original's `conv_shape` "1x4".
-        layer_norm_eps: Of the norm that the weights have and the model never applies.
+        kernel_width: Number of patches that become one visual token. "1x4" in the original's
+            `conv_shape` means 4.
+        layer_norm_eps: Epsilon of a norm that is in the weights but that the model never applies.
         grid_size: Patches along one side of the encoded image.
         projection_dim: Width of the language model.
     """
@@ -175,25 +179,30 @@ class MplugOwl2HReducerConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions that one image takes in the language model: the merged patches and the end-of-image vector."""
+        """Return the positions of one image: the merged patches and the end-of-image vector."""
         return self.grid_size**2 // self.kernel_width + 1
 
 
 @strict
 class MplugOwl2TextConfig(LlamaConfig):
-    """Modality-adaptive LLaMA. `vocab_size` counts all rows of the embedding table, placeholder and padding too.
+    """Configuration of the modality-adaptive LLaMA.
 
-    The fields beyond LLaMA's describe other decoders of the family; at their defaults they are not saved.
+    `vocab_size` counts all rows of the embedding table, including the placeholder and padding.
+
+    The fields that LLaMA does not have describe other decoders of the family. They are saved only
+    if they differ from their defaults.
 
     Args:
-        modality_specific_projections: Which projections visual tokens have of their own, of "q", "k" and "v"; none of
-            them, and no norms, make a plain LLaMA of the decoder.
-        modality_specific_norms: Visual tokens have layer norms of their own.
-        attention_out_bias: Bias of the output projection, where it is not that of queries, keys and values
-            (`attention_bias`).
-        rope_dynamic_ntk_length: Prompts longer than this are read with a larger rotary base, in evaluation mode.
-        log_n_length: Queries at positions beyond this are scaled up with the logarithm of the position, in evaluation
-            mode.
+        modality_specific_projections: Projections, of "q", "k" and "v", that have separate weights
+            for visual tokens. Without any, and without separate norms, the decoder is a plain
+            LLaMA.
+        modality_specific_norms: Use separate layer norms for visual tokens.
+        attention_out_bias: Whether the output projection has a bias. Default: `attention_bias`, the
+            setting of queries, keys and values.
+        rope_dynamic_ntk_length: In evaluation mode, use a larger rotary base for prompts longer
+            than this.
+        log_n_length: In evaluation mode, scale queries at positions beyond this with the logarithm
+            of the position.
     """
 
     model_type = "mplug_owl2_text"
@@ -218,11 +227,14 @@ class MplugOwl2TextConfig(LlamaConfig):
 
     @property
     def has_modality_adaptive_module(self) -> bool:
-        """Whether visual tokens have anything of their own in the decoder."""
+        """Return whether the decoder has separate weights for visual tokens."""
         return self.modality_specific_norms or bool(self.modality_specific_projections)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without what only other decoders of the family have."""
+        """Return the configuration as a dict.
+
+        Differs from transformers: fields that only other decoders of the family use are left out.
+        """
         values = super().to_dict()
         for name in _BEYOND_LLAMA:
             if values.get(name) == _default_of(MplugOwl2TextConfig, name):
@@ -257,19 +269,19 @@ class MplugOwl2TextConfig(LlamaConfig):
 class MplugOwl2Config(ComposedConfig):
     """Configuration of the whole model.
 
-    Also reads the original's flat form: LLaMA's fields at the top level and
-    `visual_config = {"visual_model": ..., "visual_abstractor": ...}`, or DocOwl 1.5's "visual_hreducer" instead of the
-    latter; unknown top-level keys are kept.
+    The original's flat form is also read: LLaMA's fields at the top level and `visual_config =
+    {"visual_model": ..., "visual_abstractor": ...}`, or DocOwl 1.5's "visual_hreducer" instead of
+    the latter. Unknown top-level keys are kept.
 
     Args:
-        connector_type: "abstractor", described by `abstractor_config`, or "h_reducer", by `h_reducer_config`; the other
-            of the two is `None`.
-        image_token_id: Placeholder of one visual token; a row of the embedding table.
-        output_vocab_size: Ids from here on are never predicted: they are the placeholder and the rows that pad the
-            table. `None`: every id but the placeholder may be predicted.
+        connector_type: "abstractor" with `abstractor_config`, or "h_reducer" with
+            `h_reducer_config`. The configuration of the other connector is `None`.
+        image_token_id: Id of the placeholder of one visual token, a row of the embedding table.
+        output_vocab_size: Ids from this one on are never predicted: the placeholder and the rows
+            that pad the table. Default: every id except the placeholder may be predicted.
 
     Raises:
-        ValueError: Sizes of the components disagree; the message names both.
+        ValueError: If sizes of the components do not match. The message names both.
     """
 
     model_type = "mplug_owl2"
@@ -318,10 +330,10 @@ class MplugOwl2Config(ComposedConfig):
         PreTrainedConfig._attn_implementation.fset(self, value)
 
     def check_attn_implementation(self, value: str | dict[str, str] | None) -> None:
-        """Refuse a dict with names that transformers would ignore.
+        """Check the names in a dict of attention implementations.
 
         Raises:
-            ValueError: A key is no part of this configuration.
+            ValueError: If a key is no part of this configuration.
         """
         if isinstance(value, dict) and (unknown := sorted(set(value) - {"", *self.sub_configs})):
             parts = ", ".join(map(repr, self.sub_configs))
@@ -331,7 +343,10 @@ class MplugOwl2Config(ComposedConfig):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers, which would warn of the other names of this class's models."""
+        """Read a configuration file.
+
+        Differs from transformers: no warning about the other model types that this class reads.
+        """
         values, kwargs = super().get_config_dict(*args, **kwargs)
         found = values.get("model_type")
         if found in (MplugOwl2Config.model_type, DOCOWL_MODEL_TYPE):
@@ -341,7 +356,11 @@ class MplugOwl2Config(ComposedConfig):
         return values, kwargs
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """As in transformers; of the connectors only the one that the model has."""
+        """Return the settings that differ from the defaults.
+
+        Differs from transformers: of the two connectors, only the one that the model has is
+        included.
+        """
         values = super().to_diff_dict()
         unused = {f"{kind}_config" for kind in CONNECTOR_TYPES if kind != self.connector_type}
         if self.connector_type == "abstractor":
@@ -474,7 +493,10 @@ class MplugOwl2Config(ComposedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding table; PEFT looks here whether a model was resized, and saves the table if so."""
+        """Return the rows of the embedding table.
+
+        PEFT compares this to find out whether a model was resized. If so, PEFT saves the table.
+        """
         return self.text_config.vocab_size
 
     @vocab_size.setter
@@ -483,23 +505,23 @@ class MplugOwl2Config(ComposedConfig):
 
     @property
     def is_owl21(self) -> bool:
-        """The decoder is mPLUG-Owl2.1's."""
+        """Return whether the decoder is mPLUG-Owl2.1's."""
         return "q" in self.text_config.modality_specific_projections
 
     @property
     def connector_config(self) -> MplugOwl2AbstractorConfig | MplugOwl2HReducerConfig:
-        """Configuration of what turns encoded images into visual tokens."""
+        """Return the configuration of the connector, which makes the visual tokens."""
         return getattr(self, f"{self.connector_type}_config")
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions that one image takes in the language model."""
+        """Return the number of positions that one image takes in the language model."""
         return self.connector_config.num_image_tokens
 
 
 @strict
 class MplugDocOwlConfig(MplugOwl2Config):
-    """The original's name for DocOwl 1.5, under which Auto classes look it up; what is read is an `MplugOwl2Config`."""
+    """DocOwl 1.5's model type in the original, for the Auto classes. Reads an `MplugOwl2Config`."""
 
     model_type = DOCOWL_MODEL_TYPE
 
@@ -510,9 +532,9 @@ class MplugDocOwlConfig(MplugOwl2Config):
 
 @strict
 class MplugOwl21Config(MplugOwl2Config):
-    """The name that mPLUG-Owl2.1 has in the original's config.json; what is read is an `MplugOwl2Config`.
+    """mPLUG-Owl2.1's model type in the original's config.json. Reads an `MplugOwl2Config`.
 
-    The decoders differ by fields of `text_config` alone, and a saved configuration is mPLUG-Owl2's.
+    The decoders differ only in fields of `text_config`. The configuration is saved as mPLUG-Owl2's.
     """
 
     model_type = "mplug_owl2_1"
@@ -550,7 +572,7 @@ def _from_qwen(values: dict[str, Any]) -> dict[str, Any]:
     """The flat fields of mPLUG-Owl2.1, whose decoder is Qwen's, under this package's names.
 
     Raises:
-        ValueError: A setting that all its decoders share is another one.
+        ValueError: If a setting that all its decoders share is another one.
     """
     values = dict(values)
     for name, expected in QWEN_FIXED.items():

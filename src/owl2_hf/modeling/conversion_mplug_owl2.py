@@ -1,9 +1,9 @@
-"""How the original's parameter names and layouts become ours, and back: one table for `from_pretrained` and converter.
+"""Map the original's parameter names and layouts to this package's, and back.
 
 `{}` stands for a layer number; `None` marks what is dropped on purpose, because the model computes it. The inverse is
 derived. Importing this file tells transformers how to load a checkpoint in the original's layout.
 
-One file because it is one table, read in both directions.
+This is one file because it is one table, read in both directions.
 """
 
 import re
@@ -218,8 +218,8 @@ def to_ours(key: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor
         config: `MplugOwl2Config` of the model.
 
     Raises:
-        KeyError: The original has no such parameter.
-        ValueError: The tensor cannot be split or padded as its name asks.
+        KeyError: If the original has no such parameter.
+        ValueError: If the tensor cannot be split or padded as its name asks.
     """
     template, number = split_number(key)
     names = _names_of(config)
@@ -277,7 +277,7 @@ def original_key(name: str, config: Any = None) -> tuple[str, tuple[str, ...]]:
         config: `MplugOwl2Config` of the model, where it may be another original than mPLUG-Owl2.
 
     Raises:
-        KeyError: The original has no such parameter.
+        KeyError: If the original has no such parameter.
     """
     template, number = split_number(name)
     source, targets = (_ORIGINAL_OWL21 if _names_of(config) is _OWL21 else _ORIGINAL)[template]

@@ -1,4 +1,4 @@
-"""How the family generates: what of a prompt goes into each step, and what fits the context."""
+"""Generation: the inputs of each decoding step, and the limit of the context."""
 
 from typing import Any
 
@@ -21,13 +21,13 @@ from .outputs_mplug_owl2 import MplugOwl2ImageFeatures
 
 
 def room_for_answer(config: MplugOwl2Config, num_prompt: int, max_new_tokens: int = 0) -> int:
-    """Number of tokens that an answer may have behind a prompt of `num_prompt` positions.
+    """Return how many tokens an answer to a prompt of `num_prompt` positions may have.
 
     Args:
-        max_new_tokens: Tokens that must fit; 0 for at least one.
+        max_new_tokens: Number of tokens that must fit. 0 requires room for at least one.
 
     Raises:
-        ValueError: The context of the model is too short.
+        ValueError: If the context of the model is too short.
     """
     context = config.get_text_config().max_position_embeddings
     if num_prompt + max(max_new_tokens, 1) > context:
@@ -42,15 +42,19 @@ def room_for_answer(config: MplugOwl2Config, num_prompt: int, max_new_tokens: in
 
 
 class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
-    """`generate` for prompts with images; mixed into `MplugOwl2ForConditionalGeneration`."""
+    """`generate` for prompts with images. A mixin of `MplugOwl2ForConditionalGeneration`."""
 
     config: MplugOwl2Config
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """As in transformers; the modality indicators are read off the prompt once, before anything is added to it.
+        """Generate an answer to each prompt.
+
+        Differs from transformers: the modality indicators are computed once, from the prompt,
+        before tokens are added to it.
 
         Raises:
-            ValueError: The prompt, with the `max_new_tokens` that are asked for, is longer than the context.
+            ValueError: If the prompt and the requested `max_new_tokens` are together longer than
+                the context.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         prompts = [
@@ -65,16 +69,23 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
         return super().generate(inputs, **rename_cache(kwargs))
 
     def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, for text alone: continuous batching hands over no images.
+        """Generate for many prompts with continuous batching.
+
+        Differs from transformers: only text prompts work, because continuous batching does not pass
+        images.
 
         Raises:
-            ValueError: A prompt has image placeholders.
+            ValueError: If a prompt has image placeholders.
         """
         self._check_text_only(inputs)
         return super().generate_batch(inputs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a request with image placeholders is refused, as `generate_batch` does."""
+        """Start continuous batching.
+
+        Differs from transformers: a request with image placeholders raises an error, as in
+        `generate_batch`.
+        """
         manager = super().init_continuous_batching(*args, **kwargs)
         add_request = manager.add_request
 
@@ -114,7 +125,11 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; images and indicators go with the prompt, and with the part of it that is read now."""
+        """Prepare the inputs of one step.
+
+        Differs from transformers: images and modality indicators are passed for the part of the
+        prompt that this step reads.
+        """
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

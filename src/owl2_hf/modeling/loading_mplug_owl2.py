@@ -1,7 +1,7 @@
-"""What this family adds to how transformers loads, distributes and saves a model.
+"""Loading, distributing and saving: what this family adds to transformers.
 
-No weight is made up, none is left out, and no broken file is read. Quantisation leaves the vision side
-alone. An adapter is loaded whole or not at all.
+Missing weights, unused weights and broken files raise an error. Quantisation does not change the
+vision encoder and connector. An adapter that cannot be loaded in full raises an error.
 """
 
 import copy
@@ -80,7 +80,7 @@ _BELONGS_TO = {
 
 
 class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
-    """How the family's models are loaded, distributed and saved; the modeling files say what they compute."""
+    """Base class that loads, distributes and saves the models of this family."""
 
     @classmethod
     def from_pretrained(
@@ -90,16 +90,18 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers, also from the original's layout, and from an adapter, whose base model is loaded first.
+        """Load a model from a folder or the Hub.
 
-        Quantisation leaves the vision encoder, the connector and the head as they are, unless its configuration names
-        other modules to leave.
+        Differs from transformers: checkpoints in the original's layout load as well. So do
+        adapters, whose base model is loaded first. Quantisation does not change the vision encoder,
+        the connector and the head, unless its configuration names other modules to skip.
 
         Raises:
-            ValueError: A weight file is broken. The checkpoint lacks parameters, which transformers would make up, or
-                has tensors that the model has no place for, or parameters of other shapes than its configuration says.
-                A missing head is no error. Whoever asks for `output_loading_info` finds there what is missing and what
-                has no place, and gets no error for it. Or an adapter does not fit.
+            ValueError: If a weight file is broken, the checkpoint lacks parameters (transformers
+                would initialise them at random), it has tensors that the model does not use, shapes
+                differ from those of the configuration, or an adapter does not fit. A missing head
+                is not an error. With `output_loading_info`, missing and unused tensors are reported
+                there and are not errors.
         """
         adapter = find_adapter(pretrained_model_name_or_path, kwargs)
         if adapter is not None:
@@ -167,11 +169,11 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
     def load_adapter(
         self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any
     ) -> Any:
-        """As in transformers; what was trained beside a converted adapter goes into the model as well.
+        """Load an adapter, and other weights that were trained with a converted adapter.
 
         Raises:
-            ValueError: A tensor of the adapter has no place in the model, or one of the model's is not in the adapter;
-                the model is left without it.
+            ValueError: If the adapter has a tensor that the model lacks, or the model expects one
+                that the adapter lacks. The adapter is then not added.
         """
         saved, others = kwargs.get("adapter_state_dict"), {}
         if peft_model_id is not None:
@@ -209,7 +211,7 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
     def maybe_distribute_model(
         cls, model: "MplugOwl2LoadableModel", distributed_config: Any, mesh_manager: Any
     ) -> Any:
-        """As in transformers; attention whose heads the processes cannot share evenly stays whole in each of them."""
+        """Distribute the model. Attention heads that do not divide evenly stay in each process."""
         text, size = (
             model.config.get_text_config(),
             getattr(distributed_config, "tp_size", None) or 1,
@@ -228,10 +230,10 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
     def save_pretrained(
         self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
     ) -> None:
-        """As in transformers, but in this package's layout unless asked otherwise, wherever the weights came from.
+        """Save the model, by default in this package's layout, also if loaded from the original's.
 
         Raises:
-            ValueError: The original's layout is asked for, which has a head, and this model has none.
+            ValueError: If the original's layout is requested for a model without a head.
         """
         if save_original_format and not hasattr(self, self.base_model_prefix):
             raise ValueError(
@@ -325,7 +327,7 @@ def _check_index(source: Any, hub: dict[str, Any]) -> None:
     """Entries of a local index stay in its folder; transformers would follow them anywhere.
 
     Raises:
-        ValueError: One does not, or the index is none.
+        ValueError: If one does not, or the index is none.
     """
     for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
         path = Path(str(source)) / (hub.get("subfolder") or "") / name
@@ -342,7 +344,7 @@ def _check_files(source: Any, hub: dict[str, Any]) -> None:
     """Look for a broken weight file, where loading has failed: the errors of its readers do not name it.
 
     Raises:
-        ValueError: There is one.
+        ValueError: If there is one.
     """
     if source is None:
         return

@@ -1,6 +1,7 @@
-"""mPLUG-Owl2: vision encoder, connector and modality-adaptive LLaMA, wired together.
+"""mPLUG-Owl2: vision encoder, connector and modality-adaptive LLaMA.
 
-The connector is the visual abstractor, or the H-Reducer of DocOwl 1.5; Q + 1 are the visual tokens that it makes.
+The connector is the visual abstractor, or the H-Reducer of DocOwl 1.5. It makes Q + 1 visual tokens
+of an image.
 
 B: batch, L: positions, N: images of the whole batch, D: width of the language model, V: embedding rows.
 """
@@ -67,7 +68,7 @@ class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As in transformers; rows of ids that no text has are zeros, as they come from the original's layout."""
+        """Initialise weights. Differs from transformers: rows of ids that text lacks are zero."""
         super().initialize_weights()
         for embeddings in (self.get_input_embeddings(), self.get_output_embeddings()):
             if embeddings is not None and not getattr(
@@ -79,14 +80,14 @@ class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any
     ) -> None:
-        """As in transformers, which ignores the name of a part that the model does not have; here it is an error."""
+        """Set the attention. Differs from transformers: the name of an unknown part is an error."""
         self.config.check_attn_implementation(attn_implementation)
         return super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> nn.Embedding:
-        """As in transformers; from then on every id below `new_num_tokens` but the placeholder may be predicted."""
+        """Resize the embedding table, and let all ids except the placeholder be predicted."""
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         if new_num_tokens is not None:
             self.config.output_vocab_size = new_num_tokens
@@ -112,7 +113,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
 
     @property
     def connector(self) -> MplugOwl2VisualAbstractor | MplugOwl2HReducer:
-        """What turns encoded images into visual tokens."""
+        """Return the module that turns encoded images into visual tokens."""
         return (
             self.h_reducer if self.config.connector_type == "h_reducer" else self.visual_abstractor
         )
@@ -120,7 +121,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
     @merge_with_config_defaults
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> MplugOwl2ImageFeatures:
-        """(N, 3, H, W) normalised pixels -> the visual tokens of each image, in `pooler_output`."""
+        """Encode (N, 3, H, W) normalised pixels; `pooler_output` has each image's visual tokens."""
         encoded = self.vision_tower(pixel_values, **{**kwargs, "return_dict": True})
         connected = self.connector(encoded.last_hidden_state, **{**kwargs, "return_dict": True})
         tokens = connected.last_hidden_state  # (N, Q + 1, D)
@@ -141,10 +142,10 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         image_features: Tensor,
         mm_token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """Find the positions that the visual tokens take.
+        """Find the positions of the visual tokens.
 
         Args:
-            input_ids: (B, L), read where `mm_token_type_ids` is absent.
+            input_ids: (B, L), used if `mm_token_type_ids` is not given.
             inputs_embeds: (B, L, D).
             image_features: (N * (Q + 1), D).
             mm_token_type_ids: (B, L) modality indicators.
@@ -153,7 +154,8 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             (B, L, 1), True at visual tokens.
 
         Raises:
-            ValueError: Nothing tells which positions are visual, or their number is not that of the visual tokens.
+            ValueError: If neither ids nor indicators are given, or the number of visual positions
+                differs from that of the visual tokens.
         """
         if mm_token_type_ids is not None:
             image_mask = match_indicators(mm_token_type_ids, inputs_embeds).eq(1)
@@ -194,14 +196,16 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> MplugOwl2ModelOutputWithPast:
-        """Encode the images, put them in place of their placeholders, and run the language model.
+        """Encode the images, insert them at their placeholders, and run the language model.
 
         Args:
-            input_ids: (B, L), `config.image_token_id` at each visual token, or
-            inputs_embeds: (B, L, D), exactly one of the two.
-            pixel_values: (N, 3, H, W), in the order of the placeholders over the whole batch, or
-            mm_encoder_outputs: `{"image": get_image_features(...)}`, at most one of the two.
-            mm_token_type_ids: (B, L) modality indicators, 0 text and 1 image; read off `input_ids` when absent.
+            input_ids: (B, L), with `config.image_token_id` at each visual token.
+            inputs_embeds: (B, L, D). Give either this or `input_ids`.
+            pixel_values: (N, 3, H, W), in the order of the placeholders in the batch.
+            mm_encoder_outputs: `{"image": get_image_features(...)}`, for images that are already
+                encoded. Give at most one of this and `pixel_values`.
+            mm_token_type_ids: (B, L) modality indicators, 0 for text and 1 for image. Default:
+                computed from `input_ids`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -298,7 +302,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
 class MplugOwl2ForConditionalGeneration(
     ScoresImages, MplugOwl2PreTrainedModel, MplugOwl2Generation, GenerationMixin
 ):
-    """mPLUG-Owl2 with the language-model head: text from text and images, and scores of images."""
+    """mPLUG-Owl2 with a language-model head. Generates text, and scores images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -313,7 +317,7 @@ class MplugOwl2ForConditionalGeneration(
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> MplugOwl2ImageFeatures:
-        """(N, 3, H, W) normalised pixels -> the visual tokens of each image, in `pooler_output`."""
+        """Encode (N, 3, H, W) normalised pixels; `pooler_output` has each image's visual tokens."""
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
     @known_arguments
@@ -335,13 +339,16 @@ class MplugOwl2ForConditionalGeneration(
         """Predict the next token at each position.
 
         Args:
-            input_ids, pixel_values, attention_mask, inputs_embeds, mm_token_type_ids, mm_encoder_outputs: as in
-                `MplugOwl2Model.forward`.
-            labels: (B, L), -100 where no loss is wanted; visual positions never count.
-            logits_to_keep: Number of last positions, or the positions, to predict; 0 for all.
+            input_ids, pixel_values, attention_mask, inputs_embeds, mm_token_type_ids,
+                mm_encoder_outputs: see `MplugOwl2Model.forward`.
+            labels: (B, L) target ids, -100 at positions without a loss. Visual positions never have
+                a loss.
+            logits_to_keep: Number of last positions to predict, or a tensor of positions. 0
+                predicts all.
 
         Returns:
-            `loss` where labels are given, `logits` (B, L, V), the cache, and on request hidden states and attentions.
+            `loss` if labels are given, `logits` (B, L, V), the cache, and, if requested, hidden
+            states and attentions.
         """
         outputs = self.model(
             input_ids=input_ids,

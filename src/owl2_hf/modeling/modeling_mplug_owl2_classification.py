@@ -1,6 +1,7 @@
-"""mPLUG-Owl2 with a head that gives each prompt scores: classes, a regression, the reward of an answer.
+"""mPLUG-Owl2 with a classification, regression or reward head.
 
-The head reads the last token of the prompt that is no padding, as in transformers' own sequence classifiers.
+The head reads the last token of the prompt that is not padding, as transformers' sequence
+classifiers do.
 
 Q-Scorer (arXiv:2511.07812) is such a model: its head reads the first token of the model's own answer, and is an MLP. A
 configuration with `deepmlp_hidden_dims`, the name in Q-Scorer's checkpoints, describes one.
@@ -28,19 +29,19 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class MplugOwl2SequenceClassifierOutputWithPast(WithImageOutputs, SequenceClassifierOutputWithPast):
-    """Args: image_outputs: what `get_image_features` made of the images of this step."""
+    """Args: image_outputs: what `get_image_features` returned for the images of this step."""
 
     image_outputs: MplugOwl2ImageFeatures | None = None
 
 
 class MplugOwl2QScorerHead(nn.Module):
-    """Q-Scorer's MLP; a layer whose widths are equal adds its input.
+    """Q-Scorer's MLP. A layer whose input and output widths are equal has a residual connection.
 
     Args:
-        widths: Of the layers between input and scores.
+        widths: Widths of the hidden layers.
 
     Raises:
-        ValueError: They are no list of positive numbers.
+        ValueError: If `widths` is not a list of positive numbers.
     """
 
     def __init__(self, hidden_size: int, widths: list[int], num_labels: int):
@@ -66,7 +67,7 @@ class MplugOwl2QScorerHead(nn.Module):
 
 
 class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
-    """mPLUG-Owl2 with `config.num_labels` scores for each prompt of text and images."""
+    """mPLUG-Owl2 with a head that gives each prompt `config.num_labels` scores."""
 
     # A causal checkpoint gives all but the head of this class, and has one of its own.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
@@ -86,7 +87,10 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> MplugOwl2ImageFeatures:
-        """(N, 3, H, W) normalised pixels -> the visual tokens of each image, in `pooler_output`."""
+        """Encode (N, 3, H, W) normalised pixels.
+
+        `pooler_output` has the visual tokens of each image.
+        """
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
     @known_arguments
@@ -107,17 +111,19 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
         """Score each prompt.
 
         Args:
-            input_ids, pixel_values, attention_mask, inputs_embeds, mm_token_type_ids, mm_encoder_outputs: as in
-                `MplugOwl2Model.forward`.
-            labels: By `config.problem_type`: "regression" (B,) or (B, K) numbers, "single_label_classification" (B,)
-                ids, "multi_label_classification" (B, K) of 0 and 1. Where it is not set, the first labels decide it as
-                in transformers: one label is a regression, of more labels whole numbers are ids.
+            input_ids, pixel_values, attention_mask, inputs_embeds, mm_token_type_ids,
+                mm_encoder_outputs: see `MplugOwl2Model.forward`.
+            labels: By `config.problem_type`: "regression" (B,) or (B, K) numbers,
+                "single_label_classification" (B,) ids, "multi_label_classification" (B, K) of 0 and
+                1. If it is not set, the first labels decide, as in transformers: with `num_labels`
+                1 it is a regression; otherwise, integer labels are class ids.
 
         Returns:
-            `loss` where labels are given, `logits` (B, K), the cache, and on request hidden states and attentions.
+            `loss` if labels are given, `logits` (B, K), the cache, and, if requested, hidden states
+            and attentions.
 
         Raises:
-            ValueError: Nothing tells what is padding; or a Q-Scorer got embeddings or a cache.
+            ValueError: If padding cannot be recognised, or a Q-Scorer gets embeddings or a cache.
         """
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
@@ -191,7 +197,7 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
         """(B,) positions of the last tokens that are no padding, by the mask or else by the padding's id.
 
         Raises:
-            ValueError: Neither tells what is padding, and there are several prompts.
+            ValueError: If neither tells what is padding, and there are several prompts.
         """
         num_rows, length = hidden_states.shape[:2]
         padding = self.config.get_text_config().pad_token_id

@@ -1,4 +1,4 @@
-"""H-Reducer of DocOwl 1.5: every visual token is merged from patches that stand side by side, as letters in a line do.
+"""H-Reducer of DocOwl 1.5: merges neighbouring patches of a row into one visual token.
 
 N: images, C: width of the vision encoder, G: patches along one side, K: patches that become one token, P: positions
 of one encoded image (class token and patches), Q: G * G / K visual tokens, D: width of the language model.

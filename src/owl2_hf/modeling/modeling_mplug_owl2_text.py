@@ -1,10 +1,11 @@
-"""Modality-adaptive LLaMA: text and visual tokens have their own norms, keys and values, and share everything else.
+"""Modality-adaptive LLaMA: text and visual tokens have separate norms, keys and values.
 
-The text branch carries LLaMA's parameter names; the visual branch stands beside it as `visual_*`.
+All other weights are shared. The text branch has LLaMA's parameter names. The parameters of the
+visual branch are named `visual_*`.
 
 B: batch, L: positions, D: width, T and V: text and visual tokens of the whole batch (T + V = B * L).
 
-One file because a decoder is read from the layer's parts up to the whole.
+This is one file so that the decoder can be read from its parts up.
 """
 
 import math
@@ -110,7 +111,7 @@ def match_indicators(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> Tensor
     """(B, L) indicators for (B, L, D) embeddings; a single row, (1, L), holds for the whole batch.
 
     Raises:
-        ValueError: There is not one indicator for each position.
+        ValueError: If there is not one indicator for each position.
     """
     shape = inputs_embeds.shape[:2]
     rows, columns = mm_token_type_ids.shape
@@ -333,14 +334,16 @@ class MplugOwl2TextModel(PreTrainedModel):
         """Run the decoder.
 
         Args:
-            input_ids: (B, L), or
-            inputs_embeds: (B, L, D), exactly one of the two.
+            input_ids: (B, L).
+            inputs_embeds: (B, L, D). Give either this or `input_ids`.
             attention_mask: (B, past + L), 1 at tokens and 0 at padding.
-            position_ids: (B, L); counted on from the cache when absent.
-            mm_token_type_ids: (B, L) modality indicators, 0 text and 1 image; all text when absent.
+            position_ids: (B, L). Default: counted from the end of the cache.
+            mm_token_type_ids: (B, L) modality indicators, 0 for text and 1 for image. Default: all
+                text.
 
         Returns:
-            `last_hidden_state` (B, L, D) after the final norm, the cache, on request `hidden_states` and `attentions`.
+            `last_hidden_state` (B, L, D) after the final norm, the cache, and, if requested,
+            `hidden_states` and `attentions`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")

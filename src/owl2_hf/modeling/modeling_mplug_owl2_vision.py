@@ -182,7 +182,7 @@ class MplugOwl2VisionModel(PreTrainedModel):
             before the last norm) and `attentions` (layers times (N, heads, P, P)).
 
         Raises:
-            ValueError: Images of another shape than the configuration's.
+            ValueError: If images do not have the shape that the configuration gives.
         """
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:

@@ -1,4 +1,4 @@
-"""What the models return.
+"""Outputs of the models.
 
 N: images of the whole batch, P: patches and the class token, C: width of the vision encoder or of
 the abstractor, Q + 1: visual tokens of an image, D: width of the language model.
@@ -40,13 +40,13 @@ class WithImageOutputs:
 
 @dataclass
 class MplugOwl2ModelOutputWithPast(WithImageOutputs, BaseModelOutputWithPast):
-    """Args: image_outputs: what `get_image_features` made of the images of this step."""
+    """Args: image_outputs: what `get_image_features` returned for the images of this step."""
 
     image_outputs: MplugOwl2ImageFeatures | None = None
 
 
 @dataclass
 class MplugOwl2CausalLMOutputWithPast(WithImageOutputs, CausalLMOutputWithPast):
-    """Args: image_outputs: what `get_image_features` made of the images of this step."""
+    """Args: image_outputs: what `get_image_features` returned for the images of this step."""
 
     image_outputs: MplugOwl2ImageFeatures | None = None

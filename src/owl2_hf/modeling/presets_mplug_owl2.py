@@ -1,4 +1,4 @@
-"""How each scorer of the family is asked: prompt, level words and their values; in scorer.json beside the weights.
+"""Presets of scorers (prompt, level words, values), stored in scorer.json beside the weights.
 
 Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (arXiv:2501.11561), and their released
 code.
@@ -26,16 +26,17 @@ _ALIGN_VALUES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 @dataclass(frozen=True)
 class Preset:
-    """How one model of the family scores.
+    """The settings that a model scores with.
 
     Args:
-        prompts: Task -> prompt, with `<|image|>` at the place of the image, or of a video's frames.
-        levels: Words, best first; or groups of words that mean the same, whose logits are averaged.
-        values: What each level is worth, from 0 to 1.
-        image_aspect_ratio: How an image becomes square, see `MplugOwl2ImageProcessor`.
+        prompts: Task -> prompt, with `<|image|>` where the image or the frames of a video go.
+        levels: Level words, best first. A level may be a group of words with the same meaning,
+            whose logits are averaged.
+        values: Value of each level, from 0 to 1.
+        image_aspect_ratio: How an image is made square; see `MplugOwl2ImageProcessor`.
         scale: Lowest and highest score.
-        temperature: The logits are divided by it.
-        images_per_prompt: Images that the prompt names; a video's frames stand in the place of one.
+        temperature: Number that the logits are divided by.
+        images_per_prompt: Number of images in the prompt. The frames of a video count as one image.
     """
 
     prompts: dict[str, str]
@@ -59,7 +60,7 @@ class Preset:
                 )
 
     def to_json(self) -> str:
-        """The preset as a file for the model's folder, which `load_preset` reads."""
+        """Return the preset as JSON, for a file that `load_preset` reads."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
@@ -96,14 +97,14 @@ PRESETS: dict[str, Preset] = {
 
 
 def load_preset(model: str, **hub: Any) -> Preset | None:
-    """The preset that a scorer has beside its weights, `None` for a model without one.
+    """Load the preset beside a model's weights. Return `None` if there is none.
 
     Args:
         model: Folder or Hub id.
-        hub: Where to look on the Hub, as `cached_file` takes it, for instance `revision`.
+        hub: Arguments of `cached_file`, for example `revision`.
 
     Raises:
-        ValueError: The file is damaged.
+        ValueError: If the file is damaged.
     """
     found = cached_file(
         model,
@@ -117,10 +118,10 @@ def load_preset(model: str, **hub: Any) -> Preset | None:
 
 
 def read_preset(file: str | Path) -> Preset:
-    """The preset in a file.
+    """Read a preset from a file.
 
     Raises:
-        ValueError: The file is damaged.
+        ValueError: If the file is damaged.
     """
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))

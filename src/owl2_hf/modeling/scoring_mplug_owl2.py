@@ -1,7 +1,7 @@
 """Scores of images by the probabilities of level words, and the `score` of the published scorers.
 
-The model is shown an image and the beginning of an answer; the probabilities of a few words at its next position, and
-the value of each word, make the score.
+The model reads an image and the beginning of an answer. The score is the sum of the values of a few
+level words, weighted by the probabilities of these words at the next position.
 
 B: images or videos of one batch, K: levels, V: embedding rows.
 
@@ -45,10 +45,12 @@ _LLAMA2_IDS = {
 
 
 def own_preset(model: Any) -> Preset | None:
-    """The preset beside the weights, or beside the adapter, that a model was loaded from; `None` where there is none.
+    """Return the preset that is stored with a model's weights or adapter.
+
+    Return `None` if there is none.
 
     Raises:
-        ValueError: The file is damaged.
+        ValueError: If the file is damaged.
     """
     file = next(_own_files(model, PRESET_FILE), None)
     return None if file is None else read_preset(file)
@@ -94,7 +96,7 @@ def level_ids(tokenizer: Any, preset: Preset) -> list[list[int]]:
     """The tokens of each level's words.
 
     Raises:
-        ValueError: A word is not one token of the vocabulary.
+        ValueError: If a word is not one token of the vocabulary.
     """
     groups = [(level,) if isinstance(level, str) else level for level in preset.levels]
     return [[level_id(tokenizer, word) for word in group] for group in groups]
@@ -117,7 +119,7 @@ def level_inputs(
         options: Of the image processor, for instance `original_reading`.
 
     Raises:
-        ValueError: A list of frames is empty, or an image cannot be read.
+        ValueError: If a list of frames is empty, or an image cannot be read.
     """
     if not all(frames):
         raise ValueError("expected at least one frame of each video, got a list without any.")
@@ -140,7 +142,7 @@ def level_logits(logits: Tensor, ids: Sequence[Sequence[int]], preset: Preset) -
     """(B, V) logits of the next token -> (B, K) of the levels, over the temperature.
 
     Raises:
-        ValueError: The model gives NaN.
+        ValueError: If the model gives NaN.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     levels = torch.stack([logits[:, own].mean(-1) for own in ids], -1) / preset.temperature
@@ -159,7 +161,7 @@ def read_levels(model: Any, inputs: Any, ids: Sequence[Sequence[int]], preset: P
         ids: Tokens of each level, as `level_ids` finds them.
 
     Raises:
-        ValueError: The model gives NaN.
+        ValueError: If the model gives NaN.
     """
     with torch.no_grad():
         logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
@@ -176,7 +178,7 @@ def expected_score(levels: Tensor, preset: Preset) -> tuple[float, float, Tensor
 
 
 class ScoresImages:
-    """`score`, the call of Q-Align's and DeQA-Score's published models, for a model with a language-model head."""
+    """Mixin with `score`, the method of Q-Align's and DeQA-Score's published models."""
 
     device: torch.device
 
@@ -189,20 +191,26 @@ class ScoresImages:
         processor: Any = None,
         batch_size: int = 8,
     ) -> Tensor:
-        """Scores of images or videos, asked for as scorer.json beside the weights says; without one as OneAlign is.
+        """Score images or videos.
+
+        Uses the preset in scorer.json beside the weights, otherwise OneAlign's.
 
         Args:
-            images: A list of images as the processor takes them; for videos a list of lists of frames.
+            images: A list of images, in any form that the processor takes. For videos, a list of
+                lists of frames.
             task_: "quality" or "aesthetics", or another task of the model's own preset.
             input_: "image" or "video".
-            processor: Where not the one of the model's folder, which is loaded at the first call.
-            batch_size: Images or videos in one forward pass; it does not change the scores.
+            processor: Processor to use. Default: the one in the model's folder, loaded at the first
+                call.
+            batch_size: Images or videos in one forward pass. It does not change the scores.
 
         Returns:
-            (B,) float32 on the model's device, on the preset's scale: 1 to 5 for OneAlign and DeQA-Score.
+            (B,) float32 scores on the model's device, on the preset's scale. It is 1 to 5 for
+            OneAlign and DeQA-Score.
 
         Raises:
-            ValueError: There is no processor or no such task, an image cannot be read, or the model gives NaN.
+            ValueError: If there is no processor or no such task, an image cannot be read, or the
+                model returns NaN.
         """
         if batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, got {batch_size}.")
@@ -249,7 +257,10 @@ class ScoresImages:
         )
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; what says how the model scores goes with it."""
+        """Save the model.
+
+        Differs from transformers: the scoring files, such as scorer.json, are saved as well.
+        """
         folder = Path(save_directory)
         preset = next(_own_files(self, PRESET_FILE), None)
         if preset is not None and kwargs.get("is_main_process", True) and not folder.is_file():
@@ -266,7 +277,7 @@ def _prompt(preset: Preset, task: str, kind: str) -> str:
     """The prompt of the published call's two arguments.
 
     Raises:
-        ValueError: The preset has none for them.
+        ValueError: If the preset has none for them.
     """
     if kind not in ("image", "video"):
         raise ValueError(f"expected input_ 'image' or 'video', got {kind!r}.")

@@ -1,7 +1,8 @@
-"""Weight files that nobody vouches for: their tensors, mapped and never executed, or why they cannot be read; indices.
+"""Read untrusted weight files safely: map their tensors into memory and never run code.
 
-PyTorch maps a record of an archive at the length that the pickle beside it asks for. Where the record is shorter, it
-reads on into the next one and says nothing. So every record's own length is compared first.
+PyTorch maps a record of an archive at the length that the pickle beside it asks for. If the record
+is shorter, PyTorch reads into the next record without an error. So the length of every record is
+checked first.
 """
 
 import io
@@ -41,7 +42,7 @@ def read_weights(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
         allowed: Stand-ins for what a pickle may name beside tensors, as `torch.serialization.safe_globals` takes them.
 
     Raises:
-        ValueError: The file is damaged, or holds more than tensors.
+        ValueError: If the file is damaged, or holds more than tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -68,7 +69,7 @@ def read_weight_map(index: Path) -> dict[str, Any]:
     """Which tensor an index places in which file; nobody has looked at the names yet.
 
     Raises:
-        ValueError: It is no index, or names a tensor twice.
+        ValueError: If it is no index, or names a tensor twice.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -100,7 +101,8 @@ def check_archive(path: Path) -> bool:
     """Whether the file is a zip archive, as PyTorch writes them.
 
     Raises:
-        ValueError: It is one, but a record in it is compressed, there twice, or not as long as its tensors need.
+        ValueError: If it is one, but a record in it is compressed, there twice, or not as long as
+            its tensors need.
     """
     if not zipfile.is_zipfile(path):
         return False

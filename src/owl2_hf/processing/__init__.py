@@ -1,4 +1,4 @@
-"""Images and prompts; the same files travel to the Hub as remote code."""
+"""Images and prompts. The same files are uploaded to the Hub as remote code."""
 
 from ..registration import register
 from .image_processing_mplug_owl2 import MplugOwl2ImageProcessor

@@ -1,8 +1,8 @@
-"""Images for mPLUG-Owl2: opened with care, made square as the original makes them, resized and normalised.
+"""Image processor of mPLUG-Owl2: opens images safely, makes them square, resizes and normalises.
 
 H, W: height and width of an image, S: side of the final square, N: images.
 
-One file because the Hub finds an image processor by the name of its file.
+This is one file because the Hub finds an image processor by its file name.
 """
 
 import base64
@@ -116,7 +116,7 @@ _ANCHOR_SETTINGS = ("crop_anchors", "add_global_image", "add_text_crop_tags")
 
 
 class MplugOwl2ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """Options of `MplugOwl2ImageProcessor`; see there."""
+    """Options of `MplugOwl2ImageProcessor`."""
 
     image_aspect_ratio: str | None
     max_image_pixels: int | None
@@ -127,31 +127,38 @@ class MplugOwl2ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[
 
 
 class MplugOwl2ImageProcessor(PilBackend):
-    """Prepares images with PIL, whose resampling the model was trained on.
+    """Prepare images with PIL. The model was trained with PIL's resampling.
 
     Args:
-        image_aspect_ratio: How an image becomes square. "resize" stretches it to the square of its longer edge and
-            then to the final size, the original's two resamplings; "pad" centres it on a square in the mean colour;
-            "crop" resizes the shorter edge and cuts the centre, as CLIP does; "anchors" makes several squares, the
-            crops of the grid that suits the image's shape, row by row, as DocOwl does.
-        size: `{"height": S, "width": S}`, the final square; a number, or CLIP's `{"shortest_edge": S}`, means the same.
-        max_image_pixels: An image with more is refused before it is decoded. Where the square of the longer edge has
-            more, the first of the two resamplings is skipped; such panoramas do not have the original's pixels.
-        crop_anchors: Grids that "anchors" chooses from, a name in `CROP_ANCHORS`.
-        add_global_image: In front of its crops "anchors" puts the whole image, stretched to the square. DocOwl 1.5's
-            first-stage checkpoints want `False`.
-        add_text_crop_tags: For the processor: each crop of "anchors" is named in the prompt, as `<crop_img_row0_col0>`.
-        original_reading: Files are read as the original, Q-Align and pyiqa read them, by PIL's `convert("RGB")` alone:
-            EXIF orientation is not applied, and 16-bit grey is clipped at 255, not scaled. For the papers' numbers.
+        image_aspect_ratio: How an image is made square. "resize" stretches it to a square with the
+            side of its longer edge, and then resizes it to the final size, in two resamplings as
+            the original does. "pad" centres it on a square of the mean colour. "crop" resizes the
+            shorter edge and crops the centre, as CLIP does. "anchors" chooses the grid that fits
+            the image's shape best and makes several square crops, row by row, as DocOwl does.
+        size: `{"height": S, "width": S}`, the size of the final square. A number, or CLIP's
+            `{"shortest_edge": S}`, means the same.
+        max_image_pixels: An image with more pixels raises an error before it is decoded. If only
+            the square of its longer edge has more, the first of the two resamplings is skipped, so
+            the pixels of such a panorama differ from the original's.
+        crop_anchors: Name in `CROP_ANCHORS`: the grids that "anchors" chooses from.
+        add_global_image: With "anchors", also put the whole image, stretched to a square, before
+            the crops. Use `False` for DocOwl 1.5's first-stage checkpoints.
+        add_text_crop_tags: Used by the processor: name each crop of "anchors" in the prompt, for
+            example `<crop_img_row0_col0>`.
+        original_reading: Read files as the original, Q-Align and pyiqa do, with only PIL's
+            `convert("RGB")`, to reproduce the papers' numbers: EXIF orientation is not applied, and
+            16-bit grey is clipped at 255, not scaled.
 
-    Images may be PIL images, arrays, tensors, paths, URLs, data URLs, base64 strings or bytes, singly or in lists.
-    EXIF orientation is applied to what is opened here; a PIL image is taken as it is. Transparency is dropped, as in
-    the original. 16-bit grey is scaled to 8 bits. Of an animation the first frame counts. Arrays hold 0 to 255, or
-    floats from 0 to 1, which mean the same with and without `do_rescale`; channels come last in arrays and first in
-    tensors where the shape leaves it open.
+    Images may be PIL images, arrays, tensors, paths, URLs, data URLs, base64 strings or bytes,
+    singly or in lists. EXIF orientation is applied to images that are opened here, but not to PIL
+    images. Transparency is dropped, as in the original. 16-bit grey is scaled to 8 bits. The first
+    frame of an animation is used. Arrays hold values from 0 to 255, or floats from 0 to 1, which
+    mean the same with and without `do_rescale`. If the shape is ambiguous, channels are the last
+    axis of arrays and the first axis of tensors.
 
     Raises:
-        ValueError: An image is broken, too large, or of an unknown kind; the message names it.
+        ValueError: If an image is broken, too large, or of an unknown type. The message names the
+            image.
     """
 
     valid_kwargs = MplugOwl2ImageProcessorKwargs
@@ -195,7 +202,10 @@ class MplugOwl2ImageProcessor(PilBackend):
         return kwargs
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without settings that have no effect."""
+        """Return the settings as a dict.
+
+        Differs from transformers: settings without an effect are left out.
+        """
         values = super().to_dict()
         if self.image_aspect_ratio != "anchors":
             values = {key: value for key, value in values.items() if key not in _ANCHOR_SETTINGS}
@@ -213,7 +223,7 @@ class MplugOwl2ImageProcessor(PilBackend):
         add_global_image: bool | None = None,
         **kwargs: Any,
     ) -> int:
-        """Squares that become of one image, with the settings of this processor where none are given."""
+        """Return how many squares one image becomes. Default settings: those of this processor."""
         if (image_aspect_ratio or self.image_aspect_ratio) != "anchors":
             return 1
         side = dict(size or self.size)
@@ -226,7 +236,7 @@ class MplugOwl2ImageProcessor(PilBackend):
         )
 
     def fetch_images(self, images: Any) -> Any:
-        """The same nesting, with every path, URL, base64 string or bytes opened."""
+        """Open every path, URL, base64 string or bytes object. The nesting of lists is kept."""
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
         if isinstance(images, (str, Path, bytes)):
@@ -419,7 +429,7 @@ def open_image(
         original_reading: As for `MplugOwl2ImageProcessor`.
 
     Raises:
-        ValueError: It cannot be had, is not an image in one of `FORMATS`, or is too large.
+        ValueError: If it cannot be read, is not an image in one of `FORMATS`, or is too large.
     """
     read: Callable[[], bytes]
     if isinstance(source, bytes):

@@ -1,9 +1,10 @@
-"""Prompts and images for mPLUG-Owl2: chat template, placeholders, modality indicators.
+"""Processor of mPLUG-Owl2: chat template, image placeholders, modality indicators.
 
-One `<|image|>` of a prompt becomes the positions of one image: the learnable queries and the end-of-image vector. For
-DocOwl 1.5, whose images are cut into crops, it becomes the positions of each crop behind the crop's name.
+Each `<|image|>` in a prompt is replaced with the positions of one image: the learnable queries and
+the end-of-image vector. For DocOwl 1.5, which cuts images into crops, it is replaced with the name
+and the positions of each crop.
 
-One file because the Hub finds a processor by the name of its file.
+This is one file because the Hub finds a processor by its file name.
 """
 
 import bisect
@@ -110,19 +111,22 @@ class Answer(Decoded):
 
 
 class MplugOwl2Processor(ProcessorMixin):
-    """Tokenizer and image processor in one.
+    """Processor of mPLUG-Owl2: a tokenizer and an image processor.
 
-    In a raw prompt `<|image|>` stands for an image and `<s>`, `</s>`, `<unk>` are control tokens. Inside the text of a
-    chat message all of them are text; images are parts of their own. A video is a part with a list of frames, which
-    take the place of one image one after another.
+    In a raw prompt, `<|image|>` stands for an image, and `<s>`, `</s>` and `<unk>` are control
+    tokens. In the text of a chat message, all of them are plain text, and images are separate
+    parts. A video is a part with a list of frames, which are inserted in order where one image
+    would go.
 
     Args:
-        num_image_tokens: Positions of one image, or of one crop: what the model's connector makes of it.
-        legacy: Every text between control tokens starts with a space of its own, as in checkpoints without the flag.
-            `False`: not behind `<s>`, `</s>` and `<unk>`.
+        num_image_tokens: Positions of one image, or of one crop: the number of visual tokens that
+            the connector makes.
+        legacy: Put a space in front of every text between control tokens, as for checkpoints
+            without this flag. `False`: no space after `<s>`, `</s>` and `<unk>`.
 
     Raises:
-        ValueError: Images and placeholders do not match, or an image cannot be used; the message says which.
+        ValueError: If images and placeholders do not match, or an image cannot be used. The message
+            says which.
     """
 
     return_mm_token_type_ids = True
@@ -163,9 +167,12 @@ class MplugOwl2Processor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As in transformers; also from a checkpoint in the original's layout, which has no processor of its own.
+        """Load a processor from a folder or the Hub.
 
-        An option that neither the processor nor its parts know is ignored with a warning.
+        Differs from transformers: a checkpoint in the original's layout, which has no processor
+        files, works as well.
+
+        Unknown options are ignored with a warning.
         """
         folder = _original_folder(pretrained_model_name_or_path, kwargs)
         # The tokenizer would hand it to the configuration, where it is no field of its own.
@@ -194,17 +201,21 @@ class MplugOwl2Processor(ProcessorMixin):
         num_text_tokens: int | None = None,
         added_tokens: Sequence[str] = (),
     ) -> "MplugOwl2Processor":
-        """The processor of a checkpoint in the original's layout.
+        """Make the processor of a checkpoint in the original's layout.
 
         Args:
-            source: Its folder, with config.json, and preprocessor_config.json where it has one.
-            tokenizer: File or folder to read the tokenizer from, where not from `source`.
-            num_image_tokens, image_size: Positions and side of an image, where not read off config.json.
-            num_text_tokens: Rows of the weights, where config.json may not tell them (mPLUG-Owl2.1).
-            added_tokens: Tokens behind LLaMA's that the weights have rows for, where no added_tokens.json tells them.
+            source: Folder of the checkpoint, with config.json and, optionally,
+                preprocessor_config.json.
+            tokenizer: File or folder to read the tokenizer from. Default: `source`.
+            num_image_tokens, image_size: Positions of an image, and its side in pixels. Default:
+                read from config.json.
+            num_text_tokens: Rows of the embedding weights, if config.json may not give them
+                (mPLUG-Owl2.1).
+            added_tokens: Tokens after LLaMA's that the weights have rows for, if there is no
+                added_tokens.json.
 
         Raises:
-            ValueError: There is no tokenizer, or it is neither LLaMA's kind nor Qwen's.
+            ValueError: If there is no tokenizer, or it is neither a LLaMA nor a Qwen tokenizer.
         """
         source = Path(source)
         values, settings = (
@@ -293,7 +304,10 @@ class MplugOwl2Processor(ProcessorMixin):
     def replace_image_token(
         self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any
     ) -> str:
-        """What stands for one image: its placeholders, for DocOwl crop by crop behind their names."""
+        """Return the text that replaces one `<|image|>`.
+
+        It holds placeholders, and for DocOwl the name of each crop.
+        """
         run = self.image_token * self.num_image_tokens
         grids = image_inputs.get("crop_grid")
         if grids is None:
@@ -318,7 +332,10 @@ class MplugOwl2Processor(ProcessorMixin):
         audio: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Prompts as a list; images as one list for each prompt, or as one list where there is no prompt."""
+        """Return prompts as a list, and images as one list for each prompt.
+
+        Without a prompt, return images as one list.
+        """
         if videos is not None:
             raise ValueError(
                 "Give a video as its frames: as images, or as a chat part of type 'video' with a list."
@@ -386,7 +403,11 @@ class MplugOwl2Processor(ProcessorMixin):
         videos_replacements: Any = (),
         audio_replacements: Any = (),
     ) -> tuple[list[str], list[list[dict[str, Any]]]]:
-        """As in transformers; without `legacy`, texts behind control tokens also get `NO_PREFIX`."""
+        """Insert the replacements of images.
+
+        Differs from transformers: without `legacy`, texts after control tokens also get
+        `NO_PREFIX`.
+        """
         if self.legacy:
             return super().get_text_with_replacements(text, list(images_replacements))
         images, pattern = (
@@ -424,27 +445,34 @@ class MplugOwl2Processor(ProcessorMixin):
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> Any:
-        """As in transformers; an answer that a pipeline cuts off behind `ASSISTANT:` begins without its space."""
+        """Decode generated ids.
+
+        Differs from transformers: an answer that a pipeline cuts off after `ASSISTANT:` has no
+        leading space.
+        """
         texts = super().post_process_image_text_to_text(
             generated_outputs, skip_special_tokens, **kwargs
         )
         return Decoded(texts) if isinstance(texts, str) else [Decoded(text) for text in texts]
 
     def create_mm_token_type_ids(self, input_ids: Iterable[Any]) -> list[list[int]]:
-        """As in transformers, for the one modality that there is: 1 at visual tokens, 0 elsewhere."""
+        """Return the modality indicators: 1 at visual tokens, 0 elsewhere."""
         rows = (row if isinstance(row, list) else row.tolist() for row in input_ids)
         return [[int(token == self.image_token_id) for token in row] for row in rows]
 
     def apply_chat_template(
         self, conversation: Any, *args: Any, sanitize_control_tokens: bool = True, **kwargs: Any
     ) -> Any:
-        """As in transformers, with the text of every message taken as text, and lists of frames as `video` parts.
+        """Turn chat messages into a prompt, or into model inputs with `tokenize=True`.
 
-        `sanitize_control_tokens` is always in force.
+        Differs from transformers: control tokens in the text of a message are plain text, and
+        `video` parts may be lists of frames.
+
+        `sanitize_control_tokens` is always on.
 
         Raises:
-            ValueError: A message or part makes no sense, the template refuses it, or has no place for `tools` or
-                `documents`.
+            ValueError: If a message or part is invalid, the template rejects it, or the template
+                does not support `tools` or `documents`.
         """
         given = {**dict(zip(("chat_template", "tools", "documents"), args, strict=False)), **kwargs}
         template = given.get("chat_template") or self.chat_template

@@ -1,4 +1,4 @@
-"""Tokenizers of the original as `tokenizers` byte-pair encodings that reproduce its ids."""
+"""The original's tokenizers, as byte-pair encodings of `tokenizers` with the same ids."""
 
 import base64
 import binascii
@@ -189,7 +189,7 @@ def load_tokenizer(
         added_tokens: These, where no added_tokens.json tells them.
 
     Raises:
-        ValueError: There is none, or it is neither LLaMA's kind nor Qwen's.
+        ValueError: If there is none, or it is neither LLaMA's kind nor Qwen's.
     """
     source = Path(source)
     folder = source if source.is_dir() else source.parent

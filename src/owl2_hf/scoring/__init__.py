@@ -1,4 +1,4 @@
-"""Scores of images and videos: by level words, by comparison, and how people's opinions of them are learned and met."""
+"""Score images and videos, train scorers on people's opinions, and evaluate them."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

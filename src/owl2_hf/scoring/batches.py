@@ -74,7 +74,7 @@ class BatchScorer:
         """Scores of what `prepare` made of these rows.
 
         Raises:
-            ValueError: The model gives NaN for everything that it has seen.
+            ValueError: If the model gives NaN for everything that it has seen.
         """
         found = iter(self._read(rows, prepared))
         return [next(found) if error is None else error for error in prepared.errors]

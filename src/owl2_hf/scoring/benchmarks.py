@@ -52,7 +52,8 @@ def read_benchmark(
         on_bad: As in `load_opinions`.
 
     Raises:
-        ValueError: There is no such data set, or the folder does not hold it; the message says what is missing.
+        ValueError: If there is no such data set, or the folder does not hold it. The message says
+            what is missing.
     """
     folder, rows, missing = Path(root), [], 0
     for number, row in benchmark_rows(name, root):
@@ -79,7 +80,7 @@ def benchmark_rows(
     """Number and opinion of each row, or what is wrong with its file; `None` if it may be missing.
 
     Raises:
-        ValueError: There is no such data set, or its tables are not in the folder or damaged.
+        ValueError: If there is no such data set, or its tables are not in the folder or damaged.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"expected a benchmark of {', '.join(BENCHMARKS)}, got {name!r}.")

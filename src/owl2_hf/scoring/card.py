@@ -65,7 +65,7 @@ def write_score_card(
         task: Of the preset.
 
     Raises:
-        ValueError: There is such a file already.
+        ValueError: If there is such a file already.
     """
     path = Path(file)
     title = path.resolve().parent.name
@@ -125,7 +125,7 @@ def check_new(file: str | Path) -> None:
     """Whether a card can be written there.
 
     Raises:
-        ValueError: There is such a file already, or no such folder.
+        ValueError: If there is such a file already, or no such folder.
     """
     path = Path(file)
     if path.exists():

@@ -83,7 +83,7 @@ class Comparator:
                 table for the released anchors; if not given the model compares them.
 
         Raises:
-            ValueError: There are fewer than two anchors, or the table is not theirs.
+            ValueError: If there are fewer than two anchors, or the table is not theirs.
         """
         if len(anchors) < 2:
             raise ValueError(f"expected two or more anchors, got {len(anchors)}.")
@@ -159,7 +159,7 @@ def numbered_images(images: Sequence[Any], question: str) -> list[dict[str, Any]
         question: What to ask about them.
 
     Raises:
-        ValueError: There are none, or too many.
+        ValueError: If there are none, or too many.
     """
     if not 1 <= len(images) <= len(_ORDINALS):
         raise ValueError(f"expected one to {len(_ORDINALS)} images, got {len(images)}.")

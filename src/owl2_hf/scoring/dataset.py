@@ -74,8 +74,8 @@ def score_dataset(
         The counts; `None` in all processes but the first.
 
     Raises:
-        ValueError: A source cannot be read, the output is there already or was begun with other settings, or the
-            model gives NaN.
+        ValueError: If a source cannot be read, the output is there already or was begun with other
+            settings, or the model gives NaN.
     """
     check_kind(out)
     scorer._prompt(task)

@@ -80,7 +80,7 @@ def scorer_files(preset: Preset, processor: Any = None) -> dict[str, str]:
             the pipeline's files are left out: it would give other scores.
 
     Raises:
-        ValueError: A level word is not one token of the vocabulary.
+        ValueError: If a level word is not one token of the vocabulary.
     """
     files = {PRESET_FILE: preset.to_json()}
     if processor is not None:
@@ -94,7 +94,7 @@ def check_scorer(folder: Path) -> Preset | None:
     """How the model of a folder scores, `None` if it does not; its files fit each other.
 
     Raises:
-        ValueError: One is damaged, or of another preset.
+        ValueError: If one is damaged, or of another preset.
     """
     found = [name for name in SCORER_FILES if (folder / name).is_file()]
     if not found:

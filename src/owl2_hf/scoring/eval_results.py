@@ -65,7 +65,9 @@ def write_eval_results(
     tasks: Sequence[str] = TASKS,
     notes: str = "",
 ) -> Path:
-    """Write the results of one data set to `.eval_results` in a model's folder; `owl2-hf push` takes the file along.
+    """Write the results of one data set to `.eval_results` in a model's folder.
+
+    `owl2-hf push` uploads the file as well.
 
     Args:
         folder: Of the model.
@@ -78,8 +80,8 @@ def write_eval_results(
         The file, with one entry for each task.
 
     Raises:
-        ValueError: The benchmark is no id, the folder or a statistic does not exist, the report is of several data
-            sets, or the file is there already.
+        ValueError: If the benchmark is no id, the folder or a statistic does not exist, the report
+            is of several data sets, or the file is there already.
     """
     datasets = [one.dataset for one in report.judgements]
     file, statistics = check_eval_results(folder, benchmark, tasks, datasets)

@@ -31,13 +31,14 @@ def is_video_path(source: Any) -> bool:
 
 
 def read_frames(source: str | Path) -> list[Image.Image]:
-    """One frame a second of a video, every frame of an animated image, or an image as the only frame.
+    """Read frames: one per second of a video, all of an animated image, or a single image.
 
     Args:
         source: A file of any suffix; an image also in the other forms that the image processor takes.
 
     Raises:
-        ValueError: It is none of these or damaged, or PyAV, which reads videos, is not installed.
+        ValueError: If it is none of these or damaged, or PyAV, which reads videos, is not
+            installed.
     """
     try:
         with Image.open(source, formats=FORMATS) as picture:
@@ -99,7 +100,7 @@ def expand_paths(paths: Sequence[str], is_video: bool = False) -> tuple[list[str
             the order of their names.
 
     Raises:
-        ValueError: A folder holds nothing to score.
+        ValueError: If a folder holds nothing to score.
     """
     names: list[str] = []
     sources: list[Any] = []

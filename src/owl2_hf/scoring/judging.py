@@ -1,4 +1,4 @@
-"""A scorer against people's opinions: correlations and errors of each data set, with intervals, and a plot of them."""
+"""Evaluate a scorer on people's opinions: correlations, errors, intervals, and a plot."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ TEST_SHARE = 0.2  # of the images, in each split
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic: its value, the ends of its interval, and its median over splits, where they were asked for."""
+    """A statistic: its value, its confidence interval, and its median over splits, if requested."""
 
     value: float
     low: float
@@ -57,7 +57,8 @@ class Judgement:
     Args:
         dataset: Its name.
         images: How many images were scored.
-        statistics: Name -> estimate: those of `AGREEMENT` and `FITTED`, and with standard deviations of `DISTANCES`.
+        statistics: Name -> estimate, for the names in `AGREEMENT` and `FITTED`. If the opinions
+            have standard deviations, also those in `DISTANCES`.
     """
 
     dataset: str
@@ -70,10 +71,10 @@ class Evaluation:
     """How well a scorer agrees with opinions.
 
     Args:
-        judgements: One of each data set.
+        judgements: One for each data set.
         scored: Every opinion with the score of its image.
         failed: Opinions whose image could not be scored, with the error.
-        splits: How many random splits the medians are of.
+        splits: Number of random splits that the medians are taken over.
     """
 
     judgements: list[Judgement] = field(default_factory=list)
@@ -86,7 +87,7 @@ class Evaluation:
 
     @property
     def means(self) -> dict[str, float]:
-        """Mean of each statistic that all data sets have."""
+        """Return the mean over data sets of each statistic that all of them have."""
         names = [
             name
             for name in self.judgements[0].statistics
@@ -98,7 +99,7 @@ class Evaluation:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; NaN becomes `None`."""
+        """Return the results for JSON. NaN becomes `None`."""
         datasets = {
             one.dataset: {
                 "images": one.images,
@@ -114,7 +115,7 @@ class Evaluation:
         return {"datasets": datasets, "means": means, "splits": self.splits, "failed": failed}
 
     def table(self) -> list[list[str]]:
-        """For CSV: the names, then one row of each data set."""
+        """Return rows for CSV: the column names, then one row for each data set."""
         columns = list(dict.fromkeys(name for one in self.judgements for name in one.statistics))
         ends = ["", "_low", "_high", *(["_median"] if self.splits else [])]
         rows = [["dataset", "images", *(name + end for name in columns for end in ends)]]
@@ -128,7 +129,7 @@ class Evaluation:
         return rows
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the results as lines of text."""
         lines = []
         for one in self.judgements:
             lines.append(f"{one.dataset or 'opinions'}: {one.images:,} images")
@@ -150,7 +151,7 @@ class Evaluation:
         """Draw the opinions over the scores, with the logistic fit, one panel for each data set.
 
         Raises:
-            ValueError: As for `check_plot`.
+            ValueError: See `check_plot`.
         """
         check_plot(file)
         from matplotlib.figure import Figure
@@ -191,18 +192,18 @@ def evaluate(
     seed: int = 0,
     on_image: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
-    """Score every image that people have judged, and compare.
+    """Score the images of a set of opinions, and compare the scores with the opinions.
 
     Args:
         opinions: `Opinions`, or what `load_opinions` takes.
-        task: As for the scorer.
-        splits: Also take each statistic over this many random fifths of the images, and its median.
-        samples: Draws for the intervals.
-        seed: Of splits and draws.
+        task: A task of the scorer's preset.
+        splits: Also report the median of each statistic over this many random fifths of the images.
+        samples: Bootstrap samples for the confidence intervals.
+        seed: Seed for the splits and the bootstrap.
         on_image: Called with the number of images scored so far.
 
     Raises:
-        ValueError: The opinions cannot be read, or too few images can be scored.
+        ValueError: If the opinions cannot be read, or too few images can be scored.
     """
     if splits < 0 or samples < 1:
         raise ValueError(
@@ -236,10 +237,11 @@ def evaluate(
 
 
 def check_plot(file: str | Path) -> None:
-    """Whether a plot can be written there.
+    """Check that a plot can be written to a file.
 
     Raises:
-        ValueError: matplotlib is not installed, there is no such folder, or this kind of file is not known.
+        ValueError: If matplotlib is not installed, the folder does not exist, or the file type is
+            not supported.
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase

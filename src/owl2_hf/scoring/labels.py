@@ -27,7 +27,7 @@ def normalize_opinion(
         low, high: Lowest and highest MOS of the data set.
 
     Raises:
-        ValueError: The range is empty, or the MOS is outside it.
+        ValueError: If the range is empty, or the MOS is outside it.
     """
     _check(mos, low, high, num_levels)
     return (num_levels - 1) * (mos - low) / (high - low) + 1, (num_levels - 1) * std / (high - low)

@@ -29,7 +29,7 @@ def level_positions(labels: Tensor, prefix: Sequence[int]) -> Tensor:
         (B,) positions in the labels; the logits that predict a level stand one before.
 
     Raises:
-        ValueError: A row does not hold the prefix with a label behind it.
+        ValueError: If a row does not hold the prefix with a label behind it.
     """
     length = max(len(prefix), 1)
     if length >= labels.shape[1]:
@@ -171,7 +171,7 @@ def pair_loss(
         kind: "fidelity", or without `mos_stds` also "bce".
 
     Raises:
-        ValueError: The kind is unknown, or does not fit.
+        ValueError: If the kind is unknown, or does not fit.
     """
     if kind not in PAIR_LOSSES:
         raise ValueError(f"expected a pair loss of {' or '.join(PAIR_LOSSES)}, got {kind!r}.")

@@ -1,7 +1,7 @@
-"""Scorers behind the calls of pyiqa (chaofengc/IQA-PyTorch), for code that was written for it.
+"""Scorers with the interface of pyiqa (chaofengc/IQA-PyTorch), for code written for pyiqa.
 
-Source of the contract: pyiqa's `create_metric` and `InferenceModel` at commit 01ae427. pyiqa
-itself is not needed.
+Source of the interface: pyiqa's `create_metric` and `InferenceModel` at commit 01ae427. pyiqa does
+not need to be installed.
 
 B: images, H, W: height and width.
 """
@@ -27,23 +27,24 @@ _TOLERANCE = 1e-6  # beyond 0 and 1, as in pyiqa
 
 
 class Metric(nn.Module):
-    """A scorer that is called as pyiqa's metrics are.
+    """A scorer with the interface of pyiqa's metrics.
 
     Args:
-        scorer: What scores.
-        metric_name: What the metric is called.
-        as_loss: Scores keep their gradients to the pixels, and are reduced to one number.
-        loss_reduction: "mean", "sum" or "none", where `as_loss`.
-        check_input_range: Tensors with values beyond 0 to 1 are refused; never where `as_loss`.
+        scorer: The `Scorer` to use.
+        metric_name: Name of the metric.
+        as_loss: Keep gradients to the pixels, and reduce the scores to one number.
+        loss_reduction: "mean", "sum" or "none". Only used with `as_loss`.
+        check_input_range: Raise an error for tensors with values outside 0 to 1. Not used with
+            `as_loss`.
 
     Attributes:
         net: The model.
-        lower_better: `False`; a loss is `-metric(images)`.
+        lower_better: `False`: higher is better, so a loss is `-metric(images)`.
         metric_mode: "NR": there is no reference image.
         score_range: Lowest and highest score, as text: "1, 5".
 
     Raises:
-        ValueError: There is no such reduction.
+        ValueError: If there is no such reduction.
     """
 
     lower_better = False
@@ -69,26 +70,28 @@ class Metric(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Return the device of the model."""
         return self.net.device
 
     def forward(
         self, target: Any, ref: Any = None, task_: str = "quality", input_: str = "image"
     ) -> Tensor:
-        """Scores of images.
+        """Return the scores of images.
 
         Args:
             target: (B, 3, H, W) or (B, 1, H, W) floats from 0 to 1; or a path, bytes or a PIL
                 image, or a list of these.
-            ref: Not looked at, as by every metric of mode NR.
+            ref: Ignored, as by every pyiqa metric of mode NR (no reference).
             task_: A task of the preset: "quality", "aesthetic".
             input_: "image".
 
         Returns:
-            (B,), as pyiqa's qalign. Where `as_loss`, one number, unless the reduction is "none".
+            (B,) scores, as pyiqa's qalign returns. With `as_loss`, one number, unless the reduction
+            is "none".
 
         Raises:
-            ValueError: There is no such task, or an image cannot be scored; the message says why.
+            ValueError: If there is no such task, or an image cannot be scored. The message says
+                why.
         """
         if input_ != "image":
             raise ValueError(f"expected input_ 'image', got {input_!r}: Scorer scores videos.")
@@ -134,23 +137,23 @@ def create_metric(
     check_input_range: bool = True,
     **kwargs: Any,
 ) -> Metric:
-    """A metric as `pyiqa.create_metric` makes it.
+    """Create a metric, with the interface of `pyiqa.create_metric`.
 
     Args:
-        metric_name: "qalign", a name in `PRESETS` such as "deqa", or a preset of your own.
-        as_loss, loss_reduction, check_input_range: As for `Metric`.
-        device: Where the model goes. If not given, a model that is loaded here goes to the GPU
-            where there is one.
-        model: Folder or Hub id of the weights, or the model itself, which stays in the mode that it
-            is in. If not given, the published weights of "qalign" and "deqa", from the Hub.
-        processor: That of a model which was given itself.
-        original_reading: Files are read as pyiqa reads them; see `MplugOwl2ImageProcessor`.
-        batch_size: Images in one forward pass; it does not change the scores.
-        kwargs: As `from_pretrained` of the model takes them, for instance `dtype` or
+        metric_name: "qalign", a name in `PRESETS` such as "deqa", or a `Preset`.
+        as_loss, loss_reduction, check_input_range: See `Metric`.
+        device: Device to move the model to. Default: for a model loaded here, the GPU if there is
+            one.
+        model: Folder or Hub id of the weights, or a loaded model, whose training or evaluation mode
+            is kept. Default: the published weights of "qalign" or "deqa", from the Hub.
+        processor: Processor of `model`, if `model` is a loaded model.
+        original_reading: Read files as pyiqa does; see `MplugOwl2ImageProcessor`.
+        batch_size: Images in one forward pass. It does not change the scores.
+        kwargs: Arguments of the model's `from_pretrained`, for example `dtype` or
             `quantization_config`.
 
     Raises:
-        ValueError: There is no such metric, or the model cannot be loaded.
+        ValueError: If there is no such metric, or the model cannot be loaded.
     """
     preset = _NAMES.get(metric_name, metric_name) if isinstance(metric_name, str) else metric_name
     if isinstance(preset, str) and preset not in PRESETS:

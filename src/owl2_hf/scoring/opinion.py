@@ -1,4 +1,4 @@
-"""One opinion, several of them, and how a row of a file becomes one."""
+"""One opinion, a set of opinions, and how a row of a file becomes an opinion."""
 
 import math
 import re
@@ -17,18 +17,18 @@ _MOS_OF_ID = re.compile(r".*->(-?\d+(?:\.\d+)?)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Opinion:
-    """What people think of one image.
+    """People's opinion of one image.
 
     Args:
         image: A path, URL, PIL image or bytes; also the path of a video.
         mos: Mean opinion score.
         std: Standard deviation of the opinions, on the same scale.
-        split: Part of the data set, for instance `train`.
+        split: Split of the data set, for example `train`.
         dataset: Name of the data set.
-        row: Its number in the source, counted from 1; in files of lines the line.
-        level_probs: A soft label that the file gives, best level first.
-        answer: An answer that the file gives; it names the level.
-        reference: Name of the image that this one was made of.
+        row: Row number in the source, from 1. In CSV and JSON lines files, the line number.
+        level_probs: Soft label from the file, best level first.
+        answer: Answer from the file, which names the level.
+        reference: Name of the undistorted image that this image was made from.
     """
 
     image: Any
@@ -44,12 +44,12 @@ class Opinion:
 
 @dataclass(frozen=True)
 class Opinions:
-    """Opinions of one source.
+    """The opinions from one source.
 
     Args:
-        name: Of the source, for messages.
+        name: Name of the source, for messages.
         rows: In the order of the source.
-        ranges: Data set -> lowest and highest MOS, of all parts.
+        ranges: Data set -> lowest and highest MOS over all splits.
     """
 
     name: str
@@ -63,10 +63,10 @@ class Opinions:
         return iter(self.rows)
 
     def select(self, split: str | None) -> "Opinions":
-        """The rows of one part, with the ranges of all; all rows for `None`.
+        """Return the rows of one split; all rows for `None`. The ranges stay those of all splits.
 
         Raises:
-            ValueError: No row belongs to it.
+            ValueError: If no row belongs to the split.
         """
         if split is None:
             return self
@@ -80,7 +80,7 @@ class Opinions:
         return replace(self, rows=rows)
 
     def by_dataset(self) -> dict[str, tuple[Opinion, ...]]:
-        """Name of each data set -> its rows, in the order in which they appear."""
+        """Return name of each data set -> its rows, in order."""
         found: dict[str, list[Opinion]] = {}
         for row in self.rows:
             found.setdefault(row.dataset, []).append(row)
@@ -88,10 +88,10 @@ class Opinions:
 
 
 def opinions_of(name: str, rows: Sequence[Opinion]) -> Opinions:
-    """Opinions of these rows, with the range of each data set.
+    """Make `Opinions` of rows, with the range of each data set.
 
     Raises:
-        ValueError: There are no rows.
+        ValueError: If there are no rows.
     """
     if not rows:
         raise ValueError(f"{name} holds no rows.")
@@ -104,10 +104,10 @@ def opinions_of(name: str, rows: Sequence[Opinion]) -> Opinions:
 
 
 def to_opinion(row: Row, number: int, place: Place) -> Opinion:
-    """One row.
+    """Make an `Opinion` of one row.
 
     Raises:
-        ValueError: It lacks something, or a number is none.
+        ValueError: If a field is missing, or a value is not a number.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object with 'image' and 'mos', got {type(row).__name__}.")
@@ -135,7 +135,7 @@ def to_opinion(row: Row, number: int, place: Place) -> Opinion:
 
 
 def mos_of(row: Row) -> Any:
-    """The MOS, or in a file of Q-Align's without one what the id says."""
+    """Return the MOS. Files of Q-Align may give it only in the id."""
     mos = _first(row, MOS_KEYS)
     if mos is None and row.get("conversations") is not None:
         match = _MOS_OF_ID.fullmatch(str(row.get("id")))

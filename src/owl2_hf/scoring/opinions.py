@@ -1,12 +1,12 @@
-"""People's opinions of images, as files have them.
+"""Read and check files of people's opinions of images.
 
-A row names an image (or video) and its mean opinion score, `mos`. It may hold the standard
-deviation of the opinions, `std`, the part of the data set that it belongs to, `split`, the data
-set, `dataset`, and the image that it was made of, `reference`.
+A row names an image (or video) and its mean opinion score, `mos`. Optional columns are the standard
+deviation of the opinions, `std`; the split of the data set, `split`; the name of the data set,
+`dataset`; and the undistorted image that the image was made from, `reference`.
 
-Files of Q-Align and DeQA-Score are read as they are: `gt_score` is the MOS there, or the number
-behind the arrow of an `id` such as `a.jpg->3.5`. The image may be `img_path`, `level_probs` is the
-soft label, and the answer names the level.
+Files of Q-Align and DeQA-Score can be read without changes. There the MOS is `gt_score`, or the
+number after the arrow of an `id` such as `a.jpg->3.5`. The image may be in `img_path`,
+`level_probs` is the soft label, and the answer names the level.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,19 +45,20 @@ def load_opinions(
     allow_outside: bool = False,
     on_bad: Callable[[str], None] | None = None,
 ) -> Opinions:
-    """Opinions from a file, a folder, a data set of the Hub, or rows.
+    """Load opinions from a file, a folder, a data set on the Hub, or rows.
 
     Args:
-        source: A `.csv`, `.parquet`, `.json` or `.jsonl` file; a folder with DeQA-Score's mos.json and split.json; a
-            folder that `datasets` saved; the id of a data set on the Hub; a published data set with its folder, such as
-            `koniq:path/to/koniq`; or rows.
-        image_folder: Where relative paths of images start; the folder of the file if not given.
-        split: Only rows of this part.
-        allow_outside: As in `owl2_hf.training.data.load_rows`.
-        on_bad: Called with what is wrong with a bad row, which is left out then.
+        source: A `.csv`, `.parquet`, `.json` or `.jsonl` file; a folder with DeQA-Score's mos.json
+            and split.json; a folder saved by `datasets`; the id of a data set on the Hub; a
+            published data set and its folder, such as `koniq:path/to/koniq`; or rows.
+        image_folder: Folder that relative image paths start from. Default: the folder of the file.
+        split: Load only the rows of this split.
+        allow_outside: See `owl2_hf.training.data.load_rows`.
+        on_bad: Called with the error of each bad row, which is then left out.
 
     Raises:
-        ValueError: The source cannot be read, or without `on_bad` a row; the message names both.
+        ValueError: If the source cannot be read, or, without `on_bad`, if a row is bad. The message
+            names the source and the row.
     """
 
     if (benchmark := _benchmark(source)) is not None:
@@ -78,9 +79,11 @@ def load_opinions(
 
 
 def is_opinions(source: str | Path) -> bool:
-    """Whether a file or folder holds opinions, by its kind or its first rows; what is not here does not.
+    """Return whether a source holds opinions, by its file type or its first rows.
 
-    A published data set with its folder, such as `koniq:path/to/koniq`, does.
+    Return `False` for a source that is not on this machine.
+
+    Return `True` for a published data set and its folder, such as `koniq:path/to/koniq`.
     """
     if _benchmark(source) is not None:
         return True
@@ -96,7 +99,7 @@ def is_opinions(source: str | Path) -> bool:
 
 @dataclass
 class Counts:
-    """Opinions of one data set: rows, range and mean of the MOS, deviations missing or 0, rows of each part."""
+    """Counts of one data set: rows, range and mean of the MOS, deviations, and splits."""
 
     rows: int
     low: float
@@ -109,15 +112,15 @@ class Counts:
 
 @dataclass
 class OpinionReport:
-    """What a file of opinions holds.
+    """The result of checking a file of opinions.
 
     Args:
-        rows: In all.
-        bad: Rows that cannot be used, and why; a row whose image, or whose reference, is also in
-            another part of its data set is one.
-        duplicates: Rows whose image an earlier row of the same part has.
+        rows: Number of rows.
+        bad: Rows that cannot be used, and why. A row is also bad if its image or its reference is
+            in another split of the data set.
+        duplicates: Rows whose image is also in an earlier row of the same split.
         datasets: Counts of the good rows.
-        left_out: Files of a published data set that are not there, of which no copy is complete.
+        left_out: Missing files of a published data set. No published copy has all of them.
     """
 
     rows: int = 0
@@ -127,7 +130,7 @@ class OpinionReport:
     left_out: int = 0
 
     def summary(self) -> str:
-        """The counts, in lines."""
+        """Return the counts as lines of text."""
         lines = [
             f"{self.rows:,} rows of opinions, {len(self.bad):,} bad, {len(self.duplicates):,} duplicates"
         ]
@@ -149,17 +152,18 @@ def check_opinions(
     allow_outside: bool = False,
     on_row: Callable[[int], None] = lambda rows: None,
 ) -> OpinionReport:
-    """Look at every opinion, without stopping at a bad one.
+    """Check every row of opinions, without stopping at a bad one.
 
-    The same image is found under any name, by the content of its file; without `open_images` by its path.
+    Duplicate images are found by the content of the file, under any name. Without `open_images`
+    they are found by path.
 
     Args:
-        source, image_folder, allow_outside: As in `load_opinions`, a published data set too.
-        open_images: Decode every image; else only see whether its file is there.
+        source, image_folder, allow_outside: See `load_opinions`.
+        open_images: Decode every image. `False`: only check that the files exist.
         on_row: Called with the number of rows seen so far.
 
     Raises:
-        ValueError: The source as a whole cannot be read.
+        ValueError: If the source as a whole cannot be read.
     """
     name, report = name_of(source), OpinionReport()
     good: list[Opinion] = []

@@ -34,7 +34,8 @@ class Table:
         rounded: Names of the columns that CSV shows with six decimals.
 
     Raises:
-        ValueError: The name tells no kind, two columns have one name, or pyarrow is not installed.
+        ValueError: If the name tells no kind, two columns have one name, or pyarrow is not
+            installed.
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class Table:
         """Make the folder, or see that the one that is there was begun with the same settings.
 
         Raises:
-            ValueError: The output is there already, another process writes it, or its parts were begun with other
-                settings.
+            ValueError: If the output is there already, another process writes it, or its parts were
+                begun with other settings.
         """
         if self.out.exists() and not overwrite and not self.folder.exists():
             raise ValueError(f"{self.out} is there already: name another file, or --overwrite it.")
@@ -107,7 +108,7 @@ class Table:
             The number of rows, and of those that have an error.
 
         Raises:
-            ValueError: A part is not there.
+            ValueError: If a part is not there.
         """
         missing = [part for part in parts if not part.exists()]
         if missing:
@@ -163,7 +164,7 @@ def check_kind(out: str | Path) -> None:
     """See that the name of an output file tells its kind.
 
     Raises:
-        ValueError: It does not.
+        ValueError: If it does not.
     """
     if Path(out).suffix.lower() not in SUFFIXES:
         raise ValueError(f"expected an output file named .csv or .parquet, got {str(out)!r}.")

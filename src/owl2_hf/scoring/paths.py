@@ -1,4 +1,4 @@
-"""Scores of what paths name: files, folders, and frames of videos, with the errors of what cannot be read."""
+"""Score files, folders and frames of videos, and return an error for each that cannot be read."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -13,11 +13,12 @@ from .scorer import Score, Scorer
 def score_each(
     scorer: Scorer, images: Sequence[Any], task: str = "quality"
 ) -> Iterator[Score | ValueError]:
-    """Scores in order, with the error of an image that cannot be read in its place.
+    """Yield the score of each image in order, or a ValueError for an image that cannot be read.
 
     Args:
-        images: A list as for `Scorer`, for task "video" of videos; opened one by one, so that a broken one costs
-            nothing else its score. An error in the list comes back in its place.
+        images: A list of images as `Scorer` takes it; for task "video", of videos. Images are
+            opened one by one, so a broken image does not affect the others. An error in the list is
+            returned in its place.
     """
     for start in range(0, len(images), scorer.batch_size):
         batch = images[start : start + scorer.batch_size]
@@ -31,11 +32,11 @@ def score_each(
 def score_paths(
     scorer: Scorer, paths: Iterable[str], task: str = "quality"
 ) -> Iterator[tuple[str, Score | ValueError]]:
-    """Names and scores of files and folders, with the error of what cannot be read in its place.
+    """Yield name and score of each file, or name and ValueError if it cannot be read.
 
     Args:
-        paths: As for `expand_paths`. For a task other than "video", a video is its frames, one a second, each with a
-            score of its own and named by its second: `clip.mp4#t=3`.
+        paths: Files and folders; see `expand_paths`. For tasks other than "video", one frame per
+            second of a video is scored. The name of a frame holds its second: `clip.mp4#t=3`.
     """
     pending = _named_images(paths, is_video=task == "video")
     while batch := list(islice(pending, scorer.batch_size)):

@@ -1,6 +1,7 @@
-"""How each scorer of the family is asked: prompt, level words and what they are worth.
+"""Presets: the prompt, level words and level values of each scorer of the family.
 
-What a model needs to score where this package is not installed is in `owl2_hf.modeling.presets_mplug_owl2`.
+The part that a model needs to score without this package is in
+`owl2_hf.modeling.presets_mplug_owl2`.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ __all__ = [
 
 
 def preset_for(model: str, name: str | None = None) -> Preset:
-    """The named preset; without a name the model's own, or that of OneAlign.
+    """Return the named preset. Default: the model's own preset, otherwise OneAlign's.
 
     Args:
         model: Folder or Hub id.
@@ -43,13 +44,15 @@ def custom_preset(
     prompt: str | None = None,
     levels: Sequence[str] | None = None,
 ) -> Preset:
-    """A preset with another prompt or other levels, which are worth evenly spaced values.
+    """Return a copy of a preset with your own prompt or levels.
+
+    The values of your own levels are evenly spaced.
 
     Args:
-        name: Of the preset to change, or the preset itself.
+        name: Name of the preset to change, or the preset itself.
 
     Raises:
-        ValueError: There is no preset of that name.
+        ValueError: If there is no preset of that name.
     """
     if isinstance(name, str) and name not in PRESETS:
         raise ValueError(f"expected a preset of {', '.join(PRESETS)}, got {name!r}.")

@@ -1,7 +1,7 @@
-"""Scores as rewards, by the calls that trainers of generators make. N: images.
+"""Scores as rewards, with the call signatures of trainers of image generators. N: images.
 
-Sources of the calls: TRL's `GRPOTrainer`, flow_grpo (github.com/yifan123/flow_grpo, rewards.py), DDPO
-(github.com/kvablack/ddpo-pytorch, and TRL's `DDPOTrainer`).
+Sources of the signatures: TRL's `GRPOTrainer`, flow_grpo (github.com/yifan123/flow_grpo,
+rewards.py), DDPO (github.com/kvablack/ddpo-pytorch, and TRL's `DDPOTrainer`).
 """
 
 import threading
@@ -31,29 +31,30 @@ def reward(
     device: str | torch.device | None = None,
     column: str | None = None,
 ) -> "TRLReward | ImageReward":
-    """A reward function: higher for images that the model scores higher. It gives no gradients.
+    """Make a reward function from a scorer. It gives no gradients.
 
-    Trainers differ in how they call and in what they want back, so `style` says which one it is:
+    Trainers call reward functions in different ways, so `style` names the trainer:
 
     - "trl": `(prompts, completions, **columns) -> list[float | None]`, one of TRL's `reward_funcs`;
     - "flow_grpo", "ddpo": `(images, prompts, metadata) -> (list[float], {})`.
 
-    The numbers are those of `Scorer` for the same images in 8 bits. Threads take turns, so a trainer may compute
-    rewards in the background.
+    The rewards are the scores of `Scorer` for the same images in 8 bits. The function is
+    thread-safe, so a trainer may compute rewards in the background.
 
     Args:
-        model: `MplugOwl2ForConditionalGeneration`; it is set to evaluation mode.
+        model: `MplugOwl2ForConditionalGeneration`; it is put in evaluation mode.
         processor: Its processor.
-        preset: As for `Scorer`; where not given, that beside the weights, or else that of OneAlign.
-        task: One of the preset's for images.
-        scale: Lowest and highest reward, such as (0, 1); the preset's if not given, which is 1 to 5 for OneAlign and
-            DeQA-Score.
+        preset: See `Scorer`. Default: the preset stored with the weights, otherwise OneAlign's.
+        task: A task of the preset that scores images.
+        scale: Lowest and highest reward, such as (0, 1). Default: the preset's, which is 1 to 5 for
+            OneAlign and DeQA-Score.
         batch_size: Images in one forward pass.
-        device: Where the model is moved to; where it is, if not given. Images may be on any device.
-        column: For "trl", the column that holds the images; "images" or "image" if not given.
+        device: Device to move the model to. Default: do not move it. Images may be on any device.
+        column: For "trl", the column that holds the images. Default: "images" or "image".
 
     Raises:
-        ValueError: The style, preset or task is unknown, or a level is not one token of the vocabulary.
+        ValueError: If the style, preset or task is unknown, or a level is not one token of the
+            vocabulary.
     """
     if style not in ("trl", "flow_grpo", "ddpo"):
         raise ValueError(f"expected a style of trl, flow_grpo, ddpo, got {style!r}.")
@@ -95,7 +96,7 @@ class ImageReward(_Reward):
             metadata: Without effect.
 
         Raises:
-            ValueError: The images are not of these kinds.
+            ValueError: If the images are not of these kinds.
         """
         return self._score(images), {}
 
@@ -115,7 +116,7 @@ class TRLReward(_Reward):
             columns: Those of the data set and of the rollout, one value for each completion.
 
         Raises:
-            ValueError: There is no column of images, or its images cannot be read.
+            ValueError: If there is no column of images, or its images cannot be read.
         """
         names = [self.column] if self.column else COLUMNS
         name = next((name for name in names if columns.get(name) is not None), None)
@@ -135,13 +136,13 @@ class TRLReward(_Reward):
 
 
 def to_images(images: Any) -> list[Any]:
-    """Images as `Scorer` takes them, those of tensors and arrays in 8 bits.
+    """Convert images to what `Scorer` takes. Tensors and arrays become 8-bit images.
 
     Args:
-        images: As for `ImageReward`.
+        images: See `ImageReward`.
 
     Raises:
-        ValueError: A shape, a kind of numbers or their range is another one.
+        ValueError: If a shape, dtype or value range is not accepted.
     """
     if isinstance(images, (torch.Tensor, np.ndarray)):
         return [Image.fromarray(one) for one in _to_bytes(images)]

@@ -1,7 +1,7 @@
-"""Scores of images and videos by the probabilities of level words, as Q-Align, Q-Instruct and DeQA-Score read them.
+"""Score images and videos by the probabilities of level words, as Q-Align and DeQA-Score do.
 
-What makes a score of an image is in `owl2_hf.modeling.scoring_mplug_owl2`, which travels with the weights; here are
-batches, videos, crops and scales. B: images of one batch, K: levels.
+The computation of one score is in `owl2_hf.modeling.scoring_mplug_owl2`, which is saved with the
+weights. This file adds batches, videos, crops and scales. B: images of one batch, K: levels.
 
 Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (arXiv:2501.11561), and their released
 code.
@@ -36,14 +36,15 @@ __all__ = ["Score", "Scorer", "crop_boxes", "level_id"]
 
 @dataclass(frozen=True)
 class Score:
-    """What a model thinks of one image.
+    """The score of one image or video.
 
     Args:
-        score: Expected value of the level, on `scale`.
+        score: Mean value of the levels, weighted by their probabilities, on `scale`.
         std: Standard deviation of the level's value, on the same scale (DeQA-Score).
-        probs: Probability of each level, among the levels.
-        levels: The level words; of a group the first.
-        logits: The model's, for each level, over the temperature; with crops the logarithms of `probs`.
+        probs: Probability of each level. They sum to 1.
+        levels: The level words, best first. A group of words is named by its first word.
+        logits: The model's logit of each level, divided by the temperature. With crops, the
+            logarithms of `probs`.
         scale: Lowest and highest score.
     """
 
@@ -56,20 +57,23 @@ class Score:
 
 
 class Scorer:
-    """Scores images with a model and its processor.
+    """Score images and videos with a model and its processor.
 
     Args:
         model: `MplugOwl2ForConditionalGeneration`, in evaluation mode.
         processor: Its processor.
-        preset: A name in `PRESETS`, or one of your own; if not given that beside the weights, else OneAlign's.
-        scale: Lowest and highest score, where not the preset's.
-        batch_size: Images in one forward pass; it does not change the scores.
-        crops: Score squares of the model's size, cut from the image at its own resolution, and average them. This is
-            not how the papers score.
-        original_reading: Read files as the originals do, for the papers' numbers; see `MplugOwl2ImageProcessor`.
+        preset: A name in `PRESETS`, or a `Preset`. Default: the preset stored with the weights,
+            otherwise OneAlign's.
+        scale: Lowest and highest score. Default: the preset's.
+        batch_size: Images in one forward pass. It does not change the scores.
+        crops: Cut squares of the model's input size from the image at full resolution, score them,
+            and average the scores. The papers do not score this way.
+        original_reading: Read files as the original code does, to reproduce the papers' numbers;
+            see `MplugOwl2ImageProcessor`.
 
     Raises:
-        ValueError: The preset is unknown or damaged, or a level word is not one token of the vocabulary.
+        ValueError: If the preset is unknown or damaged, or a level word is not one token of the
+            vocabulary.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class Scorer:
 
     @property
     def levels(self) -> tuple[str, ...]:
-        """The level words, best first; of a group the first."""
+        """Return the level words, best first. A group of words is named by its first word."""
         return self._names
 
     def __call__(self, images: Any, task: str = "quality") -> list[Score]:
@@ -112,7 +116,8 @@ class Scorer:
             task: One of the preset's; "aesthetic" means "aesthetics".
 
         Raises:
-            ValueError: The preset has no such task, an image or video cannot be read, or the model gives NaN.
+            ValueError: If the preset has no such task, an image or video cannot be read, or the
+                model gives NaN.
         """
         prompt = self._prompt(task)
         images = _to_list(images, is_video=task == "video")
@@ -130,40 +135,42 @@ class Scorer:
         return scores
 
     def prepare(self, images: Sequence[Any], task: str = "quality") -> Any:
-        """The model's inputs for B images, so that images are read before the model is free.
+        """Return the model's inputs for B images. Images can be read while the model is busy.
 
         Raises:
-            ValueError: The preset has no such task, or an image cannot be read.
+            ValueError: If the preset has no such task, or an image cannot be read.
         """
         return self._inputs([[image] for image in images], self._prompt(task))
 
     def score_prepared(self, inputs: Any) -> list[Score]:
-        """Scores of what `prepare` made, in one forward pass.
+        """Return the scores of inputs that `prepare` made, in one forward pass.
 
         Raises:
-            ValueError: The model gives NaN.
+            ValueError: If the model gives NaN.
         """
         return [self._score(levels) for levels in self._read(inputs)]
 
     def score_tensor(self, images: Any, task: str = "quality") -> Tensor:
-        """Scores with gradients to the pixels, so that a generator can be trained by them.
+        """Return scores with gradients to the pixels, to train an image generator with.
 
-        They differ from those of a call by what PIL rounds when it resizes; see docs/scoring.md.
-        Gradients also reach the weights unless these are frozen (`model.requires_grad_(False)`).
-        Gradient checkpointing, where it is switched on, works in evaluation mode too.
+        The scores differ slightly from those of a call, because PIL rounds when it resizes and
+        torch does not. docs/scoring.md gives the size of the difference. Gradients also reach the
+        weights unless these are frozen (`model.requires_grad_(False)`). Gradient checkpointing, if
+        enabled, also works in evaluation mode.
 
         Args:
             images: (B, 3, H, W) floats from 0 to 1, or a list of tensors (3, H, W) of different
-                sizes. Values beyond are clipped, and have no gradient. For task "video", or several
-                images in a prompt, (B, T, 3, H, W) or a list of (T, 3, H, W).
-            task: As in a call.
+                sizes. Values outside this range are clipped and get no gradient. For task "video",
+                or for presets with several images in a prompt, (B, T, 3, H, W) or a list of (T, 3,
+                H, W).
+            task: A task of the preset.
 
         Returns:
-            (B,) on the preset's scale, on the model's device, in float32 or wider.
+            (B,) scores on the preset's scale, on the model's device, in float32 or float64.
 
         Raises:
-            ValueError: The preset has no such task, the tensors are not of this kind, or the model
-                gives NaN.
+            ValueError: If the preset has no such task, the tensors have another shape or dtype, or
+                the model returns NaN.
         """
         return score_tensor(self, images, task)
 
@@ -171,7 +178,7 @@ class Scorer:
         """The preset's prompt for a task.
 
         Raises:
-            ValueError: The preset has no such task, or crops of videos are asked for.
+            ValueError: If the preset has no such task, or crops of videos are asked for.
         """
         if task == "aesthetic" and task not in self.preset.prompts:  # pyiqa's word
             task = "aesthetics"
@@ -184,10 +191,10 @@ class Scorer:
         return self.preset.prompts[task]
 
     def open_image(self, image: Any) -> Image.Image:
-        """An image of any kind in RGB, read as this scorer reads it.
+        """Open an image of any kind in RGB, as this scorer reads it.
 
         Raises:
-            ValueError: It cannot be read.
+            ValueError: If it cannot be read.
         """
         return self.processor.image_processor.process_image(
             image, original_reading=self.original_reading
@@ -235,7 +242,7 @@ class Scorer:
         """(B, V) logits of the next token -> (B, K) of the levels, over the temperature.
 
         Raises:
-            ValueError: The model gives NaN.
+            ValueError: If the model gives NaN.
         """
         return level_logits(logits, self._ids, self.preset)
 

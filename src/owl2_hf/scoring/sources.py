@@ -252,7 +252,7 @@ def open_sources(
         is_video: Videos count, not images.
 
     Raises:
-        ValueError: Something is not there, holds no images, or lacks the column.
+        ValueError: If something is not there, holds no images, or lacks the column.
     """
     if image_folder is not None and not Path(image_folder).is_dir():
         raise ValueError(f"there is no image folder {str(image_folder)!r}.")
@@ -283,7 +283,7 @@ def all_columns(sources: Sequence[Source]) -> dict[str, Any]:
     """The columns of all sources, in the order in which they appear.
 
     Raises:
-        ValueError: Two sources have columns of one name and different types.
+        ValueError: If two sources have columns of one name and different types.
     """
     found: dict[str, Any] = {}
     for source in sources:

@@ -12,7 +12,7 @@ def import_parquet(needed_for: str | Path) -> Any:
     """`pyarrow`, with `pyarrow.parquet`.
 
     Raises:
-        ValueError: It is not installed.
+        ValueError: If it is not installed.
     """
     try:
         import pyarrow.parquet
@@ -25,7 +25,7 @@ def csv_columns(path: Path) -> list[str]:
     """The names in the first line.
 
     Raises:
-        ValueError: The file is not UTF-8, or no CSV.
+        ValueError: If the file is not UTF-8, or no CSV.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -43,7 +43,7 @@ def read_csv(path: Path, expected: Sequence[Sequence[str]]) -> Iterator[Numbered
         expected: Of each of these groups of names one must be a column.
 
     Raises:
-        ValueError: Such a column is missing, or the file is no CSV in UTF-8.
+        ValueError: If such a column is missing, or the file is no CSV in UTF-8.
     """
     names = csv_columns(path)
     if not all(set(names) & set(group) for group in expected):

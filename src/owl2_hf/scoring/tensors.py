@@ -72,7 +72,7 @@ def pixel_values(image_processor: Any, images: Tensor, image_aspect_ratio: str) 
         (T, 3, S, S) in float32, or in float64 where the images are.
 
     Raises:
-        ValueError: The image is too large or too long, or a setting has no counterpart in torch.
+        ValueError: If the image is too large or too long, or a setting has no counterpart in torch.
     """
     images = images.to(torch.promote_types(images.dtype, torch.float32)).clamp(0, 1)
     if image_processor.do_resize:

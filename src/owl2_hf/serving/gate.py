@@ -1,4 +1,4 @@
-"""In front of the application: which paths there are, who may ask, how large and how slow a request may be.
+"""Check path, API key, size and duration of each request before the application gets it.
 
 An ASGI application around another. Errors have OpenAI's shape, `{"error": {"message", "type", "code"}}`.
 """

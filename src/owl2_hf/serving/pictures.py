@@ -25,7 +25,8 @@ def read_pictures(urls: Sequence[str], allow_http: bool) -> list[bytes]:
     """The files behind the URLs, downloaded where they are not in the URL itself.
 
     Raises:
-        ValueError: A URL is none of those taken, or its content cannot be had; the message says which.
+        ValueError: If a URL is none of those taken, or its content cannot be had. The message says
+            which.
     """
     deadline, max_bytes = time.monotonic() + DOWNLOAD_SECONDS, MAX_DOWNLOAD_BYTES
     files = []
@@ -72,7 +73,8 @@ def download(url: str, deadline: float, max_bytes: int) -> bytes:
         deadline: When it must be here, as `time.monotonic` tells the time.
 
     Raises:
-        ValueError: An address is not public, or the content is too large, too slow or not to be had.
+        ValueError: If an address is not public, or the content is too large, too slow or not to be
+            had.
     """
     try:
         for _ in range(MAX_REDIRECTS + 1):

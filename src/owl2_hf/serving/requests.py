@@ -1,4 +1,4 @@
-"""What requests may hold, checked before anything is made of them: for chat OpenAI's fields, and those for scores.
+"""Validate requests: OpenAI's chat fields, and the fields of score requests.
 
 What would change the answer and is not supported is refused, not ignored: for chat tools, several answers, log
 probabilities, sound, videos, `chat_template_kwargs`, and most of transformers' own `generation_config`, which reach
@@ -174,7 +174,8 @@ def parse(kind: type[Body], body: Any) -> Body:
     """The body of a request.
 
     Raises:
-        ValueError: A field is unknown, not supported, of a wrong type or out of range; the message names it.
+        ValueError: If a field is unknown, not supported, of a wrong type or out of range. The
+            message names it.
     """
     try:
         return kind.model_validate(body)

@@ -1,4 +1,4 @@
-"""`POST /v1/score`: images in, scores out. Images that wait, of whatever request, go through the model together."""
+"""`POST /v1/score`: score images. Waiting images of all requests are batched together."""
 
 import asyncio
 import json

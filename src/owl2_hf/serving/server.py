@@ -155,7 +155,7 @@ class Run:
         """As the model's `generate`, seeded here and not when the request came; ends where nobody waits for it.
 
         Raises:
-            RuntimeError: Something went wrong, which the log says and the client need not know.
+            RuntimeError: If something went wrong, which the log says and the client need not know.
         """
         if self.is_cancelled.is_set():
             raise RuntimeError("the client has gone.")
@@ -306,7 +306,7 @@ def build_app(
         preset: How it scores where a request does not say; as OneAlign does if not given.
 
     Raises:
-        ValueError: It is another family's model.
+        ValueError: If it is another family's model.
     """
     if not isinstance(model, MplugOwl2ForConditionalGeneration):
         raise ValueError(

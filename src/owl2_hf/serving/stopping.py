@@ -1,4 +1,4 @@
-"""Stop strings: they end an answer and are no part of it, also where the answer is streamed."""
+"""Stop strings: end an answer before a given string, also in a streamed answer."""
 
 import asyncio
 from collections import deque

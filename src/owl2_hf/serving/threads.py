@@ -1,4 +1,4 @@
-"""Work that would keep the event loop waiting."""
+"""Run blocking work outside the event loop."""
 
 import asyncio
 import threading

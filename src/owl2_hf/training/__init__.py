@@ -1,1 +1,1 @@
-"""Fine-tuning and the two stages of the paper, on transformers' Trainer and PEFT."""
+"""Fine-tuning and the two training stages of the paper, with transformers' Trainer and PEFT."""

@@ -1,7 +1,8 @@
-"""PEFT adapters: named sets of target modules, and loading that refuses an adapter which does not fit.
+"""PEFT adapters: named sets of target modules, and loading that checks that an adapter fits.
 
-Every preset is a regular expression over the language model's layers alone. Plain names ("q_proj") and PEFT's own
-"all-linear" work as well; they also meet the layers of the vision encoder and the connector.
+Every preset is a regular expression that matches only layers of the language model. Plain names
+("q_proj") and PEFT's "all-linear" work as well, but also match layers of the vision encoder and the
+connector.
 """
 
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ _CONNECTORS = ["visual_abstractor", "h_reducer"]
 
 @dataclass(frozen=True)
 class LoraPreset:
-    """Linear layers of each decoder layer that an adapter changes.
+    """The linear layers in each decoder layer that an adapter changes.
 
     Args:
-        leaves: Their names; a model without one of them (`visual_q_proj` is mPLUG-Owl2.1's alone) has the others.
+        leaves: Names of the layers. Names that a model does not have are ignored; only mPLUG-Owl2.1
+            has `visual_q_proj`.
         about: What it is for, and where it comes from.
     """
 
@@ -38,7 +40,7 @@ class LoraPreset:
 
     @property
     def target_modules(self) -> str:
-        """A regular expression for PEFT, which matches whole names of modules."""
+        """Return a regular expression for PEFT, which matches it against full module names."""
         return rf"(.*\.)?language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(self.leaves)})"
 
 
@@ -78,20 +80,21 @@ def lora_config(
     train_connector: bool = False,
     **kwargs: Any,
 ) -> "LoraConfig":
-    """PEFT's configuration of an adapter for a model of this family.
+    """Return a PEFT `LoraConfig` for a model of this family.
 
-    The defaults are those of the original's finetune_lora.sh and train.py.
+    The defaults are those of finetune_lora.sh and train.py in the original code.
 
     Args:
         preset: A name in `LORA_PRESETS`.
-        r: Rank.
+        r: Rank of the adapter.
         lora_alpha: The update is scaled by `lora_alpha / r`.
-        lora_dropout: Probability in front of the update, in training.
-        train_connector: Also train the connector, which is then saved whole beside the adapter.
+        lora_dropout: Dropout probability of the adapter's input, in training.
+        train_connector: Also train the connector. It is saved in full with the adapter.
         kwargs: More fields of `LoraConfig`, for instance `use_dora` or `use_rslora`.
 
     Raises:
-        ValueError: There is no such preset. `get_peft_model` raises it too, for a model without any of the targets.
+        ValueError: If there is no such preset. `get_peft_model` also raises ValueError, if the
+            model has none of the target modules.
     """
     from peft import LoraConfig
 
@@ -117,16 +120,16 @@ def lora_config(
 def load_adapter(
     model: nn.Module, folder: str | Path, adapter_name: str = "default", **kwargs: Any
 ) -> "PeftModel":
-    """An adapter on a model by PEFT, as `PeftModel.from_pretrained`, but whole or not at all.
+    """Load an adapter as `PeftModel.from_pretrained` does, and check that all of it is loaded.
 
     Args:
-        model: The base model, or a `PeftModel` that gets one more adapter.
-        folder: With adapter_config.json and the adapter's weights. What a converted fine-tune has beside the adapter
-            (non_lora_trainables.safetensors) goes into the base model.
-        kwargs: As `PeftModel.from_pretrained` takes them, for instance `is_trainable`.
+        model: The base model, or a `PeftModel` to add an adapter to.
+        folder: Folder with adapter_config.json and the adapter's weights. A converted fine-tune may
+            also have non_lora_trainables.safetensors, which is loaded into the base model.
+        kwargs: Arguments of `PeftModel.from_pretrained`, for example `is_trainable`.
 
     Raises:
-        ValueError: The adapter does not fit the model, or is one of the original's code.
+        ValueError: If the adapter does not fit the model, or is in the original code's format.
     """
     from peft import PeftModel
 
@@ -145,9 +148,10 @@ def load_adapter(
 
 
 def check_adapter(model: "PeftModel", folder: str | Path, adapter_name: str = "default") -> None:
-    """Whether an adapter that PEFT has loaded is all of the one in `folder`; PEFT itself only warns.
+    """Check that PEFT loaded all of the adapter in `folder`. PEFT itself only warns.
 
     Raises:
-        ValueError: A tensor of the adapter has no place in the model, or one of the model's is not in the adapter.
+        ValueError: If the adapter has a tensor that the model lacks, or the model expects one that
+            the adapter lacks.
     """
     _check_adapter(folder, model, adapter_name, read_adapter(folder, {}))

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which of them are whole, and what is wrong with the others."""
+"""Find the complete checkpoints of a training run, and what is wrong with the others."""
 
 import json
 import zipfile

@@ -1,4 +1,4 @@
-"""Rows of training data as one batch.
+"""Make batches of rows of training data.
 
 B: rows, L: positions of the longest row, S: side of an image's square.
 """
@@ -45,7 +45,8 @@ class Collator:
         image_cache: Folder of an `ImageCache`, which keeps prepared images.
 
     Raises:
-        ValueError: A row cannot be learned from, and should not be left out; the message names it.
+        ValueError: If a row cannot be learned from, and should not be left out. The message names
+            it.
     """
 
     def __init__(

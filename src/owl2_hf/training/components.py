@@ -1,4 +1,4 @@
-"""Parts of the model by the names of their parameters: what trains, how fast, and a table of it.
+"""Components of the model: which ones train, at which learning rate, and a table of them.
 
 Sources: mPLUG-Owl2 (arXiv:2311.04257) for the two stages; BEiT (arXiv:2106.08254) for layer-wise decay of the learning
 rate.
@@ -51,7 +51,7 @@ def freeze_all_but(model: nn.Module, trains: str | Sequence[str]) -> None:
         trains: A name in `TRAINABLE`, or names in `COMPONENTS`.
 
     Raises:
-        ValueError: There is no such preset or component, or the model has no parameter of it.
+        ValueError: If there is no such preset or component, or the model has no parameter of it.
     """
     wanted = _components(trains)
     found: set[str] = set()
@@ -173,7 +173,7 @@ def parameter_groups(
         decayed: Names of the parameters that weight decay applies to.
 
     Raises:
-        ValueError: A component with a learning rate of its own has no parameter that trains.
+        ValueError: If a component with a learning rate of its own has no parameter that trains.
     """
     names = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad

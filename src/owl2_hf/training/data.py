@@ -1,6 +1,6 @@
-"""Training data: rows from files and from the package `datasets`, and a report of what is wrong with them.
+"""Read rows of training data from files and the `datasets` library, and check them.
 
-One file because rows are found, read and checked by the same rules.
+This is one file because rows are found, read and checked by the same rules.
 """
 
 import itertools
@@ -178,7 +178,7 @@ def load_rows(
         skip_bad: A row that cannot be read is no error here, but one that `to_messages` refuses, as bad rows are.
 
     Raises:
-        ValueError: There is no such source, or it is of another kind.
+        ValueError: If there is no such source, or it is of another kind.
     """
     if image_folder is not None and not Path(image_folder).is_dir():
         raise ValueError(f"there is no image folder {str(image_folder)!r}.")
@@ -322,7 +322,7 @@ def check_rows(
         on_row: Called with the number of rows seen so far.
 
     Raises:
-        ValueError: The source as a whole cannot be read.
+        ValueError: If the source as a whole cannot be read.
     """
     from .collator import Collator
 

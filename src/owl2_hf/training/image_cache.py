@@ -1,4 +1,4 @@
-"""Prepared images on disk: a later epoch maps them into memory, and does not decode files again.
+"""Cache prepared images on disk, so that later epochs do not decode them again.
 
 Kept is the square of S x S pixels that the image processor makes of an image, in 8 bits. Given
 this square, the image processor leaves its pixels as they are: a batch is the same to the bit, with
@@ -42,7 +42,8 @@ class ImageCache:
         image_processor: What makes squares of images, with its settings as they are now.
 
     Raises:
-        ValueError: The folder holds something else, or the settings make no single square of an image.
+        ValueError: If the folder holds something else, or the settings make no single square of an
+            image.
     """
 
     def __init__(self, folder: str | Path, image_processor: Any):
@@ -177,7 +178,7 @@ def _claim(folder: Path) -> None:
     """Make a folder a cache, unless it is one.
 
     Raises:
-        ValueError: It is a file, holds something else, or is a cache of another version.
+        ValueError: If it is a file, holds something else, or is a cache of another version.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"image_cache: {folder} is a file: expected a folder.")

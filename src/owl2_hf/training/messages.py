@@ -78,7 +78,7 @@ def to_messages(
             given what the row's own `allow_outside` says, and without one whether there is no folder to stay in.
 
     Raises:
-        ValueError: The row cannot be learned from; the message says why.
+        ValueError: If the row cannot be learned from. The message says why.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object, got {type(row).__name__}.")

@@ -250,7 +250,8 @@ def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
             written `trainer.max_steps`, values as YAML.
 
     Raises:
-        ValueError: There is no such recipe, it is no YAML, or a key is unknown or has a value of another type.
+        ValueError: If there is no such recipe, it is no YAML, or a key is unknown or has a value of
+            another type.
     """
     path = shipped_recipes().get(str(name), Path(name))
     if not path.is_file():

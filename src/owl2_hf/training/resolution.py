@@ -1,4 +1,4 @@
-"""Another size of images for a model that is to be trained on: the paper's stages see 224 and 448 pixels."""
+"""Change the image size of a model for further training, such as the paper's 224 and 448 pixels."""
 
 import copy
 
@@ -20,7 +20,7 @@ def set_image_size(
         image_size: Side of an image in pixels.
 
     Raises:
-        ValueError: It is no multiple of the patch size.
+        ValueError: If it is no multiple of the patch size.
     """
     own = model.config.vision_config
     if image_size == own.image_size:

@@ -1,4 +1,4 @@
-"""A training run from its recipe: model, data, Trainer, and what is left behind.
+"""Run a training recipe: load model and data, train, and save the results.
 
 The target folder holds checkpoints on the way, and at the end the trained model (or adapter) with its processor, the
 recipe as it was run, the versions it was run with, the history of the losses and a plot of it.
@@ -124,8 +124,9 @@ def train(
         on_parameters: Called with the components before the first step.
 
     Raises:
-        ValueError: The recipe lacks something, its parts do not fit together, or the output folder holds a run.
-        NonFiniteError: The loss or a gradient became NaN or infinite.
+        ValueError: If the recipe lacks something, its parts do not fit together, or the output
+            folder holds a run.
+        NonFiniteError: If the loss or a gradient became NaN or infinite.
     """
     output_dir, checkpoint = _output(recipe, resume)
     if dry_run:

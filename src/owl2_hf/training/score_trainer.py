@@ -1,4 +1,4 @@
-"""The Trainer of scorers: the losses of levels and pairs, SRCC on the way, and the best checkpoints.
+"""Trainer for scorers: level and pair losses, SRCC during training, and the best checkpoints.
 
 B: images, of n pairs 2 n; L: positions, V: embedding rows, K: levels.
 """

@@ -1,4 +1,4 @@
-"""What a scorer is trained on: opinions as rows, alone or in pairs, as batches with their soft labels.
+"""Training data of scorers: batches of single opinions or pairs, with soft labels.
 
 Sources: Q-Align (arXiv:2312.17090) and DeQA-Score (arXiv:2501.11561) with their released code. B: images, K: levels.
 """
@@ -193,7 +193,7 @@ def load_score_rows(
         on_bad: As in `load_opinions`.
 
     Raises:
-        ValueError: Opinions cannot be read, or do not make labels.
+        ValueError: If opinions cannot be read, or do not make labels.
     """
     scores, data = recipe.scores, recipe.data
     assert scores is not None
@@ -239,7 +239,7 @@ def checked_score_rows(
         Both, and what is wrong with each row that was left out.
 
     Raises:
-        ValueError: A row is bad, and should not be left out; or none is left.
+        ValueError: If a row is bad, and should not be left out; or none is left.
     """
     if recipe.data.bad_rows == "stop":
         rows, eval_rows = load_score_rows(recipe, seed)
@@ -313,7 +313,7 @@ def answer_ids(collator: Collator, recipe: ScoreRecipe) -> tuple[list[int], list
     """Token ids of the answer in front of its level, and of each level word there.
 
     Raises:
-        ValueError: A level is not one token, in general or within the answer.
+        ValueError: If a level is not one token, in general or within the answer.
     """
     ids = [level_id(collator.processor.tokenizer, word) for word in recipe.levels]
     answers = []

@@ -1,4 +1,4 @@
-"""transformers' Trainer for this family: learning rates by component, and a stop where numbers end.
+"""transformers' Trainer with learning rates by component, which stops at NaN and infinite values.
 
 The loop, accumulation, precision, sharding, checkpoints and resuming are transformers' own.
 """
