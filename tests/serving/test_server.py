@@ -788,10 +788,10 @@ def test_a_public_url_is_fetched(web):
 
 
 def test_the_downloads_of_a_request_have_one_limit(web, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_DOWNLOAD_BYTES", 21)
+    monkeypatch.setattr(pictures, "MAX_DOWNLOAD_BYTES", 17)
     url = f"http://public.test:{web}/ok"
     with pytest.raises(
-        ValueError, match="image 2 of 2: the downloads of a request have more than 21 bytes"
+        ValueError, match="image 2 of 2: the downloads of a request have more than 17 bytes"
     ):
         pictures.read_pictures([url, url], allow_http=True)
 
@@ -817,7 +817,7 @@ def web(monkeypatch):
             if path in redirects:
                 answer = f"HTTP/1.1 302 Found\r\nLocation: {redirects[path]}\r\n\r\n".encode()
             elif path == "/ok":
-                answer = b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\nthe image"
+                answer = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nthe image"
             elif path == "/large":
                 answer = b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 2_000_000
             elif path.startswith("/slow"):
