@@ -8,7 +8,7 @@ import typer
 
 from .app import app, report_mistakes, say, say_json
 from .loading import place
-from .options import JSON, Debug, Dtype, Overwrite
+from .options import JSON, Debug, Device, Dtype, Overwrite
 
 _CONVERT_HELP = """Convert a checkpoint of the original into a folder that transformers loads, or back.
 
@@ -220,6 +220,91 @@ def export(
         say_json({"file": str(target), "difference": difference})
         return
     say(f"{target}: pixel_values to image_features, at most {difference:.1e} from torch")
+
+
+class RoundTo(str, Enum):
+    """Types of rounded weights."""
+
+    int8 = "int8"
+    int4 = "int4"
+    fp8 = "fp8"
+
+
+class RoundBy(str, Enum):
+    """Packages that round weights."""
+
+    torchao = "torchao"
+    llmcompressor = "llmcompressor"
+
+
+@app.command()
+@report_mistakes
+def quantize(
+    model: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a model, 'default' or 'default-scorer'.")
+    ],
+    target: Annotated[Path, typer.Argument(help="Folder to make.")],
+    to: Annotated[RoundTo, typer.Option(help="Type of the rounded weights.")] = RoundTo.int8,
+    by: Annotated[
+        RoundBy, typer.Option(help="Package that rounds them; llmcompressor packs int4 in half.")
+    ] = RoundBy.torchao,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Columns that share a scale in int4; the largest of 128 to 8 that fits if not given."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Opinions to judge a scorer by: CSV, JSON, JSON lines, Parquet, or a data set."
+        ),
+    ] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="What paths of images in --data start from.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Judge by this part of the rows alone.")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="In place of --data: a file or folder to try it on; may be repeated."),
+    ] = None,
+    question: Annotated[
+        list[str] | None,
+        typer.Option("--question", "-q", help="What to ask about each image; may be repeated."),
+    ] = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+    as_json: JSON = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model with rounded weights, and a model card that says what was lost."""
+    from ..compression import QUESTIONS
+    from ..compression import quantize as quantize_model
+
+    if data is not None and image:
+        say("owl2-hf: give one of --data and --image, not both", err=True)
+        raise typer.Exit(2)
+    report = quantize_model(
+        model,
+        target,
+        to.value,
+        by.value,
+        group_size,
+        data,
+        image_folder,
+        split,
+        image or (),
+        question or QUESTIONS,
+        device,
+        overwrite,
+    )
+    if as_json:
+        say_json(report.to_dict())
+        return
+    say(f"{target}: {report.summary()}")
+    say(f"measured on {report.losses.subject}:")
+    for line in report.losses.lines():
+        say(f"- {line}")
 
 
 @app.command()
