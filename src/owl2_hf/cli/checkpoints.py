@@ -8,7 +8,7 @@ import typer
 
 from .app import app, report_mistakes, say, say_json
 from .loading import place
-from .options import JSON, Debug, Device, Dtype, Overwrite
+from .options import JSON, Debug, Device, Dtype, Overwrite, Preset
 
 _CONVERT_HELP = """Convert a checkpoint of the original into a folder that transformers loads, or back.
 
@@ -206,20 +206,32 @@ def init(
 def export(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model, or 'default'.")],
     target: Annotated[Path, typer.Argument(help="ONNX file to write.")],
+    scorer: Annotated[
+        bool, typer.Option("--scorer", help="The whole of a scorer, from pixels to scores.")
+    ] = False,
+    task: Annotated[str, typer.Option(help="With --scorer: one of its tasks.")] = "quality",
+    preset: Preset = None,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Export the vision encoder and connector to ONNX.
+    """Export the vision encoder and connector, or a whole scorer, to ONNX.
 
     Compare the results of the file with those of torch.
     """
-    from ..export import export_vision
+    from ..export import export_scorer, export_vision
 
-    difference = export_vision(place(model), target)
+    if not scorer and (task != "quality" or preset is not None):
+        say("owl2-hf: --task and --preset are for --scorer", err=True)
+        raise typer.Exit(2)
+    if not scorer:
+        difference, outputs = export_vision(place(model), target), "image_features"
+    else:
+        difference = export_scorer(place(model), target, task, preset)
+        outputs = "scores and level_logits"
     if as_json:
         say_json({"file": str(target), "difference": difference})
         return
-    say(f"{target}: pixel_values to image_features, at most {difference:.1e} from torch")
+    say(f"{target}: pixel_values to {outputs}, at most {difference:.1e} from torch")
 
 
 class RoundTo(str, Enum):

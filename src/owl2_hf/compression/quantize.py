@@ -4,6 +4,7 @@ Only the decoder's matrices are rounded, those of both modalities; activations s
 """
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,11 +125,13 @@ def quantize(
     tensors = {tensor.data_ptr(): tensor for tensor in whole.state_dict().values()}
     bytes_before = 2 * sum(tensor.numel() for tensor in tensors.values())
     dtype = torch.bfloat16 if whole.dtype == torch.float32 else whole.dtype
-    if by == "torchao":
-        del whole
-        rounded = _round_by_torchao(source, to, group, dtype, device)
-    else:
-        rounded = _round_by_llmcompressor(whole.to(dtype), to, group)
+    del whole  # before the next is loaded
+    rounded = (
+        _round_by_torchao(source, to, group, dtype)
+        if by == "torchao"
+        else _round_by_llmcompressor(source, to, group, dtype)
+    )
+    rounded = (rounded.to(device) if device else rounded).eval()
     with staged_folder(target, overwrite) as staging:
         expected = _logits(rounded, processor, trial.images[0])
         _save(rounded, processor, source, staging, by)
@@ -162,6 +165,8 @@ def _check(to: str, by: str, group_size: int | None) -> None:
         raise ValueError(f"a group size is for int4, got {to}: leave it out.")
     if group_size is not None and (group_size < _PACKED or group_size % _PACKED):
         raise ValueError(f"expected a group size that {_PACKED} divides, got {group_size}.")
+    # It tells each of its steps, on stdout.
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
     try:
         __import__(by)
     except ImportError as error:
@@ -223,9 +228,7 @@ def _group_size(matrices: dict[str, nn.Linear], given: int | None) -> int:
     raise ValueError(f"expected a group size that divides its {found}, got {given}.")
 
 
-def _round_by_torchao(
-    source: str, to: str, group: int | None, dtype: torch.dtype, device: str | None
-) -> Any:
+def _round_by_torchao(source: str, to: str, group: int | None, dtype: torch.dtype) -> Any:
     from torchao.quantization import (
         Float8WeightOnlyConfig,
         Int8WeightOnlyConfig,
@@ -239,18 +242,18 @@ def _round_by_torchao(
         # torchao's packed int4 runs on GPUs alone; this one runs everywhere.
         "int4": lambda: IntxWeightOnlyConfig(torch.int4, PerGroup(group)),
     }
-    model = AutoModelForImageTextToText.from_pretrained(
+    return AutoModelForImageTextToText.from_pretrained(
         source, dtype=dtype, quantization_config=TorchAoConfig(kinds[to]())
     )
-    return (model.to(device) if device else model).eval()
 
 
-def _round_by_llmcompressor(model: Any, to: str, group: int | None) -> Any:
+def _round_by_llmcompressor(source: str, to: str, group: int | None, dtype: torch.dtype) -> Any:
     from compressed_tensors.offload import remove_dispatch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
     weights = QuantizationArgs(
         num_bits=4 if to == "int4" else 8,
         type="float" if to == "fp8" else "int",
