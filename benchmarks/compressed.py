@@ -3,9 +3,9 @@
     pip install 'owl2_hf[quantization,scoring]'
     python -m benchmarks.compressed DATA --json benchmarks/results/compressed_torchao.json
 
-DATA is the folder that `python -m experiments.default_scorer.make` fills: the scorer is judged by the simulated opinions
-of each of its held-out parts, the chat model by its greedy answers. With `--by llmcompressor`, in an environment that has
-it, the same for that package (compressed_llmcompressor.json).
+DATA is the folder that `python -m experiments.default_scorer.make` fills. The scorer is judged by the simulated
+opinions of each of its held-out parts, the chat model by its greedy answers. With `--by llmcompressor`, in an
+environment that has it, the same for that package (compressed_llmcompressor.json).
 """
 
 import tempfile
@@ -16,7 +16,7 @@ import torch
 from transformers.utils import logging
 
 from owl2_hf.compression import quantize
-from owl2_hf.compression.quantize import TOOLS, TYPES
+from owl2_hf.compression.rounding import TOOLS, TYPES
 
 from .timing import parser, write
 

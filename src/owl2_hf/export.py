@@ -82,14 +82,17 @@ def export_vision(name: str, target: Path) -> float:
 class _ScorerGraph(nn.Module):
     """A scorer whose prompt is fixed, from pixels alone."""
 
+    prompt: Tensor  # (1, L)
+    values: Tensor  # (K,)
+
     def __init__(self, model: Any, prompt: Tensor, ids: list[list[int]], preset: Any) -> None:
         super().__init__()
         self.model, self.config = model, model.config
         self.ids, self.temperature = ids, preset.temperature
         low, high = preset.scale
-        self.register_buffer("prompt", prompt, persistent=False)  # (1, L)
+        self.register_buffer("prompt", prompt, persistent=False)
         values = low + (high - low) * torch.tensor(preset.values)
-        self.register_buffer("values", values, persistent=False)  # (K,)
+        self.register_buffer("values", values, persistent=False)
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) normalised pixels -> (N,) scores and (N, K) logits of the levels, over the temperature."""

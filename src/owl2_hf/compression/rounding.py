@@ -185,7 +185,7 @@ def _load(source: str, device: str | None, is_rounded: bool = False) -> Any:
     """A model that writes text, in evaluation mode.
 
     Raises:
-        ValueError: It is rounded already, an adapter, or a model with another head.
+        ValueError: It is rounded already, an adapter, or of another kind; a classifier's head has no place in it.
     """
     if not is_rounded and read_settings(source, {}) is not None:
         raise ValueError(f"{source} holds an adapter: merge it first, as docs/adapters.md shows.")
@@ -194,10 +194,6 @@ def _load(source: str, device: str | None, is_rounded: bool = False) -> Any:
         raise ValueError(f"expected a model of this package, got {type(model).__name__}.")
     if not is_rounded and getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("its weights are rounded already: take the whole model.")
-    if any("SequenceClassification" in name for name in model.config.architectures or ()):
-        raise ValueError(
-            "it has a head of its own for scores or classes: load it with a quantization_config instead."
-        )
     return (model.to(device) if device else model).eval()
 
 
@@ -240,7 +236,7 @@ def _round_by_torchao(source: str, to: str, group: int | None, dtype: torch.dtyp
         "int8": lambda: Int8WeightOnlyConfig(),
         "fp8": lambda: Float8WeightOnlyConfig(),
         # torchao's packed int4 runs on GPUs alone; this one runs everywhere.
-        "int4": lambda: IntxWeightOnlyConfig(torch.int4, PerGroup(group)),
+        "int4": lambda: IntxWeightOnlyConfig(torch.int4, PerGroup(group)),  # type: ignore[attr-defined]
     }
     return AutoModelForImageTextToText.from_pretrained(
         source, dtype=dtype, quantization_config=TorchAoConfig(kinds[to]())
