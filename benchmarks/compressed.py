@@ -3,9 +3,9 @@
     pip install 'owl2_hf[quantization,scoring]'
     python -m benchmarks.compressed DATA --json benchmarks/results/compressed_torchao.json
 
-DATA is the folder that `python -m experiments.default_scorer.make` fills. The scorer is judged by the simulated
-opinions of each of its held-out parts, the chat model by its greedy answers. With `--by llmcompressor`, in an
-environment that has it, the same for that package (compressed_llmcompressor.json).
+DATA is the folder that `python -m experiments.default_scorer.make` fills. The scorer is judged by
+the simulated opinions of each of its held-out parts, the chat model by its greedy answers. Run it
+again with `--by llmcompressor`, in an environment that has it (compressed_llmcompressor.json).
 """
 
 import tempfile

@@ -95,7 +95,7 @@ class _ScorerGraph(nn.Module):
         self.register_buffer("values", values, persistent=False)
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) normalised pixels -> (N,) scores and (N, K) logits of the levels, over the temperature."""
+        """(N, 3, H, W) pixels -> (N,) scores and (N, K) logits of the levels over the temperature."""
         prompts = self.prompt.expand(pixel_values.shape[0], -1)  # (N, L); len() would fix N
         logits = self.model(
             input_ids=prompts, pixel_values=pixel_values, logits_to_keep=1, use_cache=False
@@ -107,14 +107,15 @@ class _ScorerGraph(nn.Module):
 def export_scorer(
     name: str, target: Path, task: str = "quality", preset: str | None = None
 ) -> float:
-    """Write a scorer as an ONNX file, by transformers' exporter, in float32, for any number of images.
+    """Export a scorer to ONNX in float32, for any number of images, with transformers' exporter.
 
-    Its prompt is part of the file: `pixel_values` (N, 3, side, side) go in, `scores` (N,) and `level_logits` (N, K)
-    come out.
+    The prompt is part of the file. Its input is `pixel_values` (N, 3, side, side), its outputs are
+    `scores` (N,) and `level_logits` (N, K).
 
     Args:
         name: Folder or Hub id of a scorer.
-        target: The file; weights above 1.5 GiB lie beside it, in a file of its name with `.data` behind it.
+        target: The file to write. Weights above 1.5 GiB go to a second file, with `.data` added to
+            the name.
         task: Of the preset.
         preset: How it is asked, where it has no scorer.json.
 
@@ -122,8 +123,8 @@ def export_scorer(
         The largest difference between scores of the file and of `Scorer`.
 
     Raises:
-        ValueError: Packages are missing, the file exists, the model does not load or does not score one image at a
-            time, or the file computes something else.
+        ValueError: If packages are missing, the file exists, the model does not load or does not
+            score single images, or the scores of the file differ from those of `Scorer`.
     """
     onnxruntime = _runtime(target)
     import onnx_ir

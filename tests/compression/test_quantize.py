@@ -1,6 +1,6 @@
 """Compressed folders load to what was saved, lose little, and may be published.
 
-Tests of llmcompressor run where it is installed, which is an environment with the transformers that it wants.
+The tests of llmcompressor need an environment with the transformers release that it supports.
 """
 
 import json
@@ -129,7 +129,7 @@ def test_opinions_tell_what_a_scorer_loses(tmp_path):
     assert losses["PLCC"]["before"] != losses["PLCC"]["after"]
     card = (tmp_path / "fp8" / "README.md").read_text()
     row = f"| PLCC | {losses['PLCC']['before']:.4f} | {losses['PLCC']['after']:.4f} |"
-    assert row in card and "3 images with opinions" in card
+    assert row in card and "3 images of opinions.csv, against" in card
     (tmp_path / "b.png").write_text("broken")
     result = run("quantize", "default-scorer", tmp_path / "again", *data)
     assert result.exit_code == 1 and "row 3" in result.stderr
@@ -215,7 +215,7 @@ def test_a_folder_that_computes_something_else_is_not_kept(tmp_path, monkeypatch
 
 
 def test_no_step_of_a_quantizer_stands_in_front_of_the_tables():
-    """As compressed-tensors' reader asks: it would put a step there that loses tensors without a scale."""
+    """The reader of compressed-tensors would add one there, and it loses tensors without a scale."""
     for kind in ("mplug_owl2", "mplug_docowl", "mplug_owl2_1"):
         sources = [
             source

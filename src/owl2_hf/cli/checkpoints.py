@@ -207,9 +207,9 @@ def export(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model, or 'default'.")],
     target: Annotated[Path, typer.Argument(help="ONNX file to write.")],
     scorer: Annotated[
-        bool, typer.Option("--scorer", help="The whole of a scorer, from pixels to scores.")
+        bool, typer.Option("--scorer", help="Export a whole scorer, from pixels to scores.")
     ] = False,
-    task: Annotated[str, typer.Option(help="With --scorer: one of its tasks.")] = "quality",
+    task: Annotated[str, typer.Option(help="With --scorer: task of the preset.")] = "quality",
     preset: Preset = None,
     as_json: JSON = False,
     debug: Debug = False,
@@ -258,12 +258,13 @@ def quantize(
     target: Annotated[Path, typer.Argument(help="Folder to make.")],
     to: Annotated[RoundTo, typer.Option(help="Type of the rounded weights.")] = RoundTo.int8,
     by: Annotated[
-        RoundBy, typer.Option(help="Package that rounds them; llmcompressor packs int4 in half.")
+        RoundBy,
+        typer.Option(help="Package to round with. Only llmcompressor stores int4 in half a byte."),
     ] = RoundBy.torchao,
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Columns that share a scale in int4; the largest of 128 to 8 that fits if not given."
+            help="Columns that share a scale in int4. Default: the largest of 128 to 8 that fits."
         ),
     ] = None,
     data: Annotated[
@@ -275,21 +276,21 @@ def quantize(
     image_folder: Annotated[
         Path | None, typer.Option(help="What paths of images in --data start from.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Judge by this part of the rows alone.")] = None,
+    split: Annotated[str | None, typer.Option(help="Use only this part of the rows.")] = None,
     image: Annotated[
         list[str] | None,
-        typer.Option(help="In place of --data: a file or folder to try it on; may be repeated."),
+        typer.Option(help="Image or folder to test on, instead of --data. Can be repeated."),
     ] = None,
     question: Annotated[
         list[str] | None,
-        typer.Option("--question", "-q", help="What to ask about each image; may be repeated."),
+        typer.Option("--question", "-q", help="Question to ask about each image. Can be repeated."),
     ] = None,
     device: Device = None,
     overwrite: Overwrite = False,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Write a model with rounded weights, and a model card that says what was lost."""
+    """Round the weights of a model, and write what is lost to its model card."""
     from ..compression import QUESTIONS
     from ..compression import quantize as quantize_model
 

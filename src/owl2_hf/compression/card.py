@@ -22,8 +22,8 @@ Measured by `owl2-hf quantize` on {subject}, against the whole model: {losses}.
 {table}
 ## Use
 
-`pip install {package}` beside owl2_hf or transformers. The weights load as any other model's do, without a
-`quantization_config`.
+Install the package that reads the weights: `pip install {package}`. Then the model loads like any
+other, without a `quantization_config`.
 
 {use}
 """
@@ -85,7 +85,7 @@ def write_compressed_card(
 
 
 def _kept(source: str) -> dict[str, Any]:
-    """Licence and origin, as the whole model's card tells them; nothing where it has none that can be read."""
+    """Licence and origin from the whole model's card; empty if it has no readable card."""
     path = find_file(source, "README.md", {})
     if path is None:
         return {}

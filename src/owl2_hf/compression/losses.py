@@ -1,7 +1,8 @@
-"""What a model loses when its weights are rounded: how its scores move, or how many of its answers stay."""
+"""Measure what a model loses when its weights are rounded: in its scores, or in its answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from ..scoring import Scorer
 from ..scoring.judging import evaluate
 from ..scoring.opinions import Opinions
-from ..scoring.paths import expand_paths
+from ..scoring.frames import expand_paths
 from ..scoring.presets import own_preset
 
 QUESTIONS = ("What is this?", "What kind of thing is it?", "Is it an animal?", "What color is it?")
@@ -93,6 +94,7 @@ class Trial:
         opinions: What people think of images, for a scorer.
         images: Files and folders; those of the bundled model if none are given.
         questions: Asked about each image, of a model that answers.
+        split: Part of the opinions that was read, for the card.
 
     Raises:
         ValueError: There are no such images, or opinions are given for a model that does not score.
@@ -104,14 +106,16 @@ class Trial:
         opinions: Opinions | None = None,
         images: Sequence[str] = (),
         questions: Sequence[str] = QUESTIONS,
+        split: str | None = None,
     ):
         self.preset = own_preset(model)
         if opinions is not None and self.preset is None:
             raise ValueError(
-                "opinions are for scorers, and this model has no scorer.json: give images instead, or convert it with "
-                "--preset."
+                "opinions are for scorers, and this model has no scorer.json: give images instead, "
+                "or convert it with --preset."
             )
         self.opinions, self.questions = opinions, questions
+        self.part = "" if split is None else f", part {split}"
         self.images = expand_paths(list(images))[1] if images else self._bundled()
         self.subject = self._words(bundled=not images)
 
@@ -124,7 +128,7 @@ class Trial:
 
     def _words(self, bundled: bool) -> str:
         if self.opinions is not None:
-            return f"{len(self.opinions):,} images with opinions"
+            return f"{len(self.opinions):,} images of {Path(self.opinions.name).name}{self.part}"
         kind = "bundled images" if bundled else "images"
         asked = "" if self.preset is not None else f", {len(self.questions)} questions about each"
         return f"{len(self.images):,} {kind}{asked}"

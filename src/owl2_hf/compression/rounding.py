@@ -34,8 +34,8 @@ _PACKED = 8  # llmcompressor stores so many columns of 4 bits in one number
 _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md")
 _INSTALL = {
     "torchao": "pip install 'owl2_hf[quantization]'",
-    "llmcompressor": "pip install llmcompressor, in an environment of its own: it wants an older transformers, with "
-    "which owl2_hf works from 5.17 on",
+    "llmcompressor": "pip install llmcompressor, in an environment of its own: it needs an older "
+    "transformers (5.17 works with owl2_hf)",
 }
 
 
@@ -66,8 +66,8 @@ class QuantizeReport:
         scale = "row" if self.group_size is None else f"{self.group_size} columns of a row"
         sizes = f"{self.num_bytes / 1e6:,.1f} MB, {self.bytes_before / 1e6:,.1f} MB with 16 bits"
         return (
-            f"{self.matrices} matrices of the decoder are rounded to {self.to} by {self.by}, with a scale for each "
-            f"{scale}. The weights take {sizes}."
+            f"{self.matrices} matrices of the decoder are rounded to {self.to} by {self.by}, "
+            f"with a scale for each {scale}. The weights take {sizes}."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,18 +96,21 @@ def quantize(
         target: Folder to make.
         to: int8, int4 or fp8.
         by: torchao, or llmcompressor, which packs two weights of int4 into a byte.
-        group_size: Columns that share a scale in int4; the largest of 128 to 8 that divides all widths if not given.
+        group_size: Columns that share a scale in int4. Default: the largest of 128, 64, 32, 16 and
+            8 that divides all widths.
         data: Opinions to judge a scorer by, as `load_opinions` takes them.
         image_folder: What paths of images in `data` start from.
         split: Judge by this part of the rows alone.
-        images: Files and folders to try the model on in place of opinions; the bundled ones if not given.
+        images: Files and folders to test the model on, instead of opinions. Default: the bundled
+            images.
         questions: What a model that does not score is asked about each image.
         device: Where to measure, for instance cuda:0.
         overwrite: A model may stand in the target.
 
     Raises:
-        ValueError: The model is none of this kind or rounded already, a package is missing, no group size fits, what
-            to measure by cannot be read, or the saved folder does not compute what was saved.
+        ValueError: If the model is of another kind or already rounded, a package is missing, no
+            group size fits, opinions or images cannot be read, or the saved folder gives other
+            results than before saving.
     """
     target, source = Path(target), place(model)
     _check(to, by, group_size)
@@ -119,7 +122,7 @@ def quantize(
         processor = AutoProcessor.from_pretrained(source)
         taken = _matrices(whole)
         group = _group_size(taken, group_size) if to == "int4" else None
-    trial = Trial(whole, opinions, images, questions)
+    trial = Trial(whole, opinions, images, questions, split)
     before = trial(whole, processor)
     # By their places: tied tables count once.
     tensors = {tensor.data_ptr(): tensor for tensor in whole.state_dict().values()}
@@ -185,7 +188,7 @@ def _load(source: str, device: str | None, is_rounded: bool = False) -> Any:
     """A model that writes text, in evaluation mode.
 
     Raises:
-        ValueError: It is rounded already, an adapter, or of another kind; a classifier's head has no place in it.
+        ValueError: If it is already rounded, an adapter, a classifier, or of another kind.
     """
     if not is_rounded and read_settings(source, {}) is not None:
         raise ValueError(f"{source} holds an adapter: merge it first, as docs/adapters.md shows.")
@@ -236,7 +239,7 @@ def _round_by_torchao(source: str, to: str, group: int | None, dtype: torch.dtyp
         "int8": lambda: Int8WeightOnlyConfig(),
         "fp8": lambda: Float8WeightOnlyConfig(),
         # torchao's packed int4 runs on GPUs alone; this one runs everywhere.
-        "int4": lambda: IntxWeightOnlyConfig(torch.int4, PerGroup(group)),  # type: ignore[attr-defined]
+        "int4": lambda: IntxWeightOnlyConfig(getattr(torch, "int4"), PerGroup(group)),  # noqa: B009
     }
     return AutoModelForImageTextToText.from_pretrained(
         source, dtype=dtype, quantization_config=TorchAoConfig(kinds[to]())
@@ -274,7 +277,7 @@ def _round_by_llmcompressor(source: str, to: str, group: int | None, dtype: torc
 def _save(model: Any, processor: Any, source: str, folder: Path, by: str) -> None:
     """The model, its processor, and the files that its licence asks to keep."""
     if by == "llmcompressor":
-        # Or it writes the source's config.json, with the source's dtype and perhaps in the original's layout.
+        # Otherwise it copies the source's config.json, with its dtype and layout.
         model.config._name_or_path = ""
     model.save_pretrained(folder)
     (folder / "recipe.yaml").unlink(missing_ok=True)
