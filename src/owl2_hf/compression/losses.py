@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..scoring import Scorer
+from ..scoring.frames import expand_paths
 from ..scoring.judging import evaluate
 from ..scoring.opinions import Opinions
-from ..scoring.frames import expand_paths
 from ..scoring.presets import own_preset
 
 QUESTIONS = ("What is this?", "What kind of thing is it?", "Is it an animal?", "What color is it?")
