@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md from the JSON files in benchmarks/results.
+"""Writes the tables of docs/performance.md and docs/compressed.md from the JSON files in benchmarks/results.
 
     python -m benchmarks.report
 
@@ -17,6 +17,7 @@ from .decoder import LIMITS, MEMORY_LIMIT
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+PAGES = (PAGE, ROOT / "docs" / "compressed.md")
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -175,6 +176,29 @@ def agreement() -> str:
     return table(["", "same answer", "same token", "error of logits", "mean", "largest"], rows)
 
 
+def compressed() -> str:
+    rows = []
+    for tool in ("torchao", "llmcompressor"):
+        for to, found in read(f"compressed_{tool}").items():
+            losses = [one["losses"] for one in found["scorer"].values()]
+            size = found["scorer"]["unseen images"]["num_bytes"]
+            answers = found["chat"]["losses"]
+            rows.append(
+                [
+                    f"{to}, {tool}",
+                    f"{size / 1e6:.1f} MB",
+                    *(
+                        f"{one['SRCC']['before']:.4f} → {one['SRCC']['after']:.4f}"
+                        for one in losses
+                    ),
+                    f"{max(one['largest change of a score'] for one in losses):.3f}",
+                    f"{answers['same answers']} of {answers['answers']}",
+                ]
+            )
+    head = ["", "scorer", "SRCC, known", "SRCC, others", "largest change of a score"]
+    return table([*head, "same answers"], rows)
+
+
 def start() -> str:
     found = read("start")
     clocks = [
@@ -262,6 +286,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "image_cache": image_cache,
     "quantized": quantized,
     "agreement": agreement,
+    "compressed": compressed,
     "start": start,
     "loading": loading,
     "full_size": full_size,
@@ -276,7 +301,8 @@ def render(page: str) -> str:
 
 
 def main() -> None:
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ RUN_ELSEWHERE = {
     "check.md": "checks/test_check.py",
     "classification.md": "training/test_trl.py",
     "coming-from.md": "test_docs.py",
+    "compressed.md": "compression/test_quantize.py",
     "demo.md": "demo/test_page.py",
     "export.md": "test_export.py",
     "performance.md": "test_docs.py",

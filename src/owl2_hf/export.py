@@ -1,8 +1,11 @@
-"""Export the vision encoder and connector to ONNX.
+"""Export the vision encoder and connector, or a whole scorer, to ONNX.
 
-N: images, Q + 1: visual tokens of one image, D: width of the language model.
+N: images, Q + 1: visual tokens of one image, D: width of the language model, K: levels,
+L: positions of the prompt.
 """
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 # Largest difference that rounding explains, of the largest value.
 TOLERANCE = 1e-4
+_MAX_BYTES = int(1.5 * 2**30)  # of weights in one file; protobuf ends at 2 GB
 
 
 class _VisionSide(nn.Module):
@@ -43,19 +47,11 @@ def export_vision(name: str, target: Path) -> float:
         ValueError: If packages are missing, the file exists, the model does not load, or the
             outputs of the file differ from torch's.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401, torch exports with it
-    except ImportError:
-        raise ValueError(
-            "the export needs onnx, onnxscript and onnxruntime: pip install 'owl2_hf[export]'."
-        ) from None
+    onnxruntime = _runtime(target)
     from transformers import AutoModel
 
     from .naming import naming_model
 
-    if target.exists():
-        raise ValueError(f"{target} exists: remove it, or choose another name.")
     with naming_model(name):
         model = AutoModel.from_pretrained(name)
     del model.language_model  # the largest part, before the rest becomes float32
@@ -81,3 +77,123 @@ def export_vision(name: str, target: Path) -> float:
     if not difference <= TOLERANCE * float(np.abs(expected).max()):
         raise ValueError(f"{target} differs from torch by {difference:.1e}: do not use it.")
     return difference
+
+
+class _ScorerGraph(nn.Module):
+    """A scorer whose prompt is fixed, from pixels alone."""
+
+    prompt: Tensor  # (1, L)
+    values: Tensor  # (K,)
+
+    def __init__(self, model: Any, prompt: Tensor, ids: list[list[int]], preset: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.ids, self.temperature = ids, preset.temperature
+        low, high = preset.scale
+        self.register_buffer("prompt", prompt, persistent=False)
+        values = low + (high - low) * torch.tensor(preset.values)
+        self.register_buffer("values", values, persistent=False)
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) pixels -> (N,) scores and (N, K) logits of the levels over the temperature."""
+        prompts = self.prompt.expand(pixel_values.shape[0], -1)  # (N, L); len() would fix N
+        logits = self.model(
+            input_ids=prompts, pixel_values=pixel_values, logits_to_keep=1, use_cache=False
+        ).logits[:, -1]
+        levels = torch.stack([logits[:, own].mean(-1) for own in self.ids], -1) / self.temperature
+        return {"scores": levels.softmax(-1) @ self.values, "level_logits": levels}
+
+
+def export_scorer(
+    name: str, target: Path, task: str = "quality", preset: str | None = None
+) -> float:
+    """Export a scorer to ONNX in float32, for any number of images, with transformers' exporter.
+
+    The prompt is part of the file. Its input is `pixel_values` (N, 3, side, side), its outputs are
+    `scores` (N,) and `level_logits` (N, K).
+
+    Args:
+        name: Folder or Hub id of a scorer.
+        target: The file to write. Weights above 1.5 GiB go to a second file, with `.data` added to
+            the name.
+        task: Of the preset.
+        preset: How it is asked, where it has no scorer.json.
+
+    Returns:
+        The largest difference between scores of the file and of `Scorer`.
+
+    Raises:
+        ValueError: If packages are missing, the file exists, the model does not load or does not
+            score single images, or the scores of the file differ from those of `Scorer`.
+    """
+    onnxruntime = _runtime(target)
+    import onnx_ir
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+    except ImportError as error:
+        raise ValueError(
+            f"this transformers has no exporter ({error}): take 5.17 or later."
+        ) from None
+    from .default_scorer import default_scorer_images
+    from .naming import naming_model
+    from .scoring import Scorer
+    from .scoring.presets import own_preset
+
+    with naming_model(name):
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32).eval()
+        processor = AutoProcessor.from_pretrained(name)
+        if getattr(model, "hf_quantizer", None) is not None:
+            raise ValueError("its weights are rounded: export the whole model.")
+        if preset is None and own_preset(model) is None:
+            raise ValueError("it has no scorer.json: say by --preset how it scores.")
+    scorer = Scorer(model, processor, preset)
+    if task == "video" or scorer.preset.images_per_prompt != 1:
+        raise ValueError(
+            "expected a task with one image in its prompt: the file takes one at a time."
+        )
+    images = [Image.open(path).convert("RGB") for path in default_scorer_images().values()]
+    images.append(Image.new("RGB", (64, 48), "gray"))
+    inputs = scorer.prepare(images, task)
+    pixels, prompt = inputs["pixel_values"].float(), inputs["input_ids"][:1]
+    graph = _ScorerGraph(model, prompt, scorer._ids, scorer.preset).eval()
+    config = OnnxConfig(
+        dynamic=True, dynamic_shapes={"pixel_values": {0: torch.export.Dim("images")}}
+    )
+    with redirect_stdout(sys.stderr):  # where the exporter's progress belongs
+        exported = OnnxExporter().export(graph, {"pixel_values": pixels[:2]}, config)
+    # transformers 5.17 gives torch's own program.
+    program = exported.program if hasattr(exported, "program") else exported.model
+    weights = sum(
+        one.const_value.nbytes for one in program.graph.initializers.values() if one.const_value
+    )
+    data = f"{target.name}.data" if weights > _MAX_BYTES else None
+    onnx_ir.save(program, str(target), external_data=data)
+    session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
+    expected = np.array([one.score for one in scorer(images, task)])
+    (found,) = session.run(["scores"], {"pixel_values": pixels.numpy()})
+    difference = float(np.abs(found - expected).max())
+    low, high = scorer.preset.scale
+    if not difference <= TOLERANCE * (high - low):
+        raise ValueError(f"{target} differs from torch by {difference:.1e}: do not use it.")
+    return difference
+
+
+def _runtime(target: Path) -> Any:
+    """onnxruntime, where a file can be exported to this place.
+
+    Raises:
+        ValueError: Packages are missing, or the file exists.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401, torch exports with it
+    except ImportError:
+        raise ValueError(
+            "the export needs onnx, onnxscript and onnxruntime: pip install 'owl2_hf[export]'."
+        ) from None
+    if target.exists():
+        raise ValueError(f"{target} exists: remove it, or choose another name.")
+    return onnxruntime

@@ -17,7 +17,7 @@ from benchmarks import processor, timing
 from benchmarks.full_size import make, original_shapes
 from benchmarks.full_size_speed import passed_weights
 from benchmarks.growth import fit
-from benchmarks.report import PAGE, TABLES, render
+from benchmarks.report import PAGE, PAGES, TABLES, render
 from benchmarks.start import summarize, time_process
 from benchmarks.timing import in_turns
 from benchmarks.timing import summarize as summarize_turns
@@ -126,7 +126,8 @@ def test_pictures_and_prompts_are_measured(monkeypatch):
     assert processor.peak("ours", (40, 31)) > 0
 
 
-def test_the_page_on_performance_says_what_was_measured():
-    page = PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: file.stem)
+def test_the_pages_say_what_was_measured(file):
+    page = file.read_text(encoding="utf-8")
     assert set(re.findall(r"<!-- table: (\w+) -->", page)) <= TABLES.keys()
     assert render(page) == page

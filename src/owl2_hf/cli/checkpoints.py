@@ -8,7 +8,7 @@ import typer
 
 from .app import app, report_mistakes, say, say_json
 from .loading import place
-from .options import JSON, Debug, Dtype, Overwrite
+from .options import JSON, Debug, Device, Dtype, Overwrite, Preset
 
 _CONVERT_HELP = """Convert a checkpoint of the original into a folder that transformers loads, or back.
 
@@ -206,20 +206,118 @@ def init(
 def export(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model, or 'default'.")],
     target: Annotated[Path, typer.Argument(help="ONNX file to write.")],
+    scorer: Annotated[
+        bool, typer.Option("--scorer", help="Export a whole scorer, from pixels to scores.")
+    ] = False,
+    task: Annotated[str, typer.Option(help="With --scorer: task of the preset.")] = "quality",
+    preset: Preset = None,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
-    """Export the vision encoder and connector to ONNX.
+    """Export the vision encoder and connector, or a whole scorer, to ONNX.
 
     Compare the results of the file with those of torch.
     """
-    from ..export import export_vision
+    from ..export import export_scorer, export_vision
 
-    difference = export_vision(place(model), target)
+    if not scorer and (task != "quality" or preset is not None):
+        say("owl2-hf: --task and --preset are for --scorer", err=True)
+        raise typer.Exit(2)
+    if not scorer:
+        difference, outputs = export_vision(place(model), target), "image_features"
+    else:
+        difference = export_scorer(place(model), target, task, preset)
+        outputs = "scores and level_logits"
     if as_json:
         say_json({"file": str(target), "difference": difference})
         return
-    say(f"{target}: pixel_values to image_features, at most {difference:.1e} from torch")
+    say(f"{target}: pixel_values to {outputs}, at most {difference:.1e} from torch")
+
+
+class RoundTo(str, Enum):
+    """Types of rounded weights."""
+
+    int8 = "int8"
+    int4 = "int4"
+    fp8 = "fp8"
+
+
+class RoundBy(str, Enum):
+    """Packages that round weights."""
+
+    torchao = "torchao"
+    llmcompressor = "llmcompressor"
+
+
+@app.command()
+@report_mistakes
+def quantize(
+    model: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a model, 'default' or 'default-scorer'.")
+    ],
+    target: Annotated[Path, typer.Argument(help="Folder to make.")],
+    to: Annotated[RoundTo, typer.Option(help="Type of the rounded weights.")] = RoundTo.int8,
+    by: Annotated[
+        RoundBy,
+        typer.Option(help="Package to round with. Only llmcompressor stores int4 in half a byte."),
+    ] = RoundBy.torchao,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Columns that share a scale in int4. Default: the largest of 128 to 8 that fits."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Opinions to judge a scorer by: CSV, JSON, JSON lines, Parquet, or a data set."
+        ),
+    ] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="What paths of images in --data start from.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Use only this part of the rows.")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="Image or folder to test on, instead of --data. Can be repeated."),
+    ] = None,
+    question: Annotated[
+        list[str] | None,
+        typer.Option("--question", "-q", help="Question to ask about each image. Can be repeated."),
+    ] = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+    as_json: JSON = False,
+    debug: Debug = False,
+) -> None:
+    """Round the weights of a model, and write what is lost to its model card."""
+    from ..compression import QUESTIONS
+    from ..compression import quantize as quantize_model
+
+    if data is not None and image:
+        say("owl2-hf: give one of --data and --image, not both", err=True)
+        raise typer.Exit(2)
+    report = quantize_model(
+        model,
+        target,
+        to.value,
+        by.value,
+        group_size,
+        data,
+        image_folder,
+        split,
+        image or (),
+        question or QUESTIONS,
+        device,
+        overwrite,
+    )
+    if as_json:
+        say_json(report.to_dict())
+        return
+    say(f"{target}: {report.summary()}")
+    say(f"measured on {report.losses.subject}:")
+    for line in report.losses.lines():
+        say(f"- {line}")
 
 
 @app.command()

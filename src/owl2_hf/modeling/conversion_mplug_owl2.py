@@ -450,7 +450,9 @@ def _paddings(names: _Names) -> list[WeightConverter]:
     """By their last names alone: before transformers 5.21 a saved tensor takes the original's name from here."""
     return [
         WeightConverter(
-            re.escape(_last_name(source)),
+            # Behind a plain "weight" the reader of compressed-tensors (transformers 5.23) would set a step of its own,
+            # which loses tables; transformers leaves lookaheads out of what it writes.
+            re.escape(_last_name(source)) + "(?!.)",
             re.escape(_last_name(names.renamed[source] or source)),
             operations=[PadVocabulary()],
         )
