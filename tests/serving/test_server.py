@@ -501,7 +501,7 @@ def test_signals_end_it_within_seconds_while_it_generates():
             _, log = process.communicate(timeout=20)
             assert process.returncode == codes[number], log
             assert "Traceback" not in log
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 10
         for client in under_way:
             client.result()
 
