@@ -6,7 +6,12 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.models.llama import modeling_llama
 
 from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration, MplugOwl2TextModel
@@ -725,8 +730,12 @@ def test_saving_writes_this_packages_layout(model, tmp_path):
 
 def test_continuous_batching_takes_text_alone(model):
     config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1)
+    # Otherwise the cache takes most of the memory of the machine.
+    small = {
+        "continuous_batching_config": ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    }
     prompts = [[1, 5, 6, 7], [1, 9]]
-    found = model.generate_batch(prompts, generation_config=config)
+    found = model.generate_batch(prompts, generation_config=config, **small)
     answers = sorted((answer.prompt_ids, answer.generated_tokens) for answer in found.values())
     for prompt, answer in answers:
         expected = model.generate(torch.tensor([prompt]), generation_config=config)[
@@ -736,8 +745,8 @@ def test_continuous_batching_takes_text_alone(model):
     with pytest.raises(
         ValueError, match=r"prompt 1 has image placeholders \(id 90\), but continuous batching"
     ):
-        model.generate_batch([[1, 5], [1, *RUN, 5]], generation_config=config)
-    manager = model.init_continuous_batching(generation_config=config)
+        model.generate_batch([[1, 5], [1, *RUN, 5]], generation_config=config, **small)
+    manager = model.init_continuous_batching(generation_config=config, **small)
     with pytest.raises(ValueError, match="has image placeholders"):
         manager.add_request([1, *RUN, 5])
 
