@@ -1,11 +1,13 @@
-"""A compiled prompt: both branches for every token, and what a grouped matrix product would save of it.
+"""A compiled prompt: both branches for every token, and what a grouped matrix product would save of
+it.
 
     python -m benchmarks.compiled --json compiled.json
 
-A compiled graph needs shapes that do not depend on the data, so there keys and values of both modalities are computed
-at every position and a mask selects. The prompt is that of `benchmarks.decoder`. "projection" is the keys of one layer
-alone: dense as the model does, or sorted by modality and multiplied by group (`torch.nn.functional.grouped_mm`, which
-compiled takes bfloat16 alone).
+A compiled graph needs shapes that do not depend on the data, so there keys and values of both
+modalities are computed at every position and a mask selects. The prompt is that of
+`benchmarks.decoder`. "projection" is the keys of one layer alone: dense as the model does, or
+sorted by modality and multiplied by group (`torch.nn.functional.grouped_mm`, which compiled takes
+bfloat16 alone).
 """
 
 from typing import Any
@@ -61,7 +63,8 @@ def projection(shape: str, rounds: int) -> dict[str, Any]:
         "grouped": torch.compile(grouped, fullgraph=True),
     }
     runs = {name: lambda way=way: way(x, weights, mask) for name, way in ways.items()}
-    # The weights are parameters of two modules: a group needs them side by side, which is a copy of both.
+    # The weights are parameters of two modules: a group needs them side by side, which is a copy of
+    # both.
     parts = weights.unbind()
     runs["grouped, weights stacked first"] = lambda: ways["grouped"](x, torch.stack(parts), mask)
     return compare(runs, "dense", rounds, warmup=2)

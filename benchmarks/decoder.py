@@ -1,11 +1,12 @@
-"""The decoder against transformers' LlamaModel of the same shape: prefill, decoding, a training step and its memory.
+"""The decoder against transformers' LlamaModel of the same shape: prefill, decoding, a training
+step and its memory.
 
     python -m benchmarks.decoder --json decoder.json
 
-Both models run in turns, A B A B, on the same threads, with the same attention and the same numbers of weights that a
-token passes. The mixed prompt has 512 positions, 4 x 65 of them visual. Memory is the peak of the training step beyond
-what weights and gradients take (of those ours has more, by the visual keys, values and norms), each in a process of its
-own.
+Both models run in turns, A B A B, on the same threads, with the same attention and the same numbers
+of weights that a token passes. The mixed prompt has 512 positions, 4 x 65 of them visual. Memory is
+the peak of the training step beyond what weights and gradients take (of those ours has more, by the
+visual keys, values and norms), each in a process of its own.
 """
 
 import argparse
@@ -120,7 +121,8 @@ def compare_models(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Measurement -> model -> its times, ours over LLaMA's turn by turn.
 
-    The models are built anew for each third of the rounds: where their weights come to lie decides a few per cent.
+    The models are built anew for each third of the rounds: where their weights come to lie decides
+    a few per cent.
     """
     times: dict[str, dict[str, list[float]]] = {}
     for _ in range(BUILDS):
@@ -163,7 +165,8 @@ def _memory_in_a_process(name: str, shape: str, dtype: str) -> float:
         "--dtypes",
         dtype,
     ]
-    # Freed tensors go back to the system at once; otherwise holes of the heap count, which differ by a quarter.
+    # Freed tensors go back to the system at once; otherwise holes of the heap count, which differ
+    # by a quarter.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     return float(
         subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout

@@ -1,4 +1,5 @@
-"""Conversion of a full-size checkpoint: time against `cp -r`, peak memory, then loading and generation.
+"""Conversion of a full-size checkpoint: time against `cp -r`, peak memory, then loading and
+generation.
 
 The checkpoint has the published model's shapes and the original's 33 shards, with random weights:
 
@@ -32,7 +33,9 @@ INV_FREQ = "model.layers.{}.self_attn.rotary_emb.inv_freq"
 
 
 def original_shapes(config: MplugOwl2Config) -> dict[str, torch.Size]:
-    """Key -> shape of the original's checkpoint, without the sin-cos tables, as it was published."""
+    """Key -> shape of the original's checkpoint, without the sin-cos tables, as it was
+    published.
+    """
     expected = expected_tensors(config)
     shapes = {}
     for name in expected:
@@ -50,7 +53,9 @@ def original_shapes(config: MplugOwl2Config) -> dict[str, torch.Size]:
 def make(
     folder: Path, config: MplugOwl2Config, tokenizer: Path | None = None, dtype=torch.bfloat16
 ) -> None:
-    """Random weights in the original's layout: one shard for each decoder layer, one for the rest."""
+    """Random weights in the original's layout: one shard for each decoder layer, one for the
+    rest.
+    """
     folder.mkdir(parents=True)
     num_shards = config.text_config.num_hidden_layers + 1
     shards: dict[int, dict[str, torch.Size]] = defaultdict(dict)
@@ -91,7 +96,8 @@ def _random(
 def timed(command: list[str], log: Path | None = None) -> dict[str, float]:
     """Seconds, and MB of the largest resident set, of a process of its own, from a cold cache.
 
-    A process starts with the peak of the one that started it, so what is smaller than this one is not told.
+    A process starts with the peak of the one that started it, so what is smaller than this one is
+    not told.
     """
     drop_caches()
     start = time.perf_counter()
@@ -106,7 +112,9 @@ def timed(command: list[str], log: Path | None = None) -> dict[str, float]:
 
 
 def drop_caches() -> None:
-    """So that each run reads from the disk; without the right to do so, all of them may find the files in memory."""
+    """So that each run reads from the disk; without the right to do so, all of them may find the
+    files in memory.
+    """
     subprocess.run(["sync"], check=True)
     if os.geteuid() == 0 and Path("/proc/sys/vm/drop_caches").exists():
         Path("/proc/sys/vm/drop_caches").write_text("3")

@@ -1,12 +1,13 @@
-"""The full-size model on a processor: loading against torch.load of the original shards, prefill, and decoding.
+"""The full-size model on a processor: loading against torch.load of the original shards, prefill,
+and decoding.
 
     python -m benchmarks.full_size make ORIGINAL --tokenizer tokenizer.model
     owl2-hf convert ORIGINAL CONVERTED
     python -m benchmarks.full_size_speed ORIGINAL CONVERTED --json full_size_speed.json
 
-needs 20 GB of memory and 33 GB of disk. Loading runs in processes of its own, from a cold cache where that may be
-dropped. A decoded token has to read every weight that it passes; the floor is the time that plain reading of the same
-weights takes, measured in turns with decoding.
+needs 20 GB of memory and 33 GB of disk. Loading runs in processes of its own, from a cold cache
+where that may be dropped. A decoded token has to read every weight that it passes; the floor is the
+time that plain reading of the same weights takes, measured in turns with decoding.
 """
 
 import json
@@ -63,7 +64,9 @@ def passed_weights(model: Any) -> list[torch.Tensor]:
 
 
 def without_onednn(run: Run) -> Run:
-    """The same with PyTorch's own kernels, of which the one for a single bfloat16 row reads faster than oneDNN's."""
+    """The same with PyTorch's own kernels, of which the one for a single bfloat16 row reads faster
+    than oneDNN's.
+    """
 
     def wrapped() -> None:
         with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
@@ -80,7 +83,9 @@ def read_all(weights: list[torch.Tensor]) -> None:
 
 @torch.no_grad()
 def speed(folder: Path, rounds: int) -> dict[str, Any]:
-    """Prefill of one picture with a short question, then single tokens in turns with plain reading."""
+    """Prefill of one picture with a short question, then single tokens in turns with plain
+    reading.
+    """
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
     processor = AutoProcessor.from_pretrained(folder)
     picture = Image.radial_gradient("L").convert("RGB").resize((640, 480))

@@ -2,10 +2,10 @@
 
     python -m benchmarks.generation --json generation.json
 
-A model of width 1024 and 8 layers with random weights; a prompt is a picture and 64 positions of text. Speculation
-never changes greedy text, which is checked; how much it saves depends on the text. Here it is what random weights
-write, which soon repeats itself, and an assistant that is the model itself: always right, and as slow as what it
-assists.
+A model of width 1024 and 8 layers with random weights; a prompt is a picture and 64 positions of
+text. Speculation never changes greedy text, which is checked; how much it saves depends on the
+text. Here it is what random weights write, which soon repeats itself, and an assistant that is the
+model itself: always right, and as slow as what it assists.
 """
 
 from functools import partial
@@ -149,7 +149,9 @@ def speculative(
 
 @torch.no_grad()
 def prompt_logits(model: MplugOwl2ForConditionalGeneration, rounds: int) -> dict[str, Any]:
-    """A prompt of 512 positions with logits at all of them, and at the last alone, as `generate` asks."""
+    """A prompt of 512 positions with logits at all of them, and at the last alone, as `generate`
+    asks.
+    """
     ids = torch.randint(3, VOCABULARY, (1, 512), generator=torch.Generator().manual_seed(2))
     runs = {
         "all positions": lambda: model(ids, use_cache=False),

@@ -1,9 +1,10 @@
-"""How prefill grows with pictures and with positions, beside transformers' LlamaModel of the same shape.
+"""How prefill grows with pictures and with positions, beside transformers' LlamaModel of the same
+shape.
 
     python -m benchmarks.growth --json growth.json --plot growth.png
 
-Width 1024, 8 layers. A picture is 65 visual positions, beside 64 positions of text; its encoding is not in it. Times
-are fitted by a + b n + c n², n positions.
+Width 1024, 8 layers. A picture is 65 visual positions, beside 64 positions of text; its encoding is
+not in it. Times are fitted by a + b n + c n², n positions.
 """
 
 from pathlib import Path
@@ -39,7 +40,9 @@ def prefill(
 
 
 def fit(lengths: list[int], times: list[float]) -> list[float]:
-    """a, b, c of a + b n + c n² in milliseconds, n in thousands of positions, with the least sum of relative errors."""
+    """a, b, c of a + b n + c n² in milliseconds, n in thousands of positions, with the least sum of
+    relative errors.
+    """
     n = torch.tensor(lengths, dtype=torch.float64) / 1000
     milliseconds = 1000 * torch.tensor(times, dtype=torch.float64)
     powers = torch.stack([n**0, n, n**2], dim=1) / milliseconds[:, None]

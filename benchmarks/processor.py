@@ -1,11 +1,13 @@
-"""Pictures and prompts: the processor against transformers' CLIPImageProcessor and the plain tokenizer.
+"""Pictures and prompts: the processor against transformers' CLIPImageProcessor and the plain
+tokenizer.
 
     python -m benchmarks.processor --json processor.json
 
-The base is what the original does: PIL stretches the picture to the square of its longer edge, CLIPImageProcessor
-(PIL) resizes, rescales and normalises it; the pixels that come out are compared. Memory is the peak of a process that
-prepares one picture of 12,000 x 9,000 pixels, beyond that of a picture of 224. Prompts go through the processor, and
-through transformers' LlavaProcessor with the same tokenizer, against that tokenizer alone.
+The base is what the original does: PIL stretches the picture to the square of its longer edge,
+CLIPImageProcessor (PIL) resizes, rescales and normalises it; the pixels that come out are compared.
+Memory is the peak of a process that prepares one picture of 12,000 x 9,000 pixels, beyond that of a
+picture of 224. Prompts go through the processor, and through transformers' LlavaProcessor with the
+same tokenizer, against that tokenizer alone.
 """
 
 import argparse
@@ -98,7 +100,9 @@ def memory() -> dict[str, float]:
 
 
 def prompts(rounds: int) -> dict[str, Any]:
-    """The same texts through the tokenizer alone, a processor of transformers' around it, and ours."""
+    """The same texts through the tokenizer alone, a processor of transformers' around it, and
+    ours.
+    """
     processor = MplugOwl2Processor.from_pretrained(default_dir())
     texts = [
         f"USER: What is picture number {number} of this long series? ASSISTANT:"

@@ -3,11 +3,12 @@
     pip install 'owl2_hf[quantization]'
     python -m benchmarks.quantized --json quantized.json
 
-int8 is torchao's `Int8WeightOnlyConfig` (a scale for each row), dynamic int8 the same weights with activations that are
-rounded as they come, int4 torchao's prototype for processors (groups of 32 columns; matrices whose width 32 does not
-divide stay as they are). Speed and memory are those of the decoder of width 1024 with 8 layers of
-`benchmarks.generation`. Agreement with float32, beside bfloat16's own, is that of the embedded default model, which has
-learned something, and of that decoder, whose weights are random and whose logits lie close together.
+int8 is torchao's `Int8WeightOnlyConfig` (a scale for each row), dynamic int8 the same weights with
+activations that are rounded as they come, int4 torchao's prototype for processors (groups of 32
+columns; matrices whose width 32 does not divide stay as they are). Speed and memory are those of
+the decoder of width 1024 with 8 layers of `benchmarks.generation`. Agreement with float32, beside
+bfloat16's own, is that of the embedded default model, which has learned something, and of that
+decoder, whose weights are random and whose logits lie close together.
 """
 
 import copy
@@ -118,9 +119,9 @@ def agreement(exact: Any, asked: list[Any], num_tokens: int = 24) -> dict[str, A
     """How close greedy answers and logits come to float32's.
 
     Returns:
-        For each model the share of answers that are float32's; and, where the answer so far is float32's, the share
-        of tokens that are, the error of all logits over their norm, and its mean and maximum over their standard
-        deviation.
+        For each model the share of answers that are float32's; and, where the answer so far is
+        float32's, the share of tokens that are, the error of all logits over their norm, and its
+        mean and maximum over their standard deviation.
     """
     whole = copy.deepcopy(exact).bfloat16()
     models = {"bfloat16": whole, **{name: quantise(whole, name) for name in CONFIGS}}

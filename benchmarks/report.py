@@ -1,8 +1,10 @@
-"""Writes the tables of docs/performance.md and docs/compressed.md from the JSON files in benchmarks/results.
+"""Writes the tables of docs/performance.md and docs/compressed.md from the JSON files in
+benchmarks/results.
 
     python -m benchmarks.report
 
-Everything between `<!-- table: NAME -->` and `<!-- end -->` is written anew; the sentences around are left alone.
+Everything between `<!-- table: NAME -->` and `<!-- end -->` is written anew; the sentences around
+are left alone.
 """
 
 import json

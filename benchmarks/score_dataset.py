@@ -1,10 +1,12 @@
 """Scoring JPEG files: a whole data set into a file, against a plain loop over `Scorer`.
 
-    python -m benchmarks.score_dataset --threads 1 --rounds 5 --json benchmarks/results/score_dataset.json
+    python -m benchmarks.score_dataset --threads 1 --rounds 5 --json
+    benchmarks/results/score_dataset.json
 
-Each run takes the same files, from the disk to the scores; model and processor are loaded before. The base is a loop
-that scores one file after the other. `prefix` compares the bundled model's processor time for one batch, in float32 on
-one thread, with and without keeping the text in front of the image.
+Each run takes the same files, from the disk to the scores; model and processor are loaded before.
+The base is a loop that scores one file after the other. `prefix` compares the bundled model's
+processor time for one batch, in float32 on one thread, with and without keeping the text in front
+of the image.
 """
 
 import argparse
@@ -79,7 +81,9 @@ def ways(rounds: int) -> dict[str, Any]:
 
 
 def prefix(rounds: int) -> dict[str, Any]:
-    """Batch size -> processor time of one batch on one thread, and over that without the prefix kept."""
+    """Batch size -> processor time of one batch on one thread, and over that without the prefix
+    kept.
+    """
     scorer = Scorer(*owl2_hf.load_default(dtype=torch.float32), PRESET)
     shared = with_prefix(scorer)
     found = {}

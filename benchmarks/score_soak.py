@@ -1,9 +1,10 @@
-"""Requests for scores, good and bad at random, against a running server: right answers, and memory that stays.
+"""Requests for scores, good and bad at random, against a running server: right answers, and memory
+that stays.
 
     python -m benchmarks.score_soak --requests 2000 --json score_soak.json
 
-The server is a process of its own with the small bundled model; eight clients ask at once. The exit code is 1 where an
-answer is wrong or memory grows by a tenth.
+The server is a process of its own with the small bundled model; eight clients ask at once. The exit
+code is 1 where an answer is wrong or memory grows by a tenth.
 """
 
 import http.client

@@ -1,10 +1,12 @@
 """Time to start: `import owl2_hf` against `import transformers` alone, and `owl2-hf --help`.
 
-Each run is a process of its own and the three kinds take turns, so that a busy machine slows all of them:
+Each run is a process of its own and the three kinds take turns, so that a busy machine slows all of
+them:
 
     python -m benchmarks.start --repeats 9 --json results.json
 
-Seconds of the wall clock count what a user waits for, seconds of the CPU are steadier where other programs run.
+Seconds of the wall clock count what a user waits for, seconds of the CPU are steadier where other
+programs run.
 """
 
 import argparse
@@ -40,7 +42,9 @@ def time_process(command: list[str]) -> dict[str, float]:
 def summarize(
     runs: list[dict[str, float]], base: list[dict[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """Median, spread (largest less smallest) and ratio of the medians to those of `base`, by clock."""
+    """Median, spread (largest less smallest) and ratio of the medians to those of `base`, by
+    clock.
+    """
     summary = {}
     for clock in runs[0]:
         seconds = [run[clock] for run in runs]
@@ -74,7 +78,8 @@ def main() -> None:
         for clock in ("wall", "cpu"):
             values = summary[clock]
             print(
-                f"{name:20} {clock:>5} {values['median']:9.3f} {values['spread']:9.3f} {values['ratio']:22.2f}"
+                f"{name:20} {clock:>5} {values['median']:9.3f} {values['spread']:9.3f} "
+                f"{values['ratio']:22.2f}"
             )
     write(arguments.json, arguments, results)
 

@@ -24,7 +24,9 @@ def seconds(run: Run) -> float:
 
 
 def in_turns(runs: Mapping[str, Run], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Name -> seconds of each of its runs, which take turns, so that a busy moment strikes all alike."""
+    """Name -> seconds of each of its runs, which take turns, so that a busy moment strikes all
+    alike.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(warmup + rounds):
         for name, run in runs.items():
@@ -37,7 +39,9 @@ def in_turns(runs: Mapping[str, Run], rounds: int, warmup: int = 1) -> dict[str,
 def compare(
     runs: Mapping[str, Run], base: str, rounds: int, warmup: int = 1
 ) -> dict[str, dict[str, float]]:
-    """Name -> median seconds, and median and quartiles of its time over that of `base` in the same turn."""
+    """Name -> median seconds, and median and quartiles of its time over that of `base` in the same
+    turn.
+    """
     times = in_turns(runs, rounds, warmup)
     return {name: summarize(taken, times[base]) for name, taken in times.items()}
 

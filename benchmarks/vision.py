@@ -1,9 +1,11 @@
-"""The vision side: attention implementations, several pictures in one call, and a picture of an earlier turn.
+"""The vision side: attention implementations, several pictures in one call, and a picture of an
+earlier turn.
 
     python -m benchmarks.vision --json vision.json
 
-Vision encoder and abstractor have the published model's shapes (ViT-L/14 at 448 pixels: 1,025 positions, 64 queries)
-with random weights; the language model behind them has 8 layers of width 1024.
+Vision encoder and abstractor have the published model's shapes (ViT-L/14 at 448 pixels: 1,025
+positions, 64 queries) with random weights; the language model behind them has 8 layers of width
+1024.
 """
 
 from typing import Any
@@ -66,7 +68,9 @@ def batches(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def second_turn(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """The prompt of a later turn with the picture encoded again, and with the features of the first turn."""
+    """The prompt of a later turn with the picture encoded again, and with the features of the first
+    turn.
+    """
     model = build(dtype)
     pixels = pictures(model, 1)
     features = model.get_image_features(pixels)

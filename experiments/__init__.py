@@ -1,1 +1,3 @@
-"""A small real model through both stages, and the paper's questions at small scale: scripts that anyone can rerun."""
+"""A small real model through both stages, and the paper's questions at small scale: scripts that
+anyone can rerun.
+"""

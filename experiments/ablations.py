@@ -1,10 +1,10 @@
 """The paper's questions at a small scale: `python -m experiments.ablations DATA_DIR OUT`.
 
-Does the modality-adaptive module help, how many queries does the abstractor need, how large must pictures be, are two
-stages better than one, and should the vision encoder train? Every variant differs from the base in one thing and is
-trained from the same beginnings with several seeds: a LLaMA of the embedded default model's size that has read text
-alone, and the default model's vision encoder. DATA_DIR is what `experiments.small.data` wrote. Finished runs
-are not repeated.
+Does the modality-adaptive module help, how many queries does the abstractor need, how large must
+pictures be, are two stages better than one, and should the vision encoder train? Every variant
+differs from the base in one thing and is trained from the same beginnings with several seeds: a
+LLaMA of the embedded default model's size that has read text alone, and the default model's vision
+encoder. DATA_DIR is what `experiments.small.data` wrote. Finished runs are not repeated.
 
 Writes OUT/results.json (every run), OUT/table.md (means and spreads) and OUT/ablations.png.
 """
@@ -47,7 +47,8 @@ class Variant:
         has_module: The decoder has the modality-adaptive module.
         num_queries: Of the abstractor.
         image_size: Side of a picture in pixels.
-        has_two_stages: Captions first, with the language model frozen; otherwise all steps are of the second stage.
+        has_two_stages: Captions first, with the language model frozen; otherwise all steps are of
+            the second stage.
         trains_vision: The vision encoder trains.
     """
 
@@ -83,7 +84,9 @@ class Budget:
 
 
 def train_language_model(folder: Path, data: Path, budget: Budget) -> Path:
-    """A LLaMA of the default model's size that has read the training files' conversations without pictures."""
+    """A LLaMA of the default model's size that has read the training files' conversations without
+    pictures.
+    """
     target, rough = folder / "llama", folder / "llama.owl2"
     if target.is_dir():
         return target
@@ -188,7 +191,8 @@ def _begin(variant: Variant, seed: int, language: Path, target: Path) -> Path:
         [],
         False,
     )
-    # The visual branch began as a copy of the text branch; without it both modalities share the latter.
+    # The visual branch began as a copy of the text branch; without it both modalities share the
+    # latter.
     plain = owl2_hf.MplugOwl2ForConditionalGeneration.from_pretrained(target, config=config)
     owl2_hf.MplugOwl2Processor.from_pretrained(target).save_pretrained(target.with_name("plain"))
     plain.save_pretrained(target.with_name("plain"))

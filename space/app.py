@@ -1,10 +1,13 @@
-"""The web page as a Space of the Hub; the Space's variable MODEL names a model of the family, else the bundled one."""
+"""The web page as a Space of the Hub; the Space's variable MODEL names a model of the family, else
+the bundled one.
+"""
 
 import os
 from importlib.util import find_spec
 from typing import Any
 
-# On ZeroGPU the Hub lends a GPU for each call of a decorated function. Its package changes torch: it comes first.
+# On ZeroGPU the Hub lends a GPU for each call of a decorated function. Its package changes torch:
+# it comes first.
 if find_spec("spaces"):
     import spaces
 

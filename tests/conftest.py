@@ -11,7 +11,9 @@ WIDER_SETS = Path(os.environ.get("OWL2_HF_GOLDEN", HERE.parent.parent / "shared"
 
 
 def find_golden(name: str) -> Path | None:
-    """Folder of a set of the original's numbers: the wider copy where there is one, else what the repository ships."""
+    """Folder of a set of the original's numbers: the wider copy where there is one, else what the
+    repository ships.
+    """
     return next(
         (root / name for root in (WIDER_SETS, HERE / "golden") if (root / name).is_dir()), None
     )

@@ -1,4 +1,6 @@
-"""The original's inputs in this package's terms: one `-200` marker there is a run of placeholders here."""
+"""The original's inputs in this package's terms: one `-200` marker there is a run of placeholders
+here.
+"""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,8 @@
-"""A stand-in for the Hub on this machine, as much of its HTTP API as huggingface_hub needs for models, in memory.
+"""A stand-in for the Hub on this machine, as much of its HTTP API as huggingface_hub needs for
+models, in memory.
 
-Point huggingface_hub at `StandInHub().endpoint` with the environment variable HF_ENDPOINT, and set HF_HUB_DISABLE_XET:
-this server knows the older LFS transfer alone.
+Point huggingface_hub at `StandInHub().endpoint` with the environment variable HF_ENDPOINT, and set
+HF_HUB_DISABLE_XET: this server knows the older LFS transfer alone.
 """
 
 import base64
@@ -325,7 +326,9 @@ class StandInHub:
 
 
 def _route(pattern: str) -> re.Pattern[str]:
-    """`{repo}` takes a namespace and a name, other words in braces one quoted step, `{*word}` the rest of the path."""
+    """`{repo}` takes a namespace and a name, other words in braces one quoted step, `{*word}` the
+    rest of the path.
+    """
     pattern = pattern.replace("{repo}", r"(?P<repo>[^/]+/[^/]+?)")
     return re.compile(
         re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", re.sub(r"\{\*(\w+)\}", r"(?P<\1>.+)", pattern))

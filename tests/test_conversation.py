@@ -1,4 +1,6 @@
-"""Turns of a conversation: what the model reads, what stays after an error, what a file brings back."""
+"""Turns of a conversation: what the model reads, what stays after an error, what a file brings
+back.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""What the documentation shows runs as it stands, with a small model at the place of the named one."""
+"""What the documentation shows runs as it stands, with a small model at the place of the named
+one.
+"""
 
 import json
 import re
@@ -288,7 +290,9 @@ def test_every_test_that_the_page_on_reliability_names_exists():
 
 @pytest.fixture
 def encoded():
-    """The default model, its processor, and how many images each call of the vision encoder took."""
+    """The default model, its processor, and how many images each call of the vision encoder
+    took.
+    """
     calls: list[int] = []
     model, processor = owl2_hf.load_default(dtype=torch.float32)
     model.model.vision_tower.register_forward_pre_hook(

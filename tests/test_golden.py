@@ -1,6 +1,8 @@
-"""Numbers of the original, reproduced by its own weights through the shipped conversion: the whole family.
+"""Numbers of the original, reproduced by its own weights through the shipped conversion: the whole
+family.
 
-H1 is DocOwl 1.5 and Q1 mPLUG-Owl2.1; their own peculiarities are in test_docowl.py and test_owl21.py.
+H1 is DocOwl 1.5 and Q1 mPLUG-Owl2.1; their own peculiarities are in test_docowl.py and
+test_owl21.py.
 """
 
 import copy
@@ -22,7 +24,9 @@ TOLERANCE = 1e-5  # largest error over the largest number
 
 
 def cases(*names):
-    """Runs a test for each set with each of its cases of these names; a set that is not here is skipped once."""
+    """Runs a test for each set with each of its cases of these names; a set that is not here is
+    skipped once.
+    """
     pairs = []
     for set_name in SETS:
         folder = find_golden(set_name)
@@ -76,7 +80,8 @@ def converted_sets(tmp_path_factory, golden_dir):
             source = golden_dir(name)
             if not (source / "hf").is_dir():
                 pytest.skip(
-                    f"golden set {name} is not here as a whole; OWL2_HF_GOLDEN names the folder that holds it"
+                    f"golden set {name} is not here as a whole; OWL2_HF_GOLDEN names the folder "
+                    "that holds it"
                 )
             target = tmp_path_factory.mktemp(name) / "converted"
             convert(source / "hf", target)
@@ -228,7 +233,8 @@ def test_gradients_are_the_originals(golden, name, training):
             continue
         # The conversion is linear, so it maps gradients as it maps weights.
         for name, gradient in to_ours(key.removeprefix("grad."), expected, golden.config):
-            # The floor is for key biases: softmax cancels them, so their gradients are rounding noise.
+            # The floor is for key biases: softmax cancels them, so their gradients are rounding
+            # noise.
             assert_close(ours[name], gradient, floor=0.0 if golden.name == "H1" else 1e-2)
             compared += 1
     assert compared >= (10 if golden.name == "H1" else 20)
@@ -277,5 +283,6 @@ def test_half_precision_stays_near_the_originals(golden, name):
     reference = golden.case("c5_labels_one_image")["logits"]
     output = copy.deepcopy(golden.model).to(dtype)(**golden.inputs(case))
     error = (text_logits(golden, output).float() - reference).abs().max()
-    # The original's own distance to its float32 run, with as much again for another order of rounding.
+    # The original's own distance to its float32 run, with as much again for another order of
+    # rounding.
     assert error < 2 * golden.cases[name]["max_abs_diff_to_fp32"] + 1e-3

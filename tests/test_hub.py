@@ -1,4 +1,6 @@
-"""`push` against a stand-in for the Hub: what arrives, what a stranger loads from there, what never leaves."""
+"""`push` against a stand-in for the Hub: what arrives, what a stranger loads from there, what never
+leaves.
+"""
 
 import json
 import os
@@ -318,13 +320,13 @@ def test_every_file_that_stops_a_push_is_named_in_one_error(folder):
     (folder / "pictures" / "two.png").write_bytes(b"\x89PNG")
     message = refused(folder, r"holds what must not be published.*Remove them from the folder")
     assert (
-        "Pickles, which can run code on loading (convert writes safetensors): optimizer.pt, weights.bin"
-        in message
+        "Pickles, which can run code on loading (convert writes safetensors): optimizer.pt, "
+        "weights.bin" in message
     )
     assert "Files that are secrets by their names: .env, id_rsa.pub" in message
     assert (
-        "Not part of a model of this package: .cache, .git, config.json.bak, runs, train.log, try.ipynb"
-        in message
+        "Not part of a model of this package: .cache, .git, config.json.bak, runs, train.log, "
+        "try.ipynb" in message
     )
     assert "Images that README.md does not show: pictures/two.png" in message
 

@@ -1,4 +1,6 @@
-"""`pipeline("image-text-to-text")` and Auto classes, with the package installed and without remote code."""
+"""`pipeline("image-text-to-text")` and Auto classes, with the package installed and without remote
+code.
+"""
 
 import base64
 import copy

@@ -1,6 +1,7 @@
 """Names, options and fields that users write down change only on purpose.
 
-A change that is meant goes into CHANGELOG, and `python -m tests.test_public_interface` writes public_interface.json.
+A change that is meant goes into CHANGELOG, and `python -m tests.test_public_interface` writes
+public_interface.json.
 """
 
 import dataclasses

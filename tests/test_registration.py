@@ -1,4 +1,6 @@
-"""After `import owl2_hf` alone the Auto classes know the family, and nothing heavy was imported for it."""
+"""After `import owl2_hf` alone the Auto classes know the family, and nothing heavy was imported for
+it.
+"""
 
 import json
 import os
@@ -141,7 +143,8 @@ result += [AutoConfig.for_model("mplug_owl2").num_image_tokens, "mplug_docowl" i
 """, [[True, True, True, False], False, "llama", False,
       "MplugDocOwlConfig", "MplugOwl21Config", "MplugOwl2Config", 65, True]),
 }  # fmt: skip
-# Importing what transformers imports takes most of a program's time, so one process does it and branches into them.
+# Importing what transformers imports takes most of a program's time, so one process does it and
+# branches into them.
 BRANCHING = """
 import contextlib, importlib, json, os, sys, traceback
 for name in ("torch._dynamo", "torch.distributed.tensor", "accelerate", "scipy.optimize", "transformers"):

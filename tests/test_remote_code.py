@@ -21,7 +21,8 @@ TRAVELLING = sorted(
         *(PACKAGE / "processing").glob("*_mplug_owl2*.py"),
     ]
 )
-# transformers needs all of them itself; sentencepiece is imported only where a tokenizer.model is read.
+# transformers needs all of them itself; sentencepiece is imported only where a tokenizer.model is
+# read.
 ALLOWED = {
     *(
         "torch",

@@ -1,4 +1,6 @@
-"""What keeps the repository in order works: workflows, issue forms, citation, and the pages on contributing."""
+"""What keeps the repository in order works: workflows, issue forms, citation, and the pages on
+contributing.
+"""
 
 import re
 from pathlib import Path

@@ -1,7 +1,8 @@
 """Pictures, questions and answers that the default model is trained and tested on.
 
-Pictures: easy-VQA (its own training and test parts) and emoji of three artists: Noto and Fluent to train on, Twitter's
-to test on. Names are CLDR short names. Everything is fetched by package name, checked, and kept in a cache folder.
+Pictures: easy-VQA (its own training and test parts) and emoji of three artists: Noto and Fluent to
+train on, Twitter's to test on. Names are CLDR short names. Everything is fetched by package name,
+checked, and kept in a cache folder.
 """
 
 import io
@@ -16,7 +17,8 @@ from torch import Tensor
 from ..packages import cache_dir, fetch
 
 SIDE = 64
-# The unseen captions: every HELD_OUT_EVERY-th name never occurs in training, in no style and in no sentence.
+# The unseen captions: every HELD_OUT_EVERY-th name never occurs in training, in no style and in no
+# sentence.
 HELD_OUT_EVERY = 20
 
 STYLES = ("noto", "fluent modern", "fluent flat", "fluent high-contrast")
@@ -55,7 +57,8 @@ KINDS = {
     "a flag": ("flag", "country-flag", "subdivision-flag"),
     "a person": ("person", "person-", "family"),
 }
-# Besides all animals, plants, food and drinks these are named; of the rest the model tells the kind alone.
+# Besides all animals, plants, food and drinks these are named; of the rest the model tells the kind
+# alone.
 NAMED_SUBGROUPS = ("transport-ground", "transport-water", "transport-air", "sky & weather", "sport")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -63,7 +66,9 @@ SHAPES = ("circle", "rectangle", "triangle")
 
 @dataclass(frozen=True)
 class Emoji:
-    """`pictures` counts from 0 in the order of `load_emoji`; `may_flip`: its mirror image has the same name."""
+    """`pictures` counts from 0 in the order of `load_emoji`; `may_flip`: its mirror image has the
+    same name.
+    """
 
     name: str
     group: str
@@ -147,7 +152,9 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 
 def load_style(style: str) -> tuple[Tensor, Tensor]:
-    """(E, 4, 64, 64) uint8 RGBA pictures of all emoji in one style, and (E,) whether this style has the emoji."""
+    """(E, 4, 64, 64) uint8 RGBA pictures of all emoji in one style, and (E,) whether this style has
+    the emoji.
+    """
     cached = cache_dir() / f"{style.replace(' ', '-')}.pt"
     if not cached.exists():
         emoji = load_emoji()
@@ -170,7 +177,9 @@ def on_white(rgba: Tensor) -> Tensor:
 
 
 def load_easy_vqa(part: str) -> tuple[Tensor, list[list[tuple[str, str]]]]:
-    """(N, 3, 64, 64) uint8 pictures and the (question, answer) pairs of each; `part` is "train" or "test"."""
+    """(N, 3, 64, 64) uint8 pictures and the (question, answer) pairs of each; `part` is "train" or
+    "test".
+    """
     folder = fetch("easy-vqa") / "easy_vqa/data" / part
     questions = json.loads((folder / "questions.json").read_text())
     pairs: list[list[tuple[str, str]]] = [[] for _ in range(1 + max(row[2] for row in questions))]
@@ -200,7 +209,9 @@ def is_kind_question(name: str, kind: str) -> str:
 
 
 def text_only_test(emoji: list[Emoji]) -> list[tuple[str, str]]:
-    """Questions without a picture that training leaves out: one in twenty pairs of a name and a kind."""
+    """Questions without a picture that training leaves out: one in twenty pairs of a name and a
+    kind.
+    """
     rng = random.Random(1)
     named = [one for one in emoji if one.named and not one.held_out]
     questions = []

@@ -1,7 +1,7 @@
 """Held-out accuracy of the default model: `python -m experiments.default_model.evaluate DIR`.
 
-Everything goes the way a user's picture goes: processor, chat template, greedy `generate`. An answer is right when it
-is the expected one to the letter.
+Everything goes the way a user's picture goes: processor, chat template, greedy `generate`. An
+answer is right when it is the expected one to the letter.
 """
 
 import argparse

@@ -1,7 +1,9 @@
-"""Put a trained model into the package: `python -m experiments.default_model.install TRAINED_FOLDER`.
+"""Put a trained model into the package: `python -m experiments.default_model.install
+TRAINED_FOLDER`.
 
-Copies the model, and beside it a few pictures that it was not trained on. Only pictures and questions that it answers
-rightly are taken, so they show what it can do; how often it is right is what `evaluate.py` measures.
+Copies the model, and beside it a few pictures that it was not trained on. Only pictures and
+questions that it answers rightly are taken, so they show what it can do; how often it is right is
+what `evaluate.py` measures.
 """
 
 import argparse
@@ -60,7 +62,9 @@ def shape_candidates() -> dict[str, tuple[Image.Image, dict[str, str]]]:
 def choose(
     answerer: Answerer, candidates: dict[str, tuple[Image.Image, dict[str, str]]], count: int
 ) -> list[str]:
-    """The first `count` candidates all of whose questions are answered rightly, no two with the same answers."""
+    """The first `count` candidates all of whose questions are answered rightly, no two with the
+    same answers.
+    """
     chosen: dict[tuple[str, ...], str] = {}
     for name, (image, questions) in candidates.items():
         cases = [(image, question, answer) for question, answer in questions.items()]

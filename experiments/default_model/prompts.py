@@ -1,8 +1,8 @@
 """Tokenizer of the default model, and rows of token ids for its training.
 
-A row is one picture (or none) with several questions. Each question sees the picture and itself alone and keeps the
-positions that it would have in a prompt of its own, so a row computes what as many single-turn prompts would, with
-the picture encoded once.
+A row is one picture (or none) with several questions. Each question sees the picture and itself
+alone and keeps the positions that it would have in a prompt of its own, so a row computes what as
+many single-turn prompts would, with the picture encoded once.
 
 R: rows, L: positions.
 """
@@ -93,7 +93,9 @@ class RowEncoder:
         return self.known[key]
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
-        """Ids, labels, positions (R, L) and the mask of what each position attends to (R, 1, L, L)."""
+        """Ids, labels, positions (R, L) and the mask of what each position attends to (R, 1, L,
+        L).
+        """
         columns: dict[str, list[list[int]]] = {
             "input_ids": [],
             "labels": [],

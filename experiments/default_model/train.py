@@ -1,7 +1,8 @@
 """Make the default model: `python -m experiments.default_model.train --out DIR`.
 
-transformers' Trainer, a batch for each step: rows share one picture among several questions through a four-dimensional
-attention mask, and batches of three tasks are drawn by the number of the step alone.
+transformers' Trainer, a batch for each step: rows share one picture among several questions through
+a four-dimensional attention mask, and batches of three tasks are drawn by the number of the step
+alone.
 """
 
 import argparse
@@ -42,7 +43,8 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 NUM_TEXT, NUM_TEXT_QUESTIONS, QUESTIONS_A_SHAPE = 2, 6, 4
 # Shapes first: at first a thousand names are noise that keeps the rest from learning.
 SHAPE_STEPS = 1500
-# Patches that are encoded in the first steps, and what counts as drawn in: standard deviation of pixel values.
+# Patches that are encoded in the first steps, and what counts as drawn in: standard deviation of
+# pixel values.
 KEPT_PATCHES, MIN_CONTRAST = 24, 0.1
 
 
@@ -98,7 +100,9 @@ def normalise(pictures: Tensor) -> Tensor:
 
 
 def vary_emoji(rgba: Tensor, may_flip: Tensor, generator: torch.Generator) -> Tensor:
-    """(N, 4, H, W) uint8 -> (N, 3, H, W) from 0 to 1: moved, turned, scaled, recoloured, on grounds of many colours."""
+    """(N, 4, H, W) uint8 -> (N, 3, H, W) from 0 to 1: moved, turned, scaled, recoloured, on grounds
+    of many colours.
+    """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator) * (high - low) + low
@@ -124,7 +128,9 @@ def vary_emoji(rgba: Tensor, may_flip: Tensor, generator: torch.Generator) -> Te
 
 
 def vary_shapes(pictures: Tensor, rng: random.Random) -> Tensor:
-    """(N, 3, H, W) uint8 -> the same from 0 to 1, mirrored and transposed: no question asks about sides."""
+    """(N, 3, H, W) uint8 -> the same from 0 to 1, mirrored and transposed: no question asks about
+    sides.
+    """
     if rng.random() < 0.5:
         pictures = pictures.flip(2)
     if rng.random() < 0.5:
@@ -143,7 +149,8 @@ def patch_contrast(pixel_values: Tensor, side: int) -> Tensor:
 def encode_busiest(
     vision_tower: nn.Module, pixel_values: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Encode no more of each picture than the patches in which most is drawn, for a third of the cost.
+    """Encode no more of each picture than the patches in which most is drawn, for a third of the
+    cost.
 
     Returns:
         (N, count, C) features, and (N, count), True where anything is drawn.
@@ -160,7 +167,9 @@ def encode_busiest(
 
 
 class Classifier(nn.Module):
-    """Linear heads that only training has: colour, shape, group and name of what the mean feature shows."""
+    """Linear heads that only training has: colour, shape, group and name of what the mean feature
+    shows.
+    """
 
     def __init__(self, width: int, num_classes: tuple[int, ...]):
         super().__init__()
@@ -168,7 +177,9 @@ class Classifier(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, n) for n in num_classes)
 
     def forward(self, features: Tensor, classes: Tensor) -> Tensor:
-        """(N, P, D) features of pictures, (N, 4) classes with -100 where none is known -> the losses of the heads."""
+        """(N, P, D) features of pictures, (N, 4) classes with -100 where none is known -> the
+        losses of the heads.
+        """
         pooled = self.norm(features.mean(1))
         losses = [
             nn.functional.cross_entropy(head(pooled), classes[:, i])
@@ -209,7 +220,9 @@ class ModelWithClassifiers(MplugOwl2ForConditionalGeneration):
         )
 
     def loss_of_classes(self, pixel_values: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
-        """What is descended at first: the classes of pictures (N, 3, H, W), with the weights (4,) of the heads."""
+        """What is descended at first: the classes of pictures (N, 3, H, W), with the weights (4,)
+        of the heads.
+        """
         patches, drawn = encode_busiest(self.model.vision_tower, pixel_values, KEPT_PATCHES)
         return weighted(self.classifier["encoded"](*each_patch(patches, drawn, classes)), weights)
 
@@ -228,7 +241,9 @@ class ModelWithClassifiers(MplugOwl2ForConditionalGeneration):
 
 
 def weighted(losses: Tensor, weights: Tensor) -> Tensor:
-    """The losses of the heads (colour, shape, group, name), some of them without a target, as one."""
+    """The losses of the heads (colour, shape, group, name), some of them without a target, as
+    one.
+    """
     return (losses * weights).nansum()
 
 
@@ -238,7 +253,8 @@ def initialise_embeddings(
 ) -> None:
     """Start from whitened patches and sin-cos positions.
 
-    Drawn at random, both edges and positions are drowned by the brightness of the ground and take long to be learned.
+    Drawn at random, both edges and positions are drowned by the brightness of the ground and take
+    long to be learned.
 
     Args:
         pixel_values: (N, 3, H, W) sample of training pictures.
@@ -280,7 +296,8 @@ class Batches(Dataset):
         self.num_classes = (len(COLORS), len(SHAPES), len(group_names), len(emoji))
         self.may_flip = torch.tensor([one.may_flip for one in emoji])
         usable = [not one.held_out for one in emoji]
-        # What the model only tells the kind of is shown less often, and flags, which are many, least.
+        # What the model only tells the kind of is shown less often, and flags, which are many,
+        # least.
         weights = [[0.05 if one.name == "flag" else 1.0 if one.named else 0.2] for one in emoji]
         # (emoji * styles,)
         self.weights = torch.cat(
@@ -303,7 +320,9 @@ class Batches(Dataset):
         return {**row, "pixel_values": pixel_values, "classes": classes, "weights": weights}
 
     def pictures(self, step: int) -> tuple[Tensor, Tensor, list[int], list[int]]:
-        """Pixel values (N, 3, H, W), classes (N, 4), and which shape and emoji pictures were drawn."""
+        """Pixel values (N, 3, H, W), classes (N, 4), and which shape and emoji pictures were
+        drawn.
+        """
         rng = random.Random(self.seed * 1_000_003 + step)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         num_shapes, num_emoji = (20, 16) if step < SHAPE_STEPS else (8, 40)
@@ -325,7 +344,9 @@ class Batches(Dataset):
         return normalise(pictures), classes, shapes, emoji.tolist()
 
     def rows(self, step: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Questions of a step as the model takes them, the pixel values (N, 3, H, W) and classes (N, 4)."""
+        """Questions of a step as the model takes them, the pixel values (N, 3, H, W) and classes
+        (N, 4).
+        """
         pixel_values, classes, shapes, emoji = self.pictures(step)
         self.questions.rng = random.Random(self.seed * 1_000_003 + step)
         rows = [
@@ -359,10 +380,12 @@ def rate_factor(step: int, steps: int, decay_steps: int, warmup: int = 150) -> f
 def exact_answers(
     model, encoder: RowEncoder, pictures: Tensor | None, rows: list[list[tuple[str, str]]]
 ) -> list[bool]:
-    """Whether greedy decoding gives each answer to the letter: every token of it is the likeliest after those before.
+    """Whether greedy decoding gives each answer to the letter: every token of it is the likeliest
+    after those before.
 
     Args:
-        pictures: (R, 3, H, W) uint8, one for each of the `rows`; `None` for questions without pictures.
+        pictures: (R, 3, H, W) uint8, one for each of the `rows`; `None` for questions without
+            pictures.
     """
     was_training = model.training
     model.eval()
@@ -425,7 +448,9 @@ def export(trained: ModelWithClassifiers, tokenizer, folder: Path) -> None:
 
 
 class DefaultModelTrainer(Owl2Trainer):
-    """A Trainer whose batches are those of `Batches`, and whose evaluation is a part of the test sets."""
+    """A Trainer whose batches are those of `Batches`, and whose evaluation is a part of the test
+    sets.
+    """
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any

@@ -1,7 +1,9 @@
-"""Images of known degradation with simulated opinions: photographs, clip art, and emoji side by side.
+"""Images of known degradation with simulated opinions: photographs, clip art, and emoji side by
+side.
 
-Packages come by name and are checked (`experiments/packages.py`). What is held out is held out by what an image is made
-of: a photograph, a drawing of clip art, an emoji with its artist. No crop of it is in another part.
+Packages come by name and are checked (`experiments/packages.py`). What is held out is held out by
+what an image is made of: a photograph, a drawing of clip art, an emoji with its artist. No crop of
+it is in another part.
 """
 
 import csv
@@ -76,13 +78,17 @@ class Sources:
 
 
 def is_test(name: str) -> bool:
-    """Whether a drawing or an emoji is held out, by the letters of its name: home2 and home9 go the same way."""
+    """Whether a drawing or an emoji is held out, by the letters of its name: home2 and home9 go the
+    same way.
+    """
     letters = "".join(letter for letter in name.lower() if letter.isalpha())
     return hashlib.sha256(letters.encode()).digest()[0] % TEST_SHARE == 0
 
 
 def load_sources(test: bool) -> Sources:
-    """Everything that training, or the tests, may use; the emoji are Noto's in training, Twitter's in the tests."""
+    """Everything that training, or the tests, may use; the emoji are Noto's in training, Twitter's
+    in the tests.
+    """
     photos = {
         name: Image.open(fetch(package) / name).convert("RGB")
         for package, name in (TEST_PHOTOS if test else TRAIN_PHOTOS)

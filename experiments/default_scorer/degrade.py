@@ -1,6 +1,7 @@
 """Degradations of known amount, and simulated opinions of what they leave.
 
-An amount goes from 0, which leaves the image as it is, to 1. Images are RGB, of the size that the model sees.
+An amount goes from 0, which leaves the image as it is, to 1. Images are RGB, of the size that the
+model sees.
 """
 
 import io
@@ -108,7 +109,9 @@ def expected_opinion(amount: float) -> float:
 
 
 def simulate_opinions(amount: float, generator: Generator) -> tuple[float, float]:
-    """Mean and standard deviation of simulated opinions: whole levels from 1 to 5, each person's with an error."""
+    """Mean and standard deviation of simulated opinions: whole levels from 1 to 5, each person's
+    with an error.
+    """
     errors = generator.normal(0, PERSON_STD, NUM_PEOPLE)
     opinions = np.clip(np.round(expected_opinion(amount) + errors), WORST, BEST)
     return float(opinions.mean()), float(opinions.std(ddof=1))

@@ -1,7 +1,8 @@
-"""How well a scorer ranks degraded images, beside what simple numbers tell: SRCC and PLCC on each held-out part.
+"""How well a scorer ranks degraded images, beside what simple numbers tell: SRCC and PLCC on each
+held-out part.
 
-`python -m experiments.default_scorer.evaluate DATA MODEL [MODEL ...]` prints them as JSON. A baseline may have either
-sign, so of its correlations the size counts; a scorer's keep their sign.
+`python -m experiments.default_scorer.evaluate DATA MODEL [MODEL ...]` prints them as JSON. A
+baseline may have either sign, so of its correlations the size counts; a scorer's keep their sign.
 """
 
 import argparse

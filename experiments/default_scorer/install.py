@@ -1,7 +1,8 @@
-"""Put a trained scorer into the package: `python -m experiments.default_scorer.install DIR`, with the folder of `make`.
+"""Put a trained scorer into the package: `python -m experiments.default_scorer.install DIR`, with
+the folder of `make`.
 
-Copies the model of one seed, results.json of all seeds with the baselines, and the sample images, and brings the table
-of the card up to date.
+Copies the model of one seed, results.json of all seeds with the baselines, and the sample images,
+and brings the table of the card up to date.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Make the bundled scorer and measure it: `python -m experiments.default_scorer.make --out DIR`.
 
-Images go to DIR/data; for each seed DIR/SEED holds what training starts from, the run of `owl2-hf train`, the model as
-the package holds it, and results.json. What is there already is not made again.
+Images go to DIR/data; for each seed DIR/SEED holds what training starts from, the run of `owl2-hf
+train`, the model as the package holds it, and results.json. What is there already is not made
+again.
 """
 
 import argparse

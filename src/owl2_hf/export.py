@@ -95,7 +95,9 @@ class _ScorerGraph(nn.Module):
         self.register_buffer("values", values, persistent=False)
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) pixels -> (N,) scores and (N, K) logits of the levels over the temperature."""
+        """(N, 3, H, W) pixels -> (N,) scores and (N, K) logits of the levels over the
+        temperature.
+        """
         prompts = self.prompt.expand(pixel_values.shape[0], -1)  # (N, L); len() would fix N
         logits = self.model(
             input_ids=prompts, pixel_values=pixel_values, logits_to_keep=1, use_cache=False

@@ -106,7 +106,8 @@ def push(
     validate_repo_id(repo_id)
     if create_pr and revision is not None:
         raise ValueError(
-            f"expected create_pr or revision, got both ({revision!r}): a pull request is always to main."
+            f"expected create_pr or revision, got both ({revision!r}): a pull request is always to "
+            "main."
         )
     names = checked_names(folder)
     report = PushReport(repo_id, [(name, (folder / name).stat().st_size) for name in names])
@@ -124,12 +125,14 @@ def checked_names(folder: Path) -> list[str]:
     """Run every check that needs no network, and return the names of the files to upload."""
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder}: expected a model folder with a config.json, got none; save or convert one first."
+            f"{folder}: expected a model folder with a config.json, got none; save or convert one "
+            "first."
         )
     config = _read_json(folder / "config.json")
     if (found := config.get("model_type")) != "mplug_owl2":
         raise ValueError(
-            f"{folder}: expected model_type 'mplug_owl2' in config.json, got {found!r}: convert it first."
+            f"{folder}: expected model_type 'mplug_owl2' in config.json, got {found!r}: convert it "
+            "first."
         )
     names = _allowed_names(folder)
     _check_card(folder / "README.md")
@@ -192,7 +195,9 @@ def _reason_against(path: Path, name: str, folder: Path, card: str) -> str | Non
 
 
 def _reason_against_content(path: Path) -> str | None:
-    """A safetensors header may begin with the bytes of a pickle: only one that cannot be read is looked at."""
+    """A safetensors header may begin with the bytes of a pickle: only one that cannot be read is
+    looked at.
+    """
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="np"):
@@ -211,7 +216,9 @@ def _reason_against_content(path: Path) -> str | None:
 
 
 def _is_honest_link(path: Path, folder: Path) -> bool:
-    """Into the folder itself, or into the blobs of a Hub cache, of one repository or shared by all."""
+    """Into the folder itself, or into the blobs of a Hub cache, of one repository or shared by
+    all.
+    """
     target = Path(os.path.realpath(path))
     if not target.is_file():
         return False
@@ -243,7 +250,8 @@ def _check_card(path: Path) -> None:
         )
     if data.pipeline_tag != "image-text-to-text":
         raise ValueError(
-            f"{path}: expected pipeline_tag image-text-to-text, got {data.pipeline_tag}; correct it."
+            f"{path}: expected pipeline_tag image-text-to-text, got {data.pipeline_tag}; correct "
+            "it."
         )
 
 
@@ -254,7 +262,8 @@ def _check_text(path: Path) -> None:
         if found := _HOME.search(text):
             line = text.count("\n", 0, found.start()) + 1
             raise ValueError(
-                f"{path}: line {line} names a home folder: expected none, write ~/ or a shorter path."
+                f"{path}: line {line} names a home folder: expected none, write ~/ or a shorter "
+                "path."
             )
         return
     content = _read_json(path)
@@ -263,7 +272,8 @@ def _check_text(path: Path) -> None:
     for key, value in _strings(content):
         if value and any(map(_SECRET_KEY.fullmatch, key.split("."))):
             raise ValueError(
-                f"{path}: {key} seems to be a secret: remove it, and revoke it if it was ever shared."
+                f"{path}: {key} seems to be a secret: remove it, and revoke it if it was ever "
+                "shared."
             )
         if _LOCAL_PATH.search(value) or (
             key.rpartition(".")[2] in _NAME_KEYS and not _is_repo_id(value)
@@ -297,11 +307,13 @@ def _check_metadata(path: Path) -> None:
         _check_secrets(path, f"{key} {value}")
         if value and _SECRET_KEY.fullmatch(key):
             raise ValueError(
-                f"{path}: {key} in its metadata seems to be a secret: save the model again without it."
+                f"{path}: {key} in its metadata seems to be a secret: save the model again without "
+                "it."
             )
         if _LOCAL_PATH.search(value):
             raise ValueError(
-                f"{path}: {key} in its metadata is a path of a local machine: save it again without."
+                f"{path}: {key} in its metadata is a path of a local machine: save it again "
+                "without."
             )
 
 
@@ -353,7 +365,8 @@ def check_code(folder: Path, names: list[str]) -> None:
             content = (folder / name).read_bytes()
             if name not in ours or content != ours[name].read_bytes():
                 raise ValueError(
-                    f"{folder / name} differs from the package's file: save the model again with it."
+                    f"{folder / name} differs from the package's file: save the model again with "
+                    "it."
                 )
             needed.update(_RELATIVE_IMPORT.findall(content.decode()))
         elif name.endswith("config.json"):
@@ -376,14 +389,16 @@ def _check_weights(folder: Path, names: list[str]) -> None:
         weight_map = _read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(
-                f"{folder / _INDEX}: expected a weight_map, got {weight_map!r}; save the model again."
+                f"{folder / _INDEX}: expected a weight_map, got {weight_map!r}; save the model "
+                "again."
             )
         expected = {str(name) for name in weight_map.values()}
     elif _ADAPTER in names and not weights:
         return
     if missing := sorted(expected - weights):
         raise ValueError(
-            f"{folder}: its weights are not whole, {', '.join(missing)} is missing; save the model again."
+            f"{folder}: its weights are not whole, {', '.join(missing)} is missing; save the model "
+            "again."
         )
     if stale := sorted(weights - expected):
         raise ValueError(
@@ -434,7 +449,9 @@ def _api(token: str | None) -> HfApi:
 def _prepare(
     api: HfApi, folder: Path, repo_id: str, private: bool | None, revision: str | None
 ) -> str:
-    """The card passes the Hub's own check, the repository and the branch are there; returns the whole repo id."""
+    """The card passes the Hub's own check, the repository and the branch are there; returns the
+    whole repo id.
+    """
     try:
         ModelCard.load(folder / "README.md").validate()
     except ValueError as error:
@@ -442,7 +459,8 @@ def _prepare(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
         raise ValueError(
-            f"{repo_id}: expected a private repository, got a public one: change its settings first."
+            f"{repo_id}: expected a private repository, got a public one: change its settings "
+            "first."
         )
     if revision not in (None, "main") and not str(revision).startswith("refs/"):
         api.create_branch(repo_id, branch=str(revision), exist_ok=True)

@@ -17,7 +17,8 @@ def open_pictures(
     """The files decoded.
 
     Args:
-        max_pixels: Limit for the pixels of all images together: each takes memory that a small file does not betray.
+        max_pixels: Limit for the pixels of all images together: each takes memory that a small file
+            does not betray.
         names: What to call the images in an error; "image 1 of 2" if not given.
 
     Raises:

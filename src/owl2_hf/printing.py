@@ -4,7 +4,8 @@
 def printable(text: str, keep: str = "") -> str:
     """The text with every character that a terminal could obey, or not show, as Python escapes it.
 
-    Such are control characters (a newline too), marks that turn the direction of writing, and bytes that are no text.
+    Such are control characters (a newline too), marks that turn the direction of writing, and bytes
+    that are no text.
 
     Args:
         keep: Characters that stay as they are.

@@ -1,17 +1,23 @@
 """Register the package's classes with transformers' Auto classes, at the first look-up.
 
-Registering a class needs the class, so torch and transformers' modeling code: seconds that `import owl2_hf` should not
-take. Registering when transformers imports its Auto classes is no way either, for it does so in the middle of importing
-what our classes are made of. So `import owl2_hf` registers nothing, and everything happens at the first use:
+Registering a class needs the class, so torch and transformers' modeling code: seconds that `import
+owl2_hf` should not take. Registering when transformers imports its Auto classes is no way either,
+for it does so in the middle of importing what our classes are made of. So `import owl2_hf`
+registers nothing, and everything happens at the first use:
 
-1. An import hook waits for the modules that hold the tables in which ours are looked up by a name: a model type, the
-   name of a processor's class. It imports nothing, it only makes the table's user entries lazy (`_LazyEntries`).
-2. The first look into them that could find ours imports `owl2_hf.modeling` and `owl2_hf.processing`.
-3. Each of the two, however it came to be imported, ends with `register()`, which is transformers' public way. The
-   tables of models need no hook: they are looked up by the configuration's class, which comes from `owl2_hf.modeling`.
+1. An import hook waits for the modules that hold the tables in which ours are looked up by a name:
+a model type, the
+   name of a processor's class. It imports nothing, it only makes the table's user entries lazy
+   (`_LazyEntries`).
+2. The first look into them that could find ours imports `owl2_hf.modeling` and
+`owl2_hf.processing`. 3. Each of the two, however it came to be imported, ends with `register()`,
+which is transformers' public way. The
+   tables of models need no hook: they are looked up by the configuration's class, which comes from
+   `owl2_hf.modeling`.
 
-The entries of a table have a private name, `_extra_content`. A release of transformers without it is slower and just as
-right: our classes are imported before the first `from_pretrained` of an Auto class (`_load_first`).
+The entries of a table have a private name, `_extra_content`. A release of transformers without it
+is slower and just as right: our classes are imported before the first `from_pretrained` of an Auto
+class (`_load_first`).
 """
 
 import functools
@@ -62,7 +68,8 @@ def register() -> None:
     )
     from .processing import MplugOwl2ImageProcessor, MplugOwl2Processor
 
-    # The last two are the originals' names; what they read is an MplugOwl2Config, which finds the classes below.
+    # The last two are the originals' names; what they read is an MplugOwl2Config, which finds the
+    # classes below.
     for model_type, config in zip(
         MODEL_TYPES, (MplugOwl2Config, MplugOwl21Config, MplugDocOwlConfig), strict=True
     ):
@@ -88,7 +95,9 @@ def register() -> None:
 
 
 def register_in_vllm() -> None:
-    """Name our class to vLLM, which calls this in each of its processes; the class is imported when it is needed."""
+    """Name our class to vLLM, which calls this in each of its processes; the class is imported when
+    it is needed.
+    """
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(
@@ -107,7 +116,9 @@ def register_when_looked_up() -> None:
 
 
 def _make_lazy(module: ModuleType) -> bool:
-    """Whether the module's table is as we know it: what users register lies in a dict of its own."""
+    """Whether the module's table is as we know it: what users register lies in a dict of its
+    own.
+    """
     table = getattr(module, TABLES[module.__name__][0], None)
     entries = getattr(table, "_extra_content", None)
     if isinstance(entries, dict) and not isinstance(entries, _LazyEntries):
@@ -118,7 +129,8 @@ def _make_lazy(module: ModuleType) -> bool:
 def _load_first(module: ModuleType) -> None:
     """Import our classes before the first `from_pretrained` of the module's Auto class.
 
-    Right now is too early: transformers may be in the middle of importing what our classes are made of.
+    Right now is too early: transformers may be in the middle of importing what our classes are made
+    of.
     """
     auto_class = getattr(module, TABLES[module.__name__][1])
     original = auto_class.from_pretrained.__func__
@@ -138,7 +150,9 @@ def _load() -> None:
 
 
 class _LazyEntries(dict[Any, Any]):
-    """Entries that users of transformers registered in a table; ours come with the first look that could find them."""
+    """Entries that users of transformers registered in a table; ours come with the first look that
+    could find them.
+    """
 
     def __contains__(self, key: object) -> bool:
         return key in MODEL_TYPES or super().__contains__(key)

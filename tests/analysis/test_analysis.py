@@ -1,4 +1,6 @@
-"""Attention by modality and maps of the queries against direct computations; the figures, the JSON and the command."""
+"""Attention by modality and maps of the queries against direct computations; the figures, the JSON
+and the command.
+"""
 
 import copy
 import json
@@ -39,7 +41,9 @@ def left_pad(rows):
 
 
 def own_weights(attn, normed, position_embeddings, indicators, mask):
-    """(B, heads, L, L) softmax of the scores, the key of each token from the branch of its modality."""
+    """(B, heads, L, L) softmax of the scores, the key of each token from the branch of its
+    modality.
+    """
     batch, length, _ = normed.shape
     keys = torch.empty(batch, length, attn.k_proj.out_features)
     for row in range(batch):

@@ -215,7 +215,9 @@ def test_a_folder_that_computes_something_else_is_not_kept(tmp_path, monkeypatch
 
 
 def test_no_step_of_a_quantizer_stands_in_front_of_the_tables():
-    """The reader of compressed-tensors would add one there, and it loses tensors without a scale."""
+    """The reader of compressed-tensors would add one there, and it loses tensors without a
+    scale.
+    """
     for kind in ("mplug_owl2", "mplug_docowl", "mplug_owl2_1"):
         sources = [
             source

@@ -52,7 +52,9 @@ def drop(key):
 
 
 def rewrite(path, change):
-    """The same archive, each record after `change(name, content)`; the directory and all checksums are right."""
+    """The same archive, each record after `change(name, content)`; the directory and all checksums
+    are right.
+    """
     with zipfile.ZipFile(path) as archive:
         records = [(name, archive.read(name)) for name in archive.namelist()]
     with zipfile.ZipFile(path, "w") as archive:

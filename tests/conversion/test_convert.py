@@ -1,4 +1,6 @@
-"""Conversion of folders in Hugging Face's layouts: to this package's format, to other dtypes, and back."""
+"""Conversion of folders in Hugging Face's layouts: to this package's format, to other dtypes, and
+back.
+"""
 
 import itertools
 import json
@@ -44,7 +46,9 @@ def test_the_table_is_one_to_one():
 
 
 def test_the_table_covers_the_published_model(golden_dir):
-    """Every tensor of the published 7B model has its place, by name and shape, every place is filled, and back."""
+    """Every tensor of the published 7B model has its place, by name and shape, every place is
+    filled, and back.
+    """
     keys = golden_dir("A").parents[1] / "spec" / "keys" / "owl2.json"
     if not keys.is_file():
         pytest.skip("the key list of the published model is not here")
@@ -463,7 +467,9 @@ def test_options_that_make_no_sense_are_refused(source, tmp_path):
 
 
 def test_the_family_keeps_its_settings(golden_dir, tmp_path):
-    """DeQA-Score's training writes keys of its own; Q-Align's configurations lack the newer switches."""
+    """DeQA-Score's training writes keys of its own; Q-Align's configurations lack the newer
+    switches.
+    """
     source = tmp_path / "source"
     shutil.copytree(golden_dir("A") / "hf", source)
     (source / "config.json").chmod(0o644)
@@ -545,7 +551,8 @@ def test_the_way_back_writes_what_the_originals_code_reads(golden_dir, tmp_path)
         for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json")
     }
     read = {name: json.loads((source / name).read_text()) for name in written}
-    # The original dumps defaults of transformers 4 into the parts of its configuration; they say nothing.
+    # The original dumps defaults of transformers 4 into the parts of its configuration; they say
+    # nothing.
     for part in ("visual_model", "visual_abstractor"):
         mine, theirs = (values["config.json"]["visual_config"][part] for values in (written, read))
         assert {key: mine[key] for key in theirs.keys() & mine.keys()} == {

@@ -95,7 +95,9 @@ def published_layout(golden_dir, name, tmp_path):
 
 
 def without_names(config):
-    """Settings without those that only saving gives: the folder's name, and what the model's class is called."""
+    """Settings without those that only saving gives: the folder's name, and what the model's class
+    is called.
+    """
     return {
         key: value
         for key, value in config.to_dict().items()

@@ -1,4 +1,6 @@
-"""Every configuration that validates makes a model that saves, loads and converts: properties over tiny sizes."""
+"""Every configuration that validates makes a model that saves, loads and converts: properties over
+tiny sizes.
+"""
 
 import tempfile
 from pathlib import Path

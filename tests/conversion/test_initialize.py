@@ -133,7 +133,9 @@ def assert_same_logits(
     input_ids: Tensor,
     atol: float,
 ):
-    """Without indicators, with the text's, with the images', and both in turns; returns the largest difference."""
+    """Without indicators, with the text's, with the images', and both in turns; returns the largest
+    difference.
+    """
     num_ids = language.config.vocab_size
     expected = language(input_ids).logits
     mixed = torch.arange(input_ids.shape[1]).remainder(3).eq(1).long().expand_as(input_ids)
@@ -324,7 +326,8 @@ def test_a_ramp_of_positions_stays_a_ramp_away_from_the_borders():
     places = (torch.arange(32.0) + 0.5) / 2 - 0.5
     grid = resized[0, 1:].reshape(32, 32, 2)
     inner = slice(4, -4)
-    # Two new patches are one old one. In between, the cubic kernel leaves a line by up to 3/64 of a step.
+    # Two new patches are one old one. In between, the cubic kernel leaves a line by up to 3/64 of a
+    # step.
     torch.testing.assert_close(grid[6:-4, :, 0] - grid[4:-6, :, 0], torch.ones(22, 32))
     torch.testing.assert_close(grid[:, 6:-4, 1] - grid[:, 4:-6, 1], torch.ones(32, 22))
     assert (grid[inner, :, 0] - places[inner, None]).abs().max() < 0.05
@@ -615,7 +618,8 @@ def test_a_real_smollm2_keeps_its_logits_and_its_ids(tmp_path, clip):
     inputs = own(
         "The capital of France is Paris, and the capital of Italy is Rome.", return_tensors="pt"
     )
-    # Logits are up to 30; float32 sums of 576 products in another order differ in the fifth digit behind the point.
+    # Logits are up to 30; float32 sums of 576 products in another order differ in the fifth digit
+    # behind the point.
     largest = assert_same_logits(language, model, inputs["input_ids"], atol=1e-3)
     prompt = own("The capital of France is", return_tensors="pt")["input_ids"]
     expected = language.generate(prompt, max_new_tokens=8, do_sample=False)

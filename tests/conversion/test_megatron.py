@@ -84,7 +84,8 @@ def test_logits_and_answers_are_those_after_the_originals_converter(golden, whol
 def test_tensors_are_those_of_the_originals_converter(golden, whole, tmp_path):
     if not (golden / "hf_default").is_dir():
         pytest.skip(
-            "the original converter's output is not here; OWL2_HF_GOLDEN names the folder that holds it"
+            "the original converter's output is not here; OWL2_HF_GOLDEN names the folder that "
+            "holds it"
         )
     command("convert", whole, tmp_path / "original", "--to", "original")
     back = load_file(tmp_path / "original" / "model.safetensors")

@@ -1,4 +1,6 @@
-"""Weight files that nobody vouches for: what is read, and what is refused, by name and without running anything."""
+"""Weight files that nobody vouches for: what is read, and what is refused, by name and without
+running anything.
+"""
 
 import io
 import json

@@ -1,4 +1,6 @@
-"""The scorer inside the package: it loads, knows its levels, and ranks degraded images it was not trained on."""
+"""The scorer inside the package: it loads, knows its levels, and ranks degraded images it was not
+trained on.
+"""
 
 import csv
 import io

@@ -543,7 +543,9 @@ def tab(browser, address):
 
 @pytest.fixture
 def shoot(tab):
-    """Keep what the window shows as an image of the documentation, where OWL2_HF_SCREENSHOTS names a folder."""
+    """Keep what the window shows as an image of the documentation, where OWL2_HF_SCREENSHOTS names
+    a folder.
+    """
     folder = os.environ.get("OWL2_HF_SCREENSHOTS")
 
     def shoot(name):

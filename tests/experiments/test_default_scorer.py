@@ -1,4 +1,6 @@
-"""The images and opinions of the bundled scorer, and its training for a few steps, from sources made up here."""
+"""The images and opinions of the bundled scorer, and its training for a few steps, from sources
+made up here.
+"""
 
 import json
 

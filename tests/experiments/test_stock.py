@@ -1,4 +1,6 @@
-"""Stock folders from packages; the packages themselves are used where they are in the cache already."""
+"""Stock folders from packages; the packages themselves are used where they are in the cache
+already.
+"""
 
 import pytest
 import torch

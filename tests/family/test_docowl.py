@@ -1,4 +1,6 @@
-"""DocOwl 1.5: the H-Reducer in place of the abstractor, and documents cut into crops of their shape."""
+"""DocOwl 1.5: the H-Reducer in place of the abstractor, and documents cut into crops of their
+shape.
+"""
 
 import copy
 import json
@@ -44,7 +46,9 @@ PILLOW = int(PIL.__version__.partition(".")[0])
 
 @pytest.fixture(scope="module")
 def original(golden_dir, tmp_path_factory):
-    """The original's folder, or where the wider sets are absent one of its configuration with other weights."""
+    """The original's folder, or where the wider sets are absent one of its configuration with other
+    weights.
+    """
     folder = golden_dir("H1") / "hf"
     if not folder.is_dir():
         folder = tmp_path_factory.mktemp("docowl") / "hf"
@@ -68,7 +72,8 @@ def converted(original, tmp_path_factory):
 def golden(request, golden_dir, converted):
     if not (golden_dir("H1") / "hf").is_dir():
         pytest.skip(
-            "the whole model of golden set H1 is not here; OWL2_HF_GOLDEN names the folder that holds it"
+            "the whole model of golden set H1 is not here; OWL2_HF_GOLDEN names the folder that "
+            "holds it"
         )
     return GoldenSet(golden_dir("H1"), converted, request.param)
 
@@ -190,7 +195,9 @@ def source(original, tmp_path):
 
 @pytest.fixture(scope="module")
 def with_tokenizer(original, tmp_path_factory):
-    """The original's folder with the small vocabulary of the other sets, and room for a document's tags in it."""
+    """The original's folder with the small vocabulary of the other sets, and room for a document's
+    tags in it.
+    """
     folder = tmp_path_factory.mktemp("docowl") / "original"
     folder.mkdir()
     shards = read_shards(original)
@@ -405,7 +412,8 @@ def test_crops_and_prompts_are_the_originals(documents):
         pixels = torch.from_numpy(np.stack(processed["pixel_values"]))
         assert len(pixels) == case["num_crops"], key
         if (expected := documents.tensors.get(f"{key}/pixel_values")) is not None:
-            # Pillow 13 shrinks tall images in another order of passes than 12, which rounds some pixels otherwise.
+            # Pillow 13 shrinks tall images in another order of passes than 12, which rounds some
+            # pixels otherwise.
             differs = name == "tall" and PILLOW < 13
             torch.testing.assert_close(pixels, expected, rtol=0, atol=0.04 if differs else 1e-5)
             compared += 1

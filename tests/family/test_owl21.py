@@ -289,7 +289,9 @@ PUBLISHED = {
 
 
 def test_the_names_cover_the_published_model(golden_dir):
-    """Every tensor of the published model has its place, by name and shape, every place is filled, and back."""
+    """Every tensor of the published model has its place, by name and shape, every place is filled,
+    and back.
+    """
     keys = golden_dir("Q1").parents[1] / "spec" / "keys" / "owl21.json"
     if not keys.is_file():
         pytest.skip("the key list of the published model is not here")
@@ -344,7 +346,9 @@ def ranks():
 
 
 def merge(parts, ranks):
-    """Neighbours that make the piece of the lowest rank, the first such pair first, until none make one."""
+    """Neighbours that make the piece of the lowest rank, the first such pair first, until none make
+    one.
+    """
     while len(parts) > 1:
         rank, index = min(
             (ranks.get(a + b, 10**9), index) for index, (a, b) in enumerate(pairwise(parts))
@@ -439,7 +443,9 @@ def test_a_broken_vocabulary_is_an_error(tmp_path, content, message):
 
 @pytest.fixture
 def talking(source, ranks, tmp_path):
-    """The original's folder with a tokenizer, and weights for all of its tokens and a few rows more."""
+    """The original's folder with a tokenizer, and weights for all of its tokens and a few rows
+    more.
+    """
     folder = tmp_path / "talking"
     folder.mkdir()
     for name in ("config.json", "preprocessor_config.json", "generation_config.json"):

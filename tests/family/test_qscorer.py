@@ -33,7 +33,9 @@ PROMPT = "USER: How would you rate the quality of this image?\n<|image|>\nASSIST
 
 
 def save(source: Path, folder: Path, **tensors) -> dict[str, torch.Tensor]:
-    """A small original with five more tokens and Q-Scorer's head, as its merging script leaves one."""
+    """A small original with five more tokens and Q-Scorer's head, as its merging script leaves
+    one.
+    """
     generator = torch.Generator().manual_seed(0)
     state = read_shards(source)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -88,7 +90,9 @@ def rows(model) -> tuple[list[list[int]], torch.Tensor]:
 
 @torch.no_grad()
 def by_hand(state, source, ids, image) -> tuple[torch.Tensor, int]:
-    """Q-Scorer's steps for one prompt: the likeliest token is appended, the MLP reads the state there."""
+    """Q-Scorer's steps for one prompt: the likeliest token is appended, the MLP reads the state
+    there.
+    """
     causal = MplugOwl2ForConditionalGeneration.from_pretrained(source).eval()
     image_id = causal.config.image_token_id
     is_image = torch.tensor([ids]).gt(1004)

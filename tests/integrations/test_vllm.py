@@ -53,7 +53,9 @@ def test_importing_the_package_does_not_import_vllm():
 
 @pytest.fixture(scope="module")
 def expected() -> list[tuple[list[int], list[int], list[float]]]:
-    """Of each question the prompt's ids, the greedy answer's, and their log-probabilities, by transformers."""
+    """Of each question the prompt's ids, the greedy answer's, and their log-probabilities, by
+    transformers.
+    """
     model, processor = owl2_hf.load_default(dtype="float32")
     answers = []
     for text, pictures in QUESTIONS:
@@ -77,7 +79,9 @@ def expected() -> list[tuple[list[int], list[int], list[float]]]:
 
 @pytest.fixture(scope="module")
 def engine(expected):
-    """vLLM in this process, with prompts cut into chunks of 16 tokens; transformers' model does not run after it."""
+    """vLLM in this process, with prompts cut into chunks of 16 tokens; transformers' model does not
+    run after it.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM

@@ -1,4 +1,6 @@
-"""One file holds the differences between releases of transformers; unknown arguments are never swallowed."""
+"""One file holds the differences between releases of transformers; unknown arguments are never
+swallowed.
+"""
 
 import copy
 import inspect
@@ -118,7 +120,9 @@ def test_outputs_have_the_images_and_the_cache(model, inputs):
 
 
 def rename(monkeypatch, old, new):
-    """Let `generate` call an argument of the model by another name, as a next release of transformers may."""
+    """Let `generate` call an argument of the model by another name, as a next release of
+    transformers may.
+    """
     original = GenerationMixin.prepare_inputs_for_generation
 
     def renaming(self, *args, **kwargs):

@@ -1,4 +1,6 @@
-"""How much work a step is, in counts that no load of the machine changes: LLaMA's operations and a stated few more."""
+"""How much work a step is, in counts that no load of the machine changes: LLaMA's operations and a
+stated few more.
+"""
 
 from collections import Counter
 
@@ -13,7 +15,8 @@ from owl2_hf.modeling.compatibility_mplug_owl2 import CACHE
 from ..original import pad
 from .test_modeling_mplug_owl2 import IMAGE, RUN, llama_like, pictures, tiny_config
 
-# Masking the logits of reserved ids: two comparisons, their union, the ids themselves, and the mask.
+# Masking the logits of reserved ids: two comparisons, their union, the ids themselves, and the
+# mask.
 RESERVED_IDS = {"arange": 1, "eq": 1, "ge": 1, "bitwise_or": 1, "masked_fill": 1}
 # Looking for placeholders that came without images, once a prompt; the count is read by the host.
 PLACEHOLDERS = {"eq": 1, "sum": 1, "_local_scalar_dense": 1}

@@ -1,4 +1,6 @@
-"""The model by itself: degenerate cases, indicators, batches, reserved ids, initialisation, generation."""
+"""The model by itself: degenerate cases, indicators, batches, reserved ids, initialisation,
+generation.
+"""
 
 import copy
 import itertools

@@ -1,4 +1,6 @@
-"""The classifier: what it reads, its losses, every way of saving and loading it, and adapters with its head."""
+"""The classifier: what it reads, its losses, every way of saving and loading it, and adapters with
+its head.
+"""
 
 import copy
 import json

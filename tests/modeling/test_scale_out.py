@@ -1,4 +1,6 @@
-"""Beyond one process and one device: tensor parallelism under torchrun, weights on the CPU and on the disk."""
+"""Beyond one process and one device: tensor parallelism under torchrun, weights on the CPU and on
+the disk.
+"""
 
 import os
 import re
@@ -81,7 +83,9 @@ def gradients(
 
 
 def work(root: Path) -> None:
-    """What each process of torchrun does: every model of the folder, and the first one's results into a file."""
+    """What each process of torchrun does: every model of the folder, and the first one's results
+    into a file.
+    """
     torch.set_num_threads(1)
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         new_way = {"distributed_config": DistributedConfig(tp_size=2)}
@@ -239,7 +243,9 @@ def assert_answers(
 
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.5, 0.3, 0.0])
 def test_device_map_auto_puts_on_the_disk_what_has_no_room(tmp_path, share):
-    """The shares end within the decoder, the abstractor and the vision encoder, and before everything."""
+    """The shares end within the decoder, the abstractor and the vision encoder, and before
+    everything.
+    """
     expected = expected_default()
     room = int(share * owl2_hf.load_default()[0].get_memory_footprint())
     model, _ = owl2_hf.load_default(
@@ -265,7 +271,9 @@ def test_device_map_auto_with_room_moves_nothing():
 
 
 def test_weights_may_wait_on_the_cpu():
-    """As on a machine with an accelerator: each module fetches its weights when it runs and drops them after."""
+    """As on a machine with an accelerator: each module fetches its weights when it runs and drops
+    them after.
+    """
     model, _ = owl2_hf.load_default()
     expected = answers(model, default_inputs())
     cpu_offload(model, torch.device("cpu"))

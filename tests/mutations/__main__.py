@@ -1,7 +1,8 @@
-"""Whether the tests notice a wrong formula: `make mutations`, or `python -m tests.mutations [part of a file's name]`.
+"""Whether the tests notice a wrong formula: `make mutations`, or `python -m tests.mutations [part
+of a file's name]`.
 
-Every mutation of the list is made in a copy of the sources, and the test that it names must fail there. A mutation that
-the test lets pass is a survivor; the exit code is 1 if there is one.
+Every mutation of the list is made in a copy of the sources, and the test that it names must fail
+there. A mutation that the test lets pass is a survivor; the exit code is 1 if there is one.
 """
 
 import multiprocessing
@@ -32,7 +33,9 @@ PRELOADED = [
 
 
 def run_tests(tree: str, tests: list[str], results: Connection) -> None:
-    """Run tests of a copy of the sources, and send the names of those that passed, failed and were skipped."""
+    """Run tests of a copy of the sources, and send the names of those that passed, failed and were
+    skipped.
+    """
     import pytest
 
     for name in [name for name in sys.modules if name.partition(".")[0] in ("owl2_hf", "tests")]:
@@ -57,7 +60,9 @@ def run_tests(tree: str, tests: list[str], results: Connection) -> None:
 
 
 def outcomes_of(tree: Path, tests: Sequence[str]) -> tuple[int, dict[str, list[str]]]:
-    """Exit code of pytest and tests by outcome, from a process of its own; -1 if it broke down or took too long."""
+    """Exit code of pytest and tests by outcome, from a process of its own; -1 if it broke down or
+    took too long.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
@@ -86,7 +91,9 @@ def copy_sources(folder: Path) -> Path:
 
 
 def survives(mutation: Mutation, tree: Path) -> str | None:
-    """`None` where the named test fails with the mutation, as it should; else what happened in its place."""
+    """`None` where the named test fails with the mutation, as it should; else what happened in its
+    place.
+    """
     file = tree / "src" / "owl2_hf" / mutation.file
     original = file.read_text(encoding="utf-8")
     if original.count(mutation.old) != 1:

@@ -1,4 +1,6 @@
-"""Formulas made wrong on purpose, each with the test that must notice. `python -m tests.mutations` tries them."""
+"""Formulas made wrong on purpose, each with the test that must notice. `python -m tests.mutations`
+tries them.
+"""
 
 from typing import NamedTuple
 

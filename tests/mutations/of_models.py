@@ -1,7 +1,7 @@
 """Mutations of the model, of what it reads, and of what is read off it.
 
-Keys: the file below src/owl2_hf, and that of its tests. Values: text that occurs once in it, what stands there instead,
-and the test that must fail then.
+Keys: the file below src/owl2_hf, and that of its tests. Values: text that occurs once in it, what
+stands there instead, and the test that must fail then.
 """
 
 CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
@@ -140,8 +140,10 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "test_vision_and_connector_give_the_originals_numbers",
         ),
         (
-            "gated = nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)",
-            "gated = self.gate_proj(hidden_states) * nn.functional.silu(self.up_proj(hidden_states))",
+            "gated = nn.functional.silu(self.gate_proj(hidden_states)) * "
+            "self.up_proj(hidden_states)",
+            "gated = self.gate_proj(hidden_states) * "
+            "nn.functional.silu(self.up_proj(hidden_states))",
             "test_vision_and_connector_give_the_originals_numbers",
         ),
         (
@@ -150,7 +152,8 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "test_vision_and_connector_give_the_originals_numbers",
         ),
         (
-            "        queries = queries + self.cross_attn(queries, self.image_layernorm(image), **kwargs)[0]",
+            "        queries = queries + self.cross_attn(queries, self.image_layernorm(image), "
+            "**kwargs)[0]",
             "        queries = queries + self.cross_attn(queries, image, **kwargs)[0]",
             "test_vision_and_connector_give_the_originals_numbers",
         ),
@@ -199,7 +202,8 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "test_vision_and_connector_give_the_originals_numbers",
         ),
         (
-            "hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), **kwargs)[0]",
+            "hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), "
+            "**kwargs)[0]",
             "hidden_states = hidden_states + self.self_attn(hidden_states, **kwargs)[0]",
             "test_vision_and_connector_give_the_originals_numbers",
         ),

@@ -1,14 +1,16 @@
 """Mutations of scores, opinions, losses, training and conversion.
 
-Keys: the file below src/owl2_hf, and that of its tests. Values: text that occurs once in it, what stands there instead,
-and the test that must fail then.
+Keys: the file below src/owl2_hf, and that of its tests. Values: text that occurs once in it, what
+stands there instead, and the test that must fail then.
 """
 
 CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("scoring/labels.py", "tests/scoring/test_labels.py"): [
         (
-            "return (num_levels - 1) * (mos - low) / (high - low) + 1, (num_levels - 1) * std / (high - low)",
-            "return num_levels * (mos - low) / (high - low) + 1, (num_levels - 1) * std / (high - low)",
+            "return (num_levels - 1) * (mos - low) / (high - low) + 1, (num_levels - 1) * std / "
+            "(high - low)",
+            "return num_levels * (mos - low) / (high - low) + 1, (num_levels - 1) * std / (high - "
+            "low)",
             "test_soft_labels_are_those_of_the_original",
         ),
         (

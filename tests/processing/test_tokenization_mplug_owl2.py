@@ -12,7 +12,8 @@ from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer
 GOLDEN = Path(__file__).parents[1] / "golden" / "T"
 IDS = json.loads((GOLDEN / "ids.json").read_text())
 MARKER = -200
-# Raw strings that start with the marker (the original puts `<s>` behind it) and the empty one (it gives nothing).
+# Raw strings that start with the marker (the original puts `<s>` behind it) and the empty one (it
+# gives nothing).
 OTHER_THAN_THE_ORIGINALS = {"raw_image_first", "raw_image_only", "raw_empty"}
 
 

@@ -86,7 +86,9 @@ def test_a_picture_that_is_preferred_scores_higher(default, pictures, monkeypatc
 
 
 def test_the_scale_is_the_released_one(default, monkeypatch):
-    """The optimum from a search of another kind, the worst of anchors and image at 0 and the best at 100."""
+    """The optimum from a search of another kind, the worst of anchors and image at 0 and the best
+    at 100.
+    """
     anchors, preferred = ["a", "b", "c"], [0.9, 0.8, 0.3]
     table = [[0.5, 0.3, 0.05], [0.7, 0.5, 0.2], [0.95, 0.8, 0.5]]
     comparator = Comparator(*default, TINY)

@@ -1,4 +1,6 @@
-"""Scores of whole data sets: sources, the file that comes out, interruptions, and several processes."""
+"""Scores of whole data sets: sources, the file that comes out, interruptions, and several
+processes.
+"""
 
 import csv
 import io

@@ -1,4 +1,6 @@
-"""A scorer against opinions: the table, its intervals, several data sets, splits, the plot, and the command."""
+"""A scorer against opinions: the table, its intervals, several data sets, splits, the plot, and the
+command.
+"""
 
 import csv
 import json

@@ -268,7 +268,8 @@ def test_a_reference_in_two_parts_is_bad(folder):
     assert load_opinions(write_csv(folder / "rows.csv", rows)).rows[2].reference == "I02.png"
     result = check(folder / "rows.csv")
     assert result.exit_code == 1 and result.stdout.splitlines()[:2] == [
-        "row 3: its reference 'I01.png' is in 'test' here and in 'train' in row 2: leave it in one part.",
+        "row 3: its reference 'I01.png' is in 'test' here and in 'train' in row 2: leave it in "
+        "one part.",
         "3 rows of opinions, 1 bad, 0 duplicates",
     ]
     apart = [{**row, "dataset": row["split"]} for row in rows]

@@ -1,4 +1,6 @@
-"""`POST /v1/score`: a running server, the client of docs/rewards.md, and the parts where a process cannot show them."""
+"""`POST /v1/score`: a running server, the client of docs/rewards.md, and the parts where a process
+cannot show them.
+"""
 
 import asyncio
 import json
@@ -358,7 +360,8 @@ def test_the_page_replaces_flow_grpo_s_function(page, url, images, expected, for
     batch = FORMS[form](images)
     for name in ("deqa_score_remote", "deqa_score"):
         factory = page[name]
-        # flow_grpo looks at the names of a function, gives it a device if it takes one, and weighs its scores.
+        # flow_grpo looks at the names of a function, gives it a device if it takes one, and weighs
+        # its scores.
         assert "device" in factory.__code__.co_varnames
         scores, info = factory(torch.device("cpu"))(batch, ["a prompt"] * len(images), [{}])
         weighed = torch.as_tensor([0.5 * score for score in scores]).float()

@@ -1,4 +1,6 @@
-"""`owl2-hf serve`: a running process and OpenAI's own client; its parts where a process cannot show them."""
+"""`owl2-hf serve`: a running process and OpenAI's own client; its parts where a process cannot show
+them.
+"""
 
 import asyncio
 import base64
@@ -109,7 +111,9 @@ def ask(client, text, *urls, **options):
 
 
 def post(url, body, headers=None, path="/v1/chat/completions"):
-    """Status and JSON of an answer to raw bytes, or to an iterator of them, which is sent in chunks."""
+    """Status and JSON of an answer to raw bytes, or to an iterator of them, which is sent in
+    chunks.
+    """
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=30)
     headers = {
         "Authorization": f"Bearer {KEY}",
@@ -947,7 +951,9 @@ def test_a_request_takes_what_has_no_effect():
 
 
 def talk(url, lines, *arguments, expected, timeout=90, **environment):
-    """What `transformers chat` shows in a terminal when these lines are typed, one after each answer."""
+    """What `transformers chat` shows in a terminal when these lines are typed, one after each
+    answer.
+    """
     pty = pytest.importorskip("pty", reason="a terminal of Unix")
     code = "from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-c", code, "chat", "default", url, *arguments]

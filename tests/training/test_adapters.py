@@ -1,4 +1,6 @@
-"""Adapters: what the presets target, every way of loading, refusals, checkpointing, merging, the documented example."""
+"""Adapters: what the presets target, every way of loading, refusals, checkpointing, merging, the
+documented example.
+"""
 
 import contextlib
 import copy

@@ -23,7 +23,8 @@ from ..original import MARKER, expand_markers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RED, WIDE = Image.new("RGB", (5, 5), "red"), Image.new("RGB", (40, 10), "blue")
-# Upstream: what its `--version v1` puts in front of every training conversation, and inference does not.
+# Upstream: what its `--version v1` puts in front of every training conversation, and inference does
+# not.
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -76,11 +77,13 @@ def labels_file(golden_dir, name):
     return json.loads(path.read_text())["cases"]
 
 
-# The original masks these samples as a whole, by a count of its own that does not fit ("tokenization mismatch").
+# The original masks these samples as a whole, by a count of its own that does not fit
+# ("tokenization mismatch").
 MASKED_BY_A_BUG = {"answer_contains_assistant": "he said ASSISTANT: yes</s>"}
 # It does the same with these, which have nothing to learn; here they are refused.
 REFUSED = {"empty_answer"}
-# With legacy=False transformers 4.31 split `USER` behind `</s>` otherwise than every later version does.
+# With legacy=False transformers 4.31 split `USER` behind `</s>` otherwise than every later version
+# does.
 OTHER_IDS = {
     ("llama2", False): {"image_two_rounds", "image_three_rounds_unicode", "text_two_rounds"}
 }
@@ -152,7 +155,8 @@ def test_batches_are_the_originals(golden_dir, mode):
             "the original's batches are not here; OWL2_HF_GOLDEN names the folder that holds them"
         )
     processor = MplugOwl2Processor.from_original(golden_dir("G") / "mplug_owl2_base")
-    # Upstream: anything but "pad" goes through CLIP's own preprocessing in training, which cuts the centre.
+    # Upstream: anything but "pad" goes through CLIP's own preprocessing in training, which cuts the
+    # centre.
     processor.image_processor.image_aspect_ratio = "pad" if mode == "pad" else "crop"
     rows = json.loads((folder / "data.json").read_text())
     rows = [{**sample, "conversations": with_system(sample["conversations"])} for sample in rows]

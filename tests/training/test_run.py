@@ -368,7 +368,9 @@ def test_the_documentation_shows_what_runs(rows, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def damaged(rows, tmp_path):
-    """Forty rows with an image each: the 36th is no image, and one that is cut short only shows when it is decoded."""
+    """Forty rows with an image each: the 36th is no image, and one that is cut short only shows
+    when it is decoded.
+    """
     turns = [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]
     shutil.copy(rows.parent / "0.png", tmp_path / "good.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
@@ -518,8 +520,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     caplog.clear()
     report = train(made, resume=True)
     assert (
-        f"not whole is checkpoint-4: {file.name} is cut short or damaged; going on from checkpoint-2."
-        in caplog.text
+        f"not whole is checkpoint-4: {file.name} is cut short or damaged; going on from "
+        "checkpoint-2." in caplog.text
     )
     assert report.resumed_from == str(run / "checkpoint-2") and losses(run) == whole
     assert last_checkpoint(run).name == "checkpoint-4"

@@ -58,7 +58,9 @@ BASE = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two data sets of coloured squares on different scales; red is good. The second has no standard deviations."""
+    """Two data sets of coloured squares on different scales; red is good. The second has no
+    standard deviations.
+    """
     folder = tmp_path_factory.mktemp("opinions")
     generator = np.random.default_rng(0)
     for name, count, high in (("one", 16, 5), ("two", 10, 100)):
@@ -331,7 +333,9 @@ class Dies(TrainerCallback):
 def test_a_scorer_is_the_same_to_the_bit_twice_and_after_a_kill(
     recipe, tmp_path, monkeypatch, labels, has_adapter
 ):
-    """Nineteen rows in batches of four are five steps an epoch: the kill and its checkpoint lie in the second."""
+    """Nineteen rows in batches of four are five steps an epoch: the kill and its checkpoint lie in
+    the second.
+    """
     settings = {"max_steps": 9, "per_device_train_batch_size": 4, "lr_scheduler_type": "cosine"}
     adapter = (
         {"preset": "q-align", "r": 4, "lora_dropout": 0.2, "train_connector": True}
@@ -633,7 +637,9 @@ def test_a_broken_image_is_named_before_the_model_is_loaded(recipe, folder, tmp_
 
 
 def test_bad_opinions_are_left_out_where_a_recipe_says_so(recipe, tmp_path, caplog):
-    """A row without a MOS, one without its image, and one whose image only decoding finds broken."""
+    """A row without a MOS, one without its image, and one whose image only decoding finds
+    broken.
+    """
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for name in ("a.png", "b.png", "c.png", "cut.png"):
         Image.fromarray(noise).save(tmp_path / name)

@@ -60,7 +60,9 @@ def images():
 
 
 def ids_of(processor, answer=None, has_image=True):
-    """What a chat is at inference: a prompt, or a prompt with its answer as a turn before the next question."""
+    """What a chat is at inference: a prompt, or a prompt with its answer as a turn before the next
+    question.
+    """
     content = [{"type": "image", "image": images()[0]}] if has_image else []
     chat = [{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}]
     if answer is not None:

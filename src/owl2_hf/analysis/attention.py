@@ -1,7 +1,8 @@
-"""Attention weights as a few numbers: by modality in the decoder, over the image in the visual abstractor.
+"""Attention weights as a few numbers: by modality in the decoder, over the image in the visual
+abstractor.
 
-B: batch, L: positions, N: images, Q: learnable queries, G: patches along one side, P: positions of one encoded
-image (patches, and a class token where the model has one).
+B: batch, L: positions, N: images, Q: learnable queries, G: patches along one side, P: positions of
+one encoded image (patches, and a class token where the model has one).
 """
 
 from collections.abc import Sequence
@@ -17,13 +18,15 @@ def attention_mass(
     attention_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
 ) -> Tensor:
-    """Shares of the decoder's attention that go to text and to visual tokens, as means over heads and queries.
+    """Shares of the decoder's attention that go to text and to visual tokens, as means over heads
+    and queries.
 
     Args:
         attentions: layers times (B, heads, L, L), `attentions` of an output.
         mm_token_type_ids: (B, L) modality indicators, 0 text and 1 image.
         attention_mask: (B, L), 0 at padding; no padding if not given.
-        query_mask: (B, L), True at the positions whose attention counts; all but padding if not given.
+        query_mask: (B, L), True at the positions whose attention counts; all but padding if not
+            given.
 
     Returns:
         (layers, B, 2), text and visual; the two sum to one.
@@ -61,14 +64,16 @@ def attention_shares(
     queries = tokens.bool() if query_mask is None else query_mask.to(tokens.device) & tokens.bool()
     if not queries.any(-1).all():
         raise ValueError(
-            "every row needs at least one query whose attention counts; query_mask or padding left none."
+            "every row needs at least one query whose attention counts; query_mask or padding "
+            "left none."
         )
     shares = []
     for layer, weights in enumerate(attentions):
         if weights.shape[0] != num_rows or weights.shape[2:] != (length, length):
             raise ValueError(
-                f"expected attention weights of shape ({num_rows}, heads, {length}, {length}) in layer {layer}, got "
-                f"{tuple(weights.shape)}: run the whole text in one forward pass, without a cache."
+                f"expected attention weights of shape ({num_rows}, heads, {length}, {length}) in "
+                f"layer {layer}, got {tuple(weights.shape)}: run the whole text in one forward "
+                "pass, without a cache."
             )
         means = weights.float().mean(1) * tokens.to(weights.device, torch.float)[:, None]
         # Rows of half precision sum to one only nearly.
@@ -80,7 +85,9 @@ def attention_shares(
 
 
 def uniform_attention(attention_mask: Tensor) -> Tensor:
-    """(B, L) mask -> (B, 1, L, L) weights of a decoder that attends to all that each position sees alike."""
+    """(B, L) mask -> (B, 1, L, L) weights of a decoder that attends to all that each position sees
+    alike.
+    """
     seen = (
         attention_mask.bool()[:, None]
         & torch.ones(2 * attention_mask.shape[1:]).tril().to(attention_mask).bool()
@@ -92,9 +99,10 @@ class QueryAttention(NamedTuple):
     """What the learnable queries attend to.
 
     Args:
-        maps: (N, Q, G, G) attention over the patches, as means over layers and heads; each map sums to one.
-        shares: (layers, N, 3) shares of attention that go to the queries themselves, to the class token and to the
-            patches, as means over heads and queries; they sum to one.
+        maps: (N, Q, G, G) attention over the patches, as means over layers and heads; each map sums
+            to one.
+        shares: (layers, N, 3) shares of attention that go to the queries themselves, to the class
+            token and to the patches, as means over heads and queries; they sum to one.
     """
 
     maps: Tensor
@@ -105,8 +113,8 @@ def query_maps(abstractor_attentions: Sequence[Tensor], grid_size: int) -> Query
     """Attention of the learnable queries over the image.
 
     Args:
-        abstractor_attentions: layers times (N, heads, Q, Q + P), of `get_image_features`. The keys are the queries, a
-            class token where there is one, and the patches row by row.
+        abstractor_attentions: layers times (N, heads, Q, Q + P), of `get_image_features`. The keys
+            are the queries, a class token where there is one, and the patches row by row.
         grid_size: G.
 
     Raises:
@@ -117,8 +125,8 @@ def query_maps(abstractor_attentions: Sequence[Tensor], grid_size: int) -> Query
     num_class_tokens = num_keys - num_queries - grid_size**2
     if num_class_tokens not in (0, 1):
         raise ValueError(
-            f"expected {num_queries} queries, {grid_size} x {grid_size} patches and at most one class token as keys, "
-            f"got {num_keys}: grid_size is another model's."
+            f"expected {num_queries} queries, {grid_size} x {grid_size} patches and at most one "
+            f"class token as keys, got {num_keys}: grid_size is another model's."
         )
     weights = weights / weights.sum(-1, keepdim=True)
     groups = weights.split([num_queries, num_class_tokens, grid_size**2], dim=-1)

@@ -14,14 +14,17 @@ class Run:
         picture: "given", "unrelated" or "none".
         image: Name of the image.
         generated: What the model itself answers, greedily.
-        answer_logprob: Mean log probability, in nats, of the tokens of the answer that is read, its end included.
+        answer_logprob: Mean log probability, in nats, of the tokens of the answer that is read, its
+            end included.
         num_tokens: How many are "text", "visual", and, among the text, "answer".
-        attention: Queries -> keys -> share of attention in each layer. Queries: "answer", the positions that predict
-            the answer; "text", the text behind the image; "visual". Keys: "text" and "visual" sum to one;
-            "first_token" is a part of the text.
+        attention: Queries -> keys -> share of attention in each layer. Queries: "answer", the
+            positions that predict the answer; "text", the text behind the image; "visual". Keys:
+            "text" and "visual" sum to one; "first_token" is a part of the text.
         uniform: Queries -> keys -> the share if attention went to all that a position sees alike.
-        norms: State -> modality -> root mean square over channels in each layer, as the median over tokens.
-        query_shares: "queries", "class_token", "patches" -> share of the abstractor's attention in each layer.
+        norms: State -> modality -> root mean square over channels in each layer, as the median over
+            tokens.
+        query_shares: "queries", "class_token", "patches" -> share of the abstractor's attention in
+            each layer.
         query_maps: (N, Q, G, G), each sums to one; `None` without learnable queries or image.
         squares: (N, S, S, 3) uint8, what the model sees.
         aspect_ratio: Height over width that a square is drawn with: a stretched image's own.
@@ -56,11 +59,13 @@ class Findings:
 
     Args:
         model: Name of the model.
-        has_module: Its decoder has parts of their own for visual tokens, the modality-adaptive module.
+        has_module: Its decoder has parts of their own for visual tokens, the modality-adaptive
+            module.
         question, answer: The text that all runs read.
         is_answer_generated: The answer is the model's own to the given image.
         runs: With the given image; in the unrelated mode also with the unrelated one and with none.
-        weights: Part of a layer -> "text", "visual" (root mean squares), "distance" -> number in each layer.
+        weights: Part of a layer -> "text", "visual" (root mean squares), "distance" -> number in
+            each layer.
         notes: What the numbers do not say.
         without: The same of a model to compare with, usually one without the module.
     """
@@ -76,7 +81,9 @@ class Findings:
     without: "Findings | None" = None
 
     def compare_with(self, other: "Findings") -> None:
-        """Put the analysis of another model, which read the same question and answer, beside this one."""
+        """Put the analysis of another model, which read the same question and answer, beside this
+        one.
+        """
         self.without = other
         if other.has_module:
             other.notes.append(
@@ -98,12 +105,14 @@ class Findings:
     def summary(self) -> list[str]:
         """Lines for a person: the answers, and the attention of the answer that is read."""
         lines = [
-            f"{self.model} ({'with' if self.has_module else 'without'} the modality-adaptive module)"
+            f"{self.model} ({'with' if self.has_module else 'without'} the modality-adaptive "
+            "module)"
         ]
         for run in self.runs:
             picture = "no" if run.picture == "none" else run.picture
             lines.append(
-                f"  {picture} image: {run.generated!r}; log probability of the answer {run.answer_logprob:.3f}"
+                f"  {picture} image: {run.generated!r}; log probability of the answer "
+                f"{run.answer_logprob:.3f}"
             )
             if run.picture != "none":
                 shares = " ".join(f"{share:.3f}" for share in run.attention["answer"]["visual"])

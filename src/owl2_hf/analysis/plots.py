@@ -1,4 +1,6 @@
-"""An analysis as figures of matplotlib, drawn without a backend, so that a program's own plots stay as they are."""
+"""An analysis as figures of matplotlib, drawn without a backend, so that a program's own plots stay
+as they are.
+"""
 
 import math
 from typing import Any
@@ -39,7 +41,8 @@ def draw(analysis: Findings) -> dict[str, Figure]:
 
 
 def attention_figure(analysis: Findings) -> Figure:
-    """Shares of the answer's attention on text and on visual tokens over the layers, a panel for each model.
+    """Shares of the answer's attention on text and on visual tokens over the layers, a panel for
+    each model.
 
     700 pixels wide for each model, 450 high.
     """
@@ -67,7 +70,9 @@ def attention_figure(analysis: Findings) -> Figure:
 
 
 def norms_figure(analysis: Findings) -> Figure:
-    """Norms of the two modalities over the layers; four panels for each model, 1400 x 380 pixels."""
+    """Norms of the two modalities over the layers; four panels for each model, 1400 x 380
+    pixels.
+    """
     models = _models(analysis)
     figure = Figure(figsize=(14, 3.8 * len(models)), dpi=DPI, layout="constrained")
     rows = figure.subplots(len(models), len(NORM_TITLES), squeeze=False)
@@ -85,7 +90,8 @@ def norms_figure(analysis: Findings) -> Figure:
 def query_maps_figure(run: Run, index: int = 0) -> Figure:
     """A square of the image, the mean of all maps over it, and the map of each learnable query.
 
-    A cell is 130 pixels wide, and as high as the image's shape asks for; the first two are twice as large.
+    A cell is 130 pixels wide, and as high as the image's shape asks for; the first two are twice as
+    large.
     """
     assert run.query_maps is not None and run.squares is not None
     maps, picture = run.query_maps[index], run.squares[index]

@@ -1,4 +1,5 @@
-"""One forward pass of the decoder, reduced layer by layer while it runs: whole attention weights are never kept.
+"""One forward pass of the decoder, reduced layer by layer while it runs: whole attention weights
+are never kept.
 
 L: positions, D: width.
 """
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from ..modeling.modeling_mplug_owl2_text import MplugOwl2TextModel, route
 from .attention import attention_shares
 
-# Parts of a layer that the modality-adaptive module may double, as (parent, name of the text branch).
+# Parts of a layer that the modality-adaptive module may double, as (parent, name of the text
+# branch).
 BRANCHES = (
     ("", "input_layernorm"),
     ("", "post_attention_layernorm"),
@@ -91,7 +93,9 @@ class DecoderRecorder:
         self._add_norm("post_attention_layernorm", args[0])
 
     def _add_norm(self, state: str, hidden_states: Tensor) -> None:
-        """Of (1, L, D) states the root mean square over channels, as the median over the tokens of each modality."""
+        """Of (1, L, D) states the root mean square over channels, as the median over the tokens of
+        each modality.
+        """
         rms = hidden_states[0].float().pow(2).mean(-1).sqrt().cpu()
         for modality, mask in self._modalities.items():
             self.norms[state][modality].append(float(rms[mask].median()) if mask.any() else None)
@@ -101,9 +105,9 @@ def branch_weights(text_model: MplugOwl2TextModel) -> dict[str, dict[str, list[f
     """Size of the weights of each branch, layer by layer, and how far apart the two branches are.
 
     Returns:
-        Part -> `text` and `visual`, root mean squares of the weights, and `distance`, the Frobenius norm of their
-        difference over that of the text branch. `None` where there is no visual branch, or where the weights are
-        quantised or not in memory.
+        Part -> `text` and `visual`, root mean squares of the weights, and `distance`, the Frobenius
+        norm of their difference over that of the text branch. `None` where there is no visual
+        branch, or where the weights are quantised or not in memory.
     """
     found: dict[str, dict[str, list[float | None]]] = {}
     for parent, name in BRANCHES:

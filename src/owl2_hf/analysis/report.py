@@ -1,6 +1,7 @@
 """Analyse one model with one image and question: its answer, its attention, and its norms.
 
-N: squares that the image becomes, S: side of a square, Q: learnable queries, G: patches along one side.
+N: squares that the image becomes, S: side of a square, Q: learnable queries, G: patches along one
+side.
 """
 
 import json
@@ -138,7 +139,8 @@ def check_target(folder: str | Path, overwrite: bool = False) -> None:
         raise ValueError(f"{folder} is a file: choose a folder for the analysis.")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
-            f"{folder} is not empty: choose another folder, or replace the analysis in it (--overwrite)."
+            f"{folder} is not empty: choose another folder, or replace the analysis in it "
+            "(--overwrite)."
         )
 
 
@@ -217,7 +219,8 @@ class _Reader:
     def _encode(
         self, pixels: Tensor | None
     ) -> tuple[dict[str, Any] | None, tuple[Tensor, ...] | None]:
-        """The images' visual tokens, and the attention of the learnable queries where there are any.
+        """The images' visual tokens, and the attention of the learnable queries where there are
+        any.
 
         The vision encoder's own weights are not asked for: of a 7B model they take gigabytes.
         """
@@ -237,7 +240,9 @@ class _Reader:
 
 @contextmanager
 def _prepared(model: Any) -> Iterator[None]:
-    """Evaluation mode, no gradients, and eager attention where weights are read; afterwards everything as it was."""
+    """Evaluation mode, no gradients, and eager attention where weights are read; afterwards
+    everything as it was.
+    """
     config = model.config
     parts = ["text_config"] + (
         ["abstractor_config"] if config.connector_type == "abstractor" else []
@@ -259,7 +264,8 @@ def _check(model: Any, answer: str | None, max_new_tokens: int) -> None:
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in MODEL_TYPES or not hasattr(model, "lm_head"):
         raise ValueError(
-            f"expected a MplugOwl2ForConditionalGeneration, got {type(model).__name__} ({model_type!r})."
+            f"expected a MplugOwl2ForConditionalGeneration, got {type(model).__name__} "
+            f"({model_type!r})."
         )
     if answer is not None and not answer.strip():
         raise ValueError(
@@ -281,7 +287,9 @@ def _notes(config: Any) -> list[str]:
 
 
 def _query_groups(indicators: Tensor, start: int) -> dict[str, Tensor]:
-    """(1, L) masks of the positions whose attention counts; `start` is the first position of the answer."""
+    """(1, L) masks of the positions whose attention counts; `start` is the first position of the
+    answer.
+    """
     positions = torch.arange(indicators.shape[1], device=indicators.device)[None]
     visual = indicators.bool()
     behind = visual.long().flip(1).cumsum(1).flip(1).eq(0)  # no visual token here or further on

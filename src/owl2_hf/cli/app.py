@@ -43,7 +43,8 @@ def say_mistake(error: Exception) -> None:
     say(f"owl2-hf: {' '.join(message.split())}", err=True)
 
 
-# Libraries that write to the screen while they are imported, about parts of theirs that no command needs.
+# Libraries that write to the screen while they are imported, about parts of theirs that no command
+# needs.
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 

@@ -104,7 +104,8 @@ def convert(
         say_json(vars(report))
     elif report.is_noop:
         say(
-            f"{source} is in this package's format already: nothing to convert, {target} was not made"
+            f"{source} is in this package's format already: nothing to convert, {target} was not "
+            "made"
         )
     else:
         say(f"{target}: {report.summary()}")

@@ -22,7 +22,9 @@ Replace this card before you publish the model: the licences of its sources hold
 
 
 def _template() -> Path:
-    """Inside an installed package, or at the top of the repository where it is installed for editing."""
+    """Inside an installed package, or at the top of the repository where it is installed for
+    editing.
+    """
     return next(
         path
         for path in (_PACKAGE / "model_card.md", _PACKAGE.parents[1] / "model_card.md")
@@ -37,7 +39,8 @@ def write_card(
 
     Args:
         facts: What the table of this checkpoint says, by row.
-        is_published: The model has the published one's sizes: it is the base model, or was tuned from it.
+        is_published: The model has the published one's sizes: it is the base model, or was tuned
+            from it.
         scorer: How it scores, if it does.
     """
     card = ModelCard.load(_template())

@@ -93,8 +93,8 @@ class ConversionReport:
             return f"a PEFT adapter from {self.layout}"
         tokenizer = "no tokenizer" if self.tokenizer is None else f"tokenizer from {self.tokenizer}"
         return (
-            f"{self.num_parameters:,} parameters in {self.num_tensors} tensors, {self.dtype}, from {self.layout}; "
-            f"{len(self.dropped)} dropped, {len(self.rebuilt)} rebuilt; {tokenizer}"
+            f"{self.num_parameters:,} parameters in {self.num_tensors} tensors, {self.dtype}, from "
+            f"{self.layout}; {len(self.dropped)} dropped, {len(self.rebuilt)} rebuilt; {tokenizer}"
             + (f"; scores as {self.scorer}" if self.scorer else "")
         )
 
@@ -103,7 +103,8 @@ def open_source(source: str | Path, base: str | Path | None = None) -> Source:
     """Recognise the layout of a checkpoint by the files in its folder.
 
     Args:
-        source: The original's Hugging Face layout, Megatron's, a LoRA fine-tune, or this package's format.
+        source: The original's Hugging Face layout, Megatron's, a LoRA fine-tune, or this package's
+            format.
         base: For a LoRA fine-tune, the model that it was trained on. For Megatron, a folder with
             config.json and tokenizer.
 
@@ -117,7 +118,8 @@ def open_source(source: str | Path, base: str | Path | None = None) -> Source:
     if is_lora(folder):
         if base_folder is None:
             raise ConversionError(
-                f"{folder} holds a LoRA fine-tune: give the model that it was trained on with --base."
+                f"{folder} holds a LoRA fine-tune: give the model that it was trained on with "
+                "--base."
             )
         return LoraSource(folder, open_source(base_folder))
     if not has_weights(folder) and is_megatron(folder):
@@ -148,7 +150,8 @@ def convert(
     Args:
         source: Folder of the checkpoint, in any layout that `open_source` recognises.
         target: Folder to make; it must not exist, or be empty.
-        to: "ours" for transformers, "original" for the original's code, "adapter" for PEFT (LoRA fine-tunes only).
+        to: "ours" for transformers, "original" for the original's code, "adapter" for PEFT (LoRA
+            fine-tunes only).
         base: See `open_source`.
         tokenizer: File or folder to read the tokenizer from, if the source has none.
         preset: Name in `owl2_hf.scoring.PRESETS`, if the source does not say which scorer it is.
@@ -222,7 +225,8 @@ def _check_options(
         raise ValueError(f"expected a max_shard_size such as 500MB or 5GB, got {max_shard_size!r}.")
     if to == "adapter" and (dtype, tokenizer, max_shard_size) != (None, None, _SHARD_SIZE):
         raise ValueError(
-            "an adapter keeps its types and has no tokenizer and no shards: leave these options out."
+            "an adapter keeps its types and has no tokenizer and no shards: leave these options "
+            "out."
         )
 
 
@@ -233,7 +237,9 @@ def _plain_name(folder: str | Path) -> str:
 
 @contextmanager
 def _hashing(files: list[Path]) -> Iterator[dict[Path, Future[str]]]:
-    """SHA-256 of each file, computed beside the conversion; reading ahead also brings the files into memory for it."""
+    """SHA-256 of each file, computed beside the conversion; reading ahead also brings the files
+    into memory for it.
+    """
     background = ThreadPoolExecutor(max_workers=1)
     try:
         yield {file: background.submit(sha256, file) for file in files}
@@ -307,7 +313,9 @@ class _Conversion:
         self.plan = self._plan()
 
     def _plan(self) -> dict[str, Tensor]:
-        """Our name -> shape and final dtype; all that can be known to be wrong without reading values is found here."""
+        """Our name -> shape and final dtype; all that can be known to be wrong without reading
+        values is found here.
+        """
         expected = expected_tensors(self.config)
         plan: dict[str, Tensor] = {}
         seen: dict[str, str] = {}
@@ -353,13 +361,15 @@ class _Conversion:
         return tensor.dtype if self.dtype is None or _is_table(name) else self.dtype
 
     def _add_missing(self, plan: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-        """The released weights lack the abstractor's sin-cos tables; anything else that is missing is an error."""
+        """The released weights lack the abstractor's sin-cos tables; anything else that is missing
+        is an error.
+        """
         missing = [name for name in expected if name not in plan]
         if lost := [name for name in missing if not _is_table(name)]:
             keys = ", ".join(repr(original_key(name, self.config)[0]) for name in lost[:3])
             raise ConversionError(
-                f"{self.source.files[0].parent} lacks {len(lost)} parameters of the model that its configuration "
-                f"describes: {keys}{', ...' if len(lost) > 3 else ''}."
+                f"{self.source.files[0].parent} lacks {len(lost)} parameters of the model that its "
+                f"configuration describes: {keys}{', ...' if len(lost) > 3 else ''}."
             )
         plan.update({name: expected[name].to(torch.float32) for name in missing})
         self.report.rebuilt = missing
@@ -478,7 +488,9 @@ def _write_adapter(source: Source, folder: Path) -> list[Path]:
 def _write_around_ours(
     source: Source, folder: Path, tokenizer: str | Path | None, scorer: Preset | None
 ) -> tuple[str | None, MplugOwl2Processor | None]:
-    """All but the weights and the preset; returns where the tokenizer came from, and the processor."""
+    """All but the weights and the preset; returns where the tokenizer came from, and the
+    processor.
+    """
     with torch.device("meta"):
         model = model_class(source.config)(source.config)
     model.config.architectures = [type(model).__name__]
@@ -491,8 +503,8 @@ def _write_around_ours(
     if origin is None:
         expected = f"{', '.join(TOKENIZER_FILES[:-1])} or {TOKENIZER_FILES[-1]}"
         logger.warning(
-            f"{str(source.folder)!r} has no {expected}: the converted folder has no processor. Convert again with "
-            "--tokenizer PATH to give it one."
+            f"{str(source.folder)!r} has no {expected}: the converted folder has no processor. "
+            "Convert again with --tokenizer PATH to give it one."
         )
         return None, None
     processor = load_processor(source, tokenizer)
@@ -511,13 +523,16 @@ def _write_around_ours(
 def _write_around_original(
     source: Source, folder: Path, tokenizer: str | Path | None, scorer: Preset | None
 ) -> tuple[str | None, None]:
-    """As for our format; the original's code has no processor, and its folder gets the preset alone."""
+    """As for our format; the original's code has no processor, and its folder gets the preset
+    alone.
+    """
     config = original_config(source.config)
     generation_config(source).save_pretrained(folder)
     origin = tokenizer or (source.folder if has_tokenizer(source.folder) else None)
     if origin is None:
         logger.warning(
-            f"{str(source.folder)!r} has no tokenizer: the target has none. Give one with --tokenizer PATH."
+            f"{str(source.folder)!r} has no tokenizer: the target has none. Give one with "
+            "--tokenizer PATH."
         )
     else:
         processor = load_processor(source, tokenizer)
@@ -527,7 +542,8 @@ def _write_around_original(
         name = QWEN_VOCABULARY if source.config.is_owl21 else SENTENCEPIECE_VOCABULARY
         if vocabulary is None or _vocabulary_name(vocabulary) != name:
             logger.warning(
-                f"{str(origin)!r} has no {name}, as the original's code needs: give one with --tokenizer PATH."
+                f"{str(origin)!r} has no {name}, as the original's code needs: give one with "
+                "--tokenizer PATH."
             )
             vocabulary = Path(origin) / "tokenizer.json" if Path(origin).is_dir() else Path(origin)
         save_original_processor(processor, vocabulary, folder)
@@ -566,8 +582,8 @@ def load_processor(source: Source, tokenizer: str | Path | None) -> MplugOwl2Pro
         processor.image_processor.image_aspect_ratio = "pad"
     if processor.image_token_id != config.image_token_id:
         raise ConversionError(
-            f"the tokenizer of {tokenizer or source.folder} has {processor.image_token_id} tokens, the weights "
-            f"{config.image_token_id}."
+            f"the tokenizer of {tokenizer or source.folder} has {processor.image_token_id} tokens, "
+            f"the weights {config.image_token_id}."
         )
     return processor
 

@@ -4,7 +4,8 @@ The visual abstractor is new. Both branches of every modality-adaptive module st
 language model's weights. So the new model first computes the same as the language model, with any
 modality indicators.
 
-V: ids that the language model predicts, D: its width, C: width of the vision encoder, P: positions of one image.
+V: ids that the language model predicts, D: its width, C: width of the vision encoder, P: positions
+of one image.
 """
 
 import re
@@ -51,7 +52,8 @@ class InitReport:
     """The parts that a new model was made from.
 
     Args:
-        parameters: Component -> number of parameters; a head that is tied to the embeddings counts 0.
+        parameters: Component -> number of parameters; a head that is tied to the embeddings counts
+            0.
         notes: Facts that may be unexpected, one sentence each.
     """
 
@@ -218,8 +220,8 @@ def _model_config(
     if image_token_id != num_ids:
         where = "behind" if image_token_id > num_ids else "inside"
         report.notes.append(
-            f"The placeholder is id {image_token_id}, {where} the {num_ids} ids of the language model's table: the "
-            "tokenizer has another length."
+            f"The placeholder is id {image_token_id}, {where} the {num_ids} ids of the language "
+            "model's table: the tokenizer has another length."
         )
     return MplugOwl2Config(
         vision_config=vision,
@@ -294,8 +296,8 @@ def _abstractor_config(
     num_heads = max(1, width // 64)
     if width % num_heads or width % 4:
         raise ValueError(
-            f"the vision encoder is {width} wide: expected a multiple of 4 that {num_heads} heads of the visual "
-            "abstractor divide. Choose another vision encoder."
+            f"the vision encoder is {width} wide: expected a multiple of 4 that {num_heads} heads "
+            "of the visual abstractor divide. Choose another vision encoder."
         )
     return MplugOwl2AbstractorConfig(
         num_learnable_queries=num_queries,
@@ -335,5 +337,6 @@ def _check_loads(folder: Path) -> None:
     missing = sorted(info["missing_keys"])
     if unexpected or missing or processor.image_token_id != model.config.image_token_id:
         raise ValueError(
-            f"the new model does not load as it was saved: {missing} missing, {unexpected} unexpected."
+            f"the new model does not load as it was saved: {missing} missing, {unexpected} "
+            "unexpected."
         )

@@ -1,5 +1,7 @@
-"""LoRA fine-tunes as the original's training code and its descendants wrote them: an adapter beside the other weights
-that were trained (`non_lora_trainables.bin`), merged into their base model or brought to today's PEFT."""
+"""LoRA fine-tunes as the original's training code and its descendants wrote them: an adapter beside
+the other weights that were trained (`non_lora_trainables.bin`), merged into their base model or
+brought to today's PEFT.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -55,7 +57,8 @@ class LoraSource:
     """A LoRA fine-tune on its base model, as a stream of merged tensors.
 
     Args:
-        folder: Holds adapter_config.json, the adapter, and mostly non_lora_trainables.bin and a config.json.
+        folder: Holds adapter_config.json, the adapter, and mostly non_lora_trainables.bin and a
+            config.json.
         base: What it was trained on.
     """
 
@@ -99,7 +102,8 @@ class LoraSource:
                 piece.key,
                 [(name, self._merged(name, tensor)) for name, tensor in piece.tensors],
             )
-        # The base may lack the tables that are computed and a scorer's head, and nothing else that the fine-tune has.
+        # The base may lack the tables that are computed and a scorer's head, and nothing else that
+        # the fine-tune has.
         for name in sorted(left):
             if not (name.endswith("_pos_embed") or name.startswith("score.")):
                 raise ConversionError(
@@ -109,7 +113,9 @@ class LoraSource:
             yield Piece(f"{self.own_files[-1]}, tensor {name!r}", name, [(name, tensor)])
 
     def _merged(self, name: str, tensor: Tensor) -> Tensor:
-        """The base's tensor after the fine-tune, in the base's dtype; the sum is taken in float32."""
+        """The base's tensor after the fine-tune, in the base's dtype; the sum is taken in
+        float32.
+        """
         dtype, update = tensor.dtype, self.updates.get(name)
         if tensor.is_meta or (update is None and name not in self.replaced):
             return tensor
@@ -119,8 +125,8 @@ class LoraSource:
         merged = total.to(dtype)
         if is_finite(total) and not is_finite(merged):
             raise ConversionError(
-                f"{self.own_files[-1].parent}: what the fine-tune makes of {name} is too large for the base's {dtype}; "
-                "convert the base with --dtype float32 first."
+                f"{self.own_files[-1].parent}: what the fine-tune makes of {name} is too large for "
+                f"the base's {dtype}; convert the base with --dtype float32 first."
             )
         return merged
 
@@ -141,7 +147,8 @@ class LoraSource:
             if pair.keys() != {"A", "B"}:
                 raise ConversionError(f"{wheres[module]}: lora_A and lora_B do not come in a pair.")
             scale = _scale(self.settings, module, pair["A"].shape[0])
-            # B has the rows of the weight itself: what splits or pads the one splits or pads the other.
+            # B has the rows of the weight itself: what splits or pads the one splits or pads the
+            # other.
             for name, up in self._under_our_names(wheres[module], f"{module}.weight", pair["B"]):
                 updates[name] = self._checked(
                     wheres[module], name, LoraUpdate(pair["A"], up, scale)
@@ -192,7 +199,9 @@ def _first(folder: Path, names: tuple[str, ...]) -> list[str]:
 
 
 def _strip(key: str) -> str:
-    """The name of the parameter inside PEFT's wrappers; the two of the original's training code differ by one."""
+    """The name of the parameter inside PEFT's wrappers; the two of the original's training code
+    differ by one.
+    """
     key = key.removeprefix("base_model.")
     while key.startswith(("model.model.", "model.lm_head.", "model.deepmlp.")):
         key = key.removeprefix("model.")
@@ -200,7 +209,9 @@ def _strip(key: str) -> str:
 
 
 def _describe_scorer(config: MplugOwl2Config, tensors: Mapping[str, Tensor]) -> None:
-    """Complete the configuration of a Q-Scorer, whose training code says nothing of its head and tokens in it."""
+    """Complete the configuration of a Q-Scorer, whose training code says nothing of its head and
+    tokens in it.
+    """
     biases = {_strip(key): tensor for key, tensor in tensors.items() if ".bias" in key}
     layers = [name for name in biases if name.startswith("deepmlp.model.")]
     names = [f"deepmlp.model.{i}.linear.bias" for i in range(len(layers))]
@@ -234,7 +245,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             _check_number(folder / _CONFIG, f"{key} of {name}", value)
     if settings.get("use_rslora") not in (True, False, None):
         raise ConversionError(
-            f"{folder / _CONFIG}: expected use_rslora true or false, got {settings['use_rslora']!r}."
+            f"{folder / _CONFIG}: expected use_rslora true or false, got "
+            f"{settings['use_rslora']!r}."
         )
     return settings
 
@@ -264,8 +276,9 @@ def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
 def save_adapter(source: LoraSource, folder: Path) -> None:
     """The fine-tune as today's PEFT and this package's names have it.
 
-    `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `non_lora_trainables.safetensors` holds the other
-    trained weights, to be loaded into the base model before the adapter.
+    `adapter_config.json` and `adapter_model.safetensors` are PEFT's;
+    `non_lora_trainables.safetensors` holds the other trained weights, to be loaded into the base
+    model before the adapter.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -310,7 +323,8 @@ def _alpha_pattern(settings: dict[str, Any], modules: dict[str, LoraUpdate]) -> 
 
 
 def load_non_lora(model: torch.nn.Module, folder: str | Path) -> None:
-    """Put the other trained weights of a fine-tune, as `save_adapter` writes them, into its base model.
+    """Put the other trained weights of a fine-tune, as `save_adapter` writes them, into its base
+    model.
 
     Raises:
         ConversionError: If the model has no such parameters.

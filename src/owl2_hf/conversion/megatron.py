@@ -1,9 +1,10 @@
-"""Checkpoints of Megatron, which mPLUG-Owl2 was trained with, also split over several tensor-parallel ranks.
+"""Checkpoints of Megatron, which mPLUG-Owl2 was trained with, also split over several
+tensor-parallel ranks.
 
-The published converter of the original reads one rank. How tensors are split over ranks follows Megatron's parallel
-layers: projections into a wider space by output rows, projections out of it by input columns, tables of tokens by rows,
-norms not at all. It is checked on checkpoints that were cut that way from whole ones, never on one of a real two-rank
-run, because none was published.
+The published converter of the original reads one rank. How tensors are split over ranks follows
+Megatron's parallel layers: projections into a wider space by output rows, projections out of it by
+input columns, tables of tokens by rows, norms not at all. It is checked on checkpoints that were
+cut that way from whole ones, never on one of a real two-rank run, because none was published.
 """
 
 import re
@@ -47,7 +48,8 @@ def _whole(
     return {f"{source}.{leaf}": (f"{target}.{leaf}", None) for leaf in leaves}
 
 
-# Megatron's name -> the original's name in the Hugging Face layout, and the dimension that ranks split.
+# Megatron's name -> the original's name in the Hugging Face layout, and the dimension that ranks
+# split.
 RENAMED: dict[str, tuple[str, Split]] = {
     _LLM + "embedding.word_embeddings.weight": ("model.embed_tokens.weight", 0),
     _LLM + "encoder.lm_head.weight": ("lm_head.weight", 0),
@@ -113,11 +115,15 @@ for _ours, _theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj
 
 
 class _Settings:
-    """Takes the place of `argparse.Namespace` in a pickle: a bag of values that nothing is done with."""
+    """Takes the place of `argparse.Namespace` in a pickle: a bag of values that nothing is done
+    with.
+    """
 
 
 class _Ignored:
-    """Takes the place of numpy's arrays in a pickle, the state of random numbers: built from anything, kept nowhere."""
+    """Takes the place of numpy's arrays in a pickle, the state of random numbers: built from
+    anything, kept nowhere.
+    """
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -162,7 +168,8 @@ def rank_files(folder: Path) -> list[Path]:
     )
     if pipeline := [path.name for path in ranks if not re.fullmatch(r"mp_rank_\d+", path.name)]:
         raise ConversionError(
-            f"{folder} has {pipeline[0]!r}: checkpoints of several pipeline stages are not supported."
+            f"{folder} has {pipeline[0]!r}: checkpoints of several pipeline stages are not "
+            "supported."
         )
     expected = [folder / f"mp_rank_{rank:02d}" for rank in range(max(len(ranks), 1))]
     if missing := [path for path in expected if path not in ranks]:
@@ -180,7 +187,9 @@ def _rank_file(rank: Path) -> Path:
 
 
 def _iteration(folder: Path) -> Path:
-    """The folder that holds the ranks: the one itself, what its tracker names, or the only one that there is."""
+    """The folder that holds the ranks: the one itself, what its tracker names, or the only one that
+    there is.
+    """
     if any(folder.glob("mp_rank_*")):
         return folder
     tracker = folder / _TRACKER
@@ -213,8 +222,8 @@ class MegatronSource:
 
     Args:
         folder: Where the ranks, their iteration or their release are.
-        base: Folder with the config.json and tokenizer that belong to the weights, where `folder` has none. Without
-            either the published model's configuration is taken.
+        base: Folder with the config.json and tokenizer that belong to the weights, where `folder`
+            has none. Without either the published model's configuration is taken.
     """
 
     folder: Path
@@ -327,6 +336,7 @@ def merge_ranks(
         merged = merged[: shape[0]]
     if (dim is None and len(parts) > 1) or merged.shape != shape:
         raise ValueError(
-            f"expected shape {tuple(shape)} by the configuration, got {shapes} from {len(parts)} ranks"
+            f"expected shape {tuple(shape)} by the configuration, got {shapes} from {len(parts)} "
+            "ranks"
         )
     return merged

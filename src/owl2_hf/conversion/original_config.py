@@ -1,4 +1,6 @@
-"""The files around the weights as the original's code reads them: config.json, tokenizer, preprocessing."""
+"""The files around the weights as the original's code reads them: config.json, tokenizer,
+preprocessing.
+"""
 
 import json
 import shutil
@@ -88,15 +90,16 @@ _OURS = {
 
 
 def original_config(config: MplugOwl2Config) -> dict[str, Any]:
-    """The flat form of the original: the decoder's fields at the top, the vision side in `visual_config`.
+    """The flat form of the original: the decoder's fields at the top, the vision side in
+    `visual_config`.
 
     Raises:
         ConversionError: If the original's code has no word for something in it.
     """
     if config.output_vocab_size is None:
         raise ConversionError(
-            "the original's code has no output_vocab_size None: its tables end with the last token, so give the number "
-            "of tokens in config.json."
+            "the original's code has no output_vocab_size None: its tables end with the last "
+            "token, so give the number of tokens in config.json."
         )
     text, has_abstractor = config.text_config.to_dict(), config.connector_type == "abstractor"
     release = {"transformers_version": _TRANSFORMERS_VERSION}
@@ -210,7 +213,8 @@ def _check_nothing_lost(flat: dict[str, Any], config: MplugOwl2Config) -> None:
             )
             if not ignored and before.get(key) != after.get(key):
                 raise ConversionError(
-                    f"the original's code has no {key} {before.get(key)!r}: it would read {after.get(key)!r}."
+                    f"the original's code has no {key} {before.get(key)!r}: it would read "
+                    f"{after.get(key)!r}."
                 )
 
 

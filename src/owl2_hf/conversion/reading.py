@@ -1,4 +1,6 @@
-"""Weights that nobody vouches for: which files of a folder hold them, and what is wrong with a tensor or a file."""
+"""Weights that nobody vouches for: which files of a folder hold them, and what is wrong with a
+tensor or a file.
+"""
 
 import hashlib
 import re
@@ -22,7 +24,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class ConversionError(ValueError):
-    """The source is not what it should be; the message names the file, the tensor, and what was expected."""
+    """The source is not what it should be; the message names the file, the tensor, and what was
+    expected.
+    """
 
 
 def has_weights(folder: Path) -> bool:
@@ -49,14 +53,16 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         if (folder / f"{name}.index.json").exists():
             return _indexed_files(folder / f"{name}.index.json")
     raise ConversionError(
-        f"{folder} holds no weights: expected pytorch_model.bin, model.safetensors, or shards with their index."
+        f"{folder} holds no weights: expected pytorch_model.bin, model.safetensors, or shards with "
+        "their index."
     )
 
 
 def _indexed_files(index: Path) -> dict[Path, set[str] | None]:
     placed: dict[str, set[str]] = {}
     for key, name in _read_weight_map(index).items():
-        # The name is checked, not the resolved path: honest caches are made of links that leave their folder.
+        # The name is checked, not the resolved path: honest caches are made of links that leave
+        # their folder.
         if not isinstance(name, str) or not _WEIGHT_FILE.fullmatch(name):
             raise ConversionError(
                 f"{index} names {name!r}, which is not a weight file of this folder."
@@ -130,7 +136,9 @@ def check_tensor(where: str, tensor: Any, meta: bool = False) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; many times faster than a look at each: both come through the bounds."""
+    """Whether no value is NaN or infinite; many times faster than a look at each: both come through
+    the bounds.
+    """
     return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
 
 
@@ -161,7 +169,9 @@ def sha256(path: Path) -> str:
 
 
 class _Records:
-    """Checksums of the records of a zip archive, from one walk over its bytes; nothing for other files."""
+    """Checksums of the records of a zip archive, from one walk over its bytes; nothing for other
+    files.
+    """
 
     def __init__(self, path: Path):
         self.path = path

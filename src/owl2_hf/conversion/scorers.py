@@ -17,7 +17,8 @@ logger = logging.get_logger(__name__)
 
 # Settings that DeQA-Score's training leaves in config.json.
 _DEQA_SETTINGS = {"level_ids", "level_prefix", "softkl_loss"}
-# What the published checkpoints are called, in `_name_or_path`: the name that they had where they were saved.
+# What the published checkpoints are called, in `_name_or_path`: the name that they had where they
+# were saved.
 _NAMES = {
     "one-align": re.compile(r"(one|q)[-_]?align"),
     "deqa": re.compile(r"deqa"),
@@ -27,7 +28,8 @@ _CODE_FILE = "modeling_mplug_owl2.py"
 
 
 def find_preset(source: Source, name: str | None = None) -> tuple[Preset | None, str | None]:
-    """How a checkpoint scores, and how that is known; two `None` for one that is no scorer, as far as can be seen.
+    """How a checkpoint scores, and how that is known; two `None` for one that is no scorer, as far
+    as can be seen.
 
     Args:
         name: What it is, where that is told.
@@ -42,7 +44,8 @@ def find_preset(source: Source, name: str | None = None) -> tuple[Preset | None,
             raise ConversionError(f"expected a preset of {', '.join(PRESETS)}, got {name!r}.")
         if not can_score:
             raise ConversionError(
-                f"{source.folder} has a head of its own for scores, so no preset: leave --preset out."
+                f"{source.folder} has a head of its own for scores, so no preset: leave --preset "
+                "out."
             )
         return PRESETS[name], f"{name}, as told"
     folders = [source.folder]
@@ -79,7 +82,9 @@ def _recognise(folder: Path) -> tuple[str | None, str]:
 
 
 def fit_processor(processor: MplugOwl2Processor, preset: Preset) -> None:
-    """Images become square as a scorer's do, also in a chat; what a scorer only cuts for scores stays."""
+    """Images become square as a scorer's do, also in a chat; what a scorer only cuts for scores
+    stays.
+    """
     if preset.image_aspect_ratio == "pad":
         processor.image_processor.image_aspect_ratio = "pad"
 

@@ -167,7 +167,8 @@ def read_config(folder: Path) -> tuple[MplugOwl2Config, bool]:
         raise ConversionError(
             f"{path}: expected model_type {expected}, got {found!r}; nothing was converted."
         )
-    # Code that the source names is neither run nor carried over, nor is what only fits the machine it comes from.
+    # Code that the source names is neither run nor carried over, nor is what only fits the machine
+    # it comes from.
     for name in (
         "auto_map",
         "quantization_config",

@@ -35,7 +35,8 @@ def check_apart(target: Path, *sources: Path) -> None:
         inner, outer = target.resolve(), source.resolve()
         if inner == outer or outer in inner.parents or inner in outer.parents:
             raise ValueError(
-                f"{target} and {source} are the same or one inside the other; choose another target."
+                f"{target} and {source} are the same or one inside the other; choose another "
+                "target."
             )
 
 
@@ -49,7 +50,8 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         target: Must not exist, or be an empty folder.
-        overwrite: A filled folder may stand there; its model files give way at the end, its other files stay.
+        overwrite: A filled folder may stand there; its model files give way at the end, its other
+            files stay.
 
     Raises:
         ValueError: If the target is in use, or another process is building it.

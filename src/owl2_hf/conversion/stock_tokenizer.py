@@ -50,14 +50,16 @@ def _tokenizer_folder(source: str | Path) -> Path:
     found = next((file for file in files if file is not None), None)
     if found is None:
         raise ValueError(
-            f"{source} has no tokenizer: expected a tokenizer.json or a tokenizer.model beside {CONFIG_NAME}. "
-            "Save the language model's tokenizer there."
+            f"{source} has no tokenizer: expected a tokenizer.json or a tokenizer.model beside "
+            f"{CONFIG_NAME}. Save the language model's tokenizer there."
         )
     return found.parent
 
 
 def _has_the_ids_of(folder: Path, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether LLaMA's tokenizer is all that the folder holds: no token more, no other way to split."""
+    """Whether LLaMA's tokenizer is all that the folder holds: no token more, no other way to
+    split.
+    """
     vocab = set(tokenizer.get_vocab()) - {IMAGE_TOKEN}
     added = set(read_json(folder / "added_tokens.json"))
     decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
@@ -85,11 +87,13 @@ def _load_fast_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"{source}: its tokenizer cannot be loaded: {error}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
-            f"{source} has a {type(tokenizer).__name__}: expected a fast tokenizer, one with a tokenizer.json."
+            f"{source} has a {type(tokenizer).__name__}: expected a fast tokenizer, one with a "
+            "tokenizer.json."
         )
     if tokenizer.eos_token is None:
         raise ValueError(
-            f"{source}: its tokenizer has no eos_token, with which an answer ends; set one and save it."
+            f"{source}: its tokenizer has no eos_token, with which an answer ends; set one and "
+            "save it."
         )
     return tokenizer
 
@@ -97,10 +101,11 @@ def _load_fast_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
 def _adapt_tokenizer(
     own: PreTrainedTokenizerFast, max_positions: int, notes: list[str]
 ) -> PreTrainedTokenizerFast:
-    """The same ids for every text, the placeholder as one token more, and a normalizer that deletes noncharacters.
+    """The same ids for every text, the placeholder as one token more, and a normalizer that deletes
+    noncharacters.
 
-    The class is the plain one: those of single models build themselves anew when they are loaded, without the
-    normalizer of the file.
+    The class is the plain one: those of single models build themselves anew when they are loaded,
+    without the normalizer of the file.
     """
     special = {
         name: token for name, token in own.special_tokens_map.items() if isinstance(token, str)
@@ -122,7 +127,9 @@ def _adapt_tokenizer(
 
 
 def _deleting_noncharacters(backend: Tokenizer) -> Tokenizer:
-    """Control tokens are found before the normalizer runs, or an escaped one would be found behind it."""
+    """Control tokens are found before the normalizer runs, or an escaped one would be found behind
+    it.
+    """
     state = json.loads(backend.to_str())
     deletions = [
         {"type": "Replace", "pattern": {"String": mark}, "content": ""}
@@ -141,6 +148,6 @@ def _check_placeholder(own: PreTrainedTokenizerFast, tokenizer: PreTrainedTokeni
     index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if taken.get(index, IMAGE_TOKEN) != IMAGE_TOKEN:
         raise ValueError(
-            f"the tokenizer gives {IMAGE_TOKEN!r} the id {index}, which {taken[index]!r} has: its ids have gaps. Add "
-            f"{IMAGE_TOKEN!r} to its tokenizer.json with a free id."
+            f"the tokenizer gives {IMAGE_TOKEN!r} the id {index}, which {taken[index]!r} has: its "
+            f"ids have gaps. Add {IMAGE_TOKEN!r} to its tokenizer.json with a free id."
         )

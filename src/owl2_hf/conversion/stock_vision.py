@@ -63,17 +63,20 @@ def find_file(source: str | Path, name: str) -> Path | None:
 def check_not_quantized(source: str | Path, config: PreTrainedConfig) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"{source} is quantized: expected weights of a floating-point type; dequantize it first."
+            f"{source} is quantized: expected weights of a floating-point type; dequantize it "
+            "first."
         )
 
 
 def load_whole(source: str | Path, model_class: Any, dtype: Any) -> Any:
-    """A model whose parameters all came from its files; transformers would make the missing ones up."""
+    """A model whose parameters all came from its files; transformers would make the missing ones
+    up.
+    """
     model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
     if lost := sorted(key for key in info["missing_keys"] if not key.endswith("mask_token")):
         raise ValueError(
-            f"{source} lacks {len(lost)} parameters of its model, the first is {lost[0]}: the checkpoint is "
-            "incomplete, or its configuration is another model's."
+            f"{source} lacks {len(lost)} parameters of its model, the first is {lost[0]}: the "
+            "checkpoint is incomplete, or its configuration is another model's."
         )
     return model.eval()
 
@@ -104,8 +107,9 @@ def read_vision(source: str | Path, image_size: int | None) -> StockVision:
     }
     if config.model_type not in readers:
         raise ValueError(
-            f"{source} is a model of type {config.model_type!r}: expected a ViT with a class token and without "
-            f"registers, of type {', '.join(map(repr, readers))} (so not SigLIP). Leave vision out for a fresh one."
+            f"{source} is a model of type {config.model_type!r}: expected a ViT with a class token "
+            f"and without registers, of type {', '.join(map(repr, readers))} (so not SigLIP). "
+            "Leave vision out for a fresh one."
         )
     check_not_quantized(source, config)
     tower = readers[config.model_type](source, getattr(config, "vision_config", config))
@@ -159,10 +163,13 @@ def _read_clip(source: str | Path, config: Any) -> StockVision:
 
 
 def _read_dinov2(source: str | Path, config: Any) -> StockVision:
-    """DINOv2 without what our tower lacks: scales go into the layers before them, the patch bias into positions."""
+    """DINOv2 without what our tower lacks: scales go into the layers before them, the patch bias
+    into positions.
+    """
     if config.use_swiglu_ffn:
         raise ValueError(
-            f"{source} has use_swiglu_ffn: expected a DINOv2 with an MLP, such as its S, B and L sizes."
+            f"{source} has use_swiglu_ffn: expected a DINOv2 with an MLP, such as its S, B and L "
+            "sizes."
         )
     ours = _vision_config(
         source,
@@ -254,8 +261,8 @@ def resize_position_table(table: Tensor, from_side: int, to_side: int) -> Tensor
     """
     if table.ndim != 3 or table.shape[:2] != (1, 1 + from_side**2):
         raise ValueError(
-            f"expected a position table of shape (1, {1 + from_side**2}, width) for {from_side} x {from_side} patches "
-            f"and a class token, got {tuple(table.shape)}."
+            f"expected a position table of shape (1, {1 + from_side**2}, width) for {from_side} x "
+            f"{from_side} patches and a class token, got {tuple(table.shape)}."
         )
     if from_side == to_side:
         return table

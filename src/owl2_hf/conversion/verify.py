@@ -98,7 +98,8 @@ def _check_tensors(source: Source) -> str:
             count += tensor.numel()
     if expected:
         raise ConversionError(
-            f"{source.folder} lacks {len(expected)} parameters, the first is {next(iter(expected))}."
+            f"{source.folder} lacks {len(expected)} parameters, the first is "
+            f"{next(iter(expected))}."
         )
     return f"all {count:,} parameters are there, of the configuration's shapes and finite"
 
@@ -170,7 +171,8 @@ def _check_processor(processor: MplugOwl2Processor, config: MplugOwl2Config) -> 
     num_tokens = len(processor.tokenizer)
     if num_tokens > config.text_config.vocab_size:
         raise ConversionError(
-            f"the tokenizer has {num_tokens} tokens, the table {config.text_config.vocab_size} rows."
+            f"the tokenizer has {num_tokens} tokens, the table {config.text_config.vocab_size} "
+            "rows."
         )
     inputs = processor(text=_PROMPT, images=_picture(config))
     num_positions = len(inputs["pixel_values"]) * config.num_image_tokens

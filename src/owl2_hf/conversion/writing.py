@@ -27,11 +27,13 @@ _FLUSHED_AT = 2**29  # bytes
 class ShardWriter:
     """Writes the tensors of a plan in any order, each to its place. Use as a context manager.
 
-    The format puts names, types and places of all tensors in front of them, so they are planned before the first comes.
+    The format puts names, types and places of all tensors in front of them, so they are planned
+    before the first comes.
 
     Args:
         folder: Where the files go.
-        plan: Name -> tensor of the final shape and dtype, on the meta device; its order is the order in the files.
+        plan: Name -> tensor of the final shape and dtype, on the meta device; its order is the
+            order in the files.
         max_shard_size: Upper bound of one file, as in `save_pretrained`.
 
     Raises:

@@ -1,7 +1,7 @@
 """A web page to chat about images, score them, and see attention. Needs the extra `demo`.
 
-chat.py turns a chat of the page into messages, worker.py has the model answer, score and analyse, page.py lays out the
-page and shows it.
+chat.py turns a chat of the page into messages, worker.py has the model answer, score and analyse,
+page.py lays out the page and shows it.
 """
 
 from importlib.util import find_spec

@@ -10,8 +10,8 @@ def to_messages(
     """The chat so far and a new question, with paths at the places of images.
 
     Args:
-        history: Messages as gradio keeps them. A question without an answer, because it failed (`problem`) or was
-            stopped at once, is left out: its image may be the very reason.
+        history: Messages as gradio keeps them. A question without an answer, because it failed
+            (`problem`) or was stopped at once, is left out: its image may be the very reason.
         question: Its "text" and "files".
 
     Raises:

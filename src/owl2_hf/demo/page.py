@@ -55,7 +55,8 @@ def build_page(
         model: An `MplugOwl2ForConditionalGeneration`, on the device where it is to run.
         processor: Its processor.
         name: What the page calls it.
-        on_device: Decorates each function that runs the model, as `spaces.GPU` does where a GPU is lent for one call.
+        on_device: Decorates each function that runs the model, as `spaces.GPU` does where a GPU is
+            lent for one call.
 
     Raises:
         ValueError: If it is another family's model.
@@ -78,7 +79,9 @@ def build_page(
 
 
 def _reason(error: Exception) -> str:
-    """What a visitor is told: a mistake of theirs in its words, everything else goes to the log alone."""
+    """What a visitor is told: a mistake of theirs in its words, everything else goes to the log
+    alone.
+    """
     if isinstance(error, ValueError):
         return str(error)
     logger.error("the page failed", exc_info=error)
@@ -276,8 +279,9 @@ def _add_analysis(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
         )
 
     gr.Markdown(
-        "How much of the answer's attention text and visual tokens get in each layer, and what each learnable query "
-        "looks at. A second image is read as one that has nothing to do with the question."
+        "How much of the answer's attention text and visual tokens get in each layer, and what "
+        "each learnable query looks at. A second image is read as one that has nothing to do with "
+        "the question."
     )
     question = gr.MultimodalTextbox(
         {"text": "What is this?", "files": []},

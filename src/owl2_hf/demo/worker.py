@@ -1,4 +1,6 @@
-"""One model for all visitors of the page: it answers, scores and analyses, one thing after the other."""
+"""One model for all visitors of the page: it answers, scores and analyses, one thing after the
+other.
+"""
 
 import io
 import threading
@@ -27,7 +29,8 @@ class DemoSettings:
     """Limits of the page.
 
     Args:
-        max_image_pixels: Pixels of all images of one chat, or analysis, together; of one image that is scored.
+        max_image_pixels: Pixels of all images of one chat, or analysis, together; of one image that
+            is scored.
         max_new_tokens: Longest answer, in tokens; visitors may ask for less.
     """
 
@@ -57,7 +60,8 @@ class ModelWorker:
     ) -> None:
         if not isinstance(model, MplugOwl2ForConditionalGeneration):
             raise ValueError(
-                f"expected an MplugOwl2ForConditionalGeneration to show, {name} is a {type(model).__name__}."
+                f"expected an MplugOwl2ForConditionalGeneration to show, {name} is a "
+                f"{type(model).__name__}."
             )
         self.model, self.processor, self.name, self.settings = (
             model,
@@ -77,7 +81,8 @@ class ModelWorker:
         temperature: float = 0.0,
         top_p: float = 1.0,
     ) -> Iterator[str]:
-        """The answer so far, again and again while it grows; closing the iterator ends the generation.
+        """The answer so far, again and again while it grows; closing the iterator ends the
+        generation.
 
         Args:
             messages: As `to_messages` makes them.
@@ -160,7 +165,8 @@ class ModelWorker:
         """What the model attends to, as `owl2-hf analyze` finds it.
 
         Args:
-            paths: The image, and one that has nothing to do with the question, if that is to be compared.
+            paths: The image, and one that has nothing to do with the question, if that is to be
+                compared.
 
         Returns:
             Lines of a summary, and figures by name.
@@ -234,7 +240,9 @@ class ModelWorker:
 
 
 def _growing(streamer: TextIteratorStreamer) -> Iterator[str]:
-    """The text so far, at least every `POLL_SECONDS`: only between two of them can a visitor be told to have gone."""
+    """The text so far, at least every `POLL_SECONDS`: only between two of them can a visitor be
+    told to have gone.
+    """
     text = ""
     while True:
         try:

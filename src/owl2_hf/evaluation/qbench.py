@@ -200,7 +200,8 @@ def _question(row: Any, number: int, place: Place) -> Question:
         raise ValueError(f"expected a list of 2 to 4 'candidates', got {candidates!r}.")
     if row.get("correct_ans") is None:
         raise ValueError(
-            "expected 'correct_ans', the right one of the candidates, got none; the part dev has it."
+            "expected 'correct_ans', the right one of the candidates, got none; the part dev has "
+            "it."
         )
     if row["correct_ans"] not in candidates:
         raise ValueError(f"'correct_ans' {row['correct_ans']!r} is none of the candidates.")

@@ -23,8 +23,8 @@ class Evaluation:
     """How the original asks the questions of one benchmark.
 
     Args:
-        prompt: With `<|image|>` at the place of the image and the names of what is filled in, in braces; without it
-            where questions say themselves where their images stand.
+        prompt: With `<|image|>` at the place of the image and the names of what is filled in, in
+            braces; without it where questions say themselves where their images stand.
         generation: Arguments of `generate`.
         dropped: Words that the original takes out of a question before it asks.
     """
@@ -36,7 +36,8 @@ class Evaluation:
     def fill(self, **values: str) -> str:
         """The prompt of one question; text of the question stays text, also where it holds braces.
 
-        Where the prompt has no place for an image, each `<image 1>`, `<image 2>`, ... of the values becomes one.
+        Where the prompt has no place for an image, each `<image 1>`, `<image 2>`, ... of the values
+        becomes one.
 
         Raises:
             ValueError: If a value that the prompt names is missing.
@@ -45,7 +46,9 @@ class Evaluation:
         return filled if IMAGE_TOKEN in self.prompt else _NUMBERED.sub(IMAGE_TOKEN, filled)
 
     def picture_numbers(self, **values: str) -> list[int]:
-        """Which images `fill` gives a place to, in their order: of `<image 2>` and `<image 1>`, [2, 1]."""
+        """Which images `fill` gives a place to, in their order: of `<image 2>` and `<image 1>`, [2,
+        1].
+        """
         return (
             []
             if IMAGE_TOKEN in self.prompt
@@ -93,10 +96,12 @@ EVALUATIONS: dict[str, Evaluation] = {
         {"max_new_tokens": 10},
         dropped=" Please answer yes or no.",
     ),
-    # Options are "A. ..." and so on, one a line. Upstream: here, and only here, no space ends the prompt.
+    # Options are "A. ..." and so on, one a line. Upstream: here, and only here, no space ends the
+    # prompt.
     "mmmu": Evaluation(f"USER: {{question}}\n{{options}}\n{_LETTER}".rstrip(), _MMMU),
     "mmmu-open": Evaluation(f"USER: {{question}}\n{_SHORT}".rstrip(), _MMMU),
-    # Not the original's: eval_qbench_mcq.py of Q-Align and DeQA-Score, whose apostrophe is a plain one.
+    # Not the original's: eval_qbench_mcq.py of Q-Align and DeQA-Score, whose apostrophe is a plain
+    # one.
     "qbench": Evaluation(
         "USER: The input image:<|image|>{question}\n{options}\n"
         "Answer with the option's letter from the given choices directly.\n ASSISTANT:",

@@ -1,6 +1,7 @@
 """mPLUG-Owl2 for lmms-eval: `lmms_eval --model owl2_hf --model_args pretrained=DIR`.
 
-lmms-eval finds it through the entry-point group `lmms_eval.models`; this file is imported only by the harness.
+lmms-eval finds it through the entry-point group `lmms_eval.models`; this file is imported only by
+the harness.
 """
 
 import re
@@ -27,12 +28,14 @@ class Owl2(lmms):
     """A model of the family behind lmms-eval's interface.
 
     Args:
-        pretrained: Folder or Hub id, in this package's format or the original's; `default` for the embedded model.
+        pretrained: Folder or Hub id, in this package's format or the original's; `default` for the
+            embedded model.
         device: Where to run.
         dtype: As `from_pretrained` takes it.
         batch_size: Questions in one call of `generate`.
-        prompt: A name in `EVALUATIONS` whose generation settings are the defaults, and whose ending each question gets
-            (its instruction comes from the task); the chat template's if not given.
+        prompt: A name in `EVALUATIONS` whose generation settings are the defaults, and whose ending
+            each question gets (its instruction comes from the task); the chat template's if not
+            given.
     """
 
     is_simple = True
@@ -49,7 +52,8 @@ class Owl2(lmms):
         super().__init__()
         if kwargs:
             raise ValueError(
-                f"expected pretrained, device, dtype, batch_size and prompt, got also {sorted(kwargs)}."
+                "expected pretrained, device, dtype, batch_size and prompt, got also "
+                f"{sorted(kwargs)}."
             )
         if prompt is not None and prompt not in EVALUATIONS:
             raise ValueError(f"expected a prompt of {', '.join(EVALUATIONS)}, got {prompt!r}.")
@@ -140,7 +144,8 @@ def _batches(requests: list[Any], size: int) -> Iterator[list[tuple[int, Any]]]:
 
 
 def _place(question: str, pictures: list[Any], image_token: str) -> tuple[str, list[Any]]:
-    """Image tokens for the marks `<image>`, or MMMU's `<image 1>`, where they fit the images; else in front.
+    """Image tokens for the marks `<image>`, or MMMU's `<image 1>`, where they fit the images; else
+    in front.
 
     MMMU gives each image once, in the order of the numbers, and may show it twice.
     """

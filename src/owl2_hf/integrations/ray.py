@@ -42,16 +42,19 @@ def add_scores(
     num_gpus: float = 0,
     **options: Any,
 ) -> "ray.data.Dataset":
-    """The rows with `score`, `std`, the probability of each level, and `error`, which says why a row has no score.
+    """The rows with `score`, `std`, the probability of each level, and `error`, which says why a
+    row has no score.
 
     A column of the rows that has such a name becomes `input_score` and so on.
 
     Args:
         rows: For instance `ray.data.read_parquet(...)`.
         model: Folder or Hub id that every node can read.
-        preset, task, scale, levels, prompt, batch_size, crops, original_reading: As for `owl2-hf score`.
+        preset, task, scale, levels, prompt, batch_size, crops, original_reading: As for `owl2-hf
+            score`.
         dtype: As `from_pretrained` takes it.
-        column: Holds a path that every node can read, bytes, or the `{"bytes", "path"}` of `datasets`.
+        column: Holds a path that every node can read, bytes, or the `{"bytes", "path"}` of
+            `datasets`.
         image_folder: Where relative paths start; the actors' working directory if not given.
         allow_outside: Rows may name images outside the folder and http(s) URLs.
         num_actors: Each holds the model.

@@ -1,10 +1,12 @@
 """The model on vLLM's transformers backend, which by itself would read visual tokens as text.
 
-vLLM puts the visual tokens into the embeddings itself and hands the decoder embeddings alone, so that nothing tells it
-which positions are visual. Here vLLM keeps the raw token ids as well, and the modality indicators are read off them.
-`registration.register_in_vllm`, the entry point of the group `vllm.general_plugins`, names this class to vLLM.
+vLLM puts the visual tokens into the embeddings itself and hands the decoder embeddings alone, so
+that nothing tells it which positions are visual. Here vLLM keeps the raw token ids as well, and the
+modality indicators are read off them. `registration.register_in_vllm`, the entry point of the group
+`vllm.general_plugins`, names this class to vLLM.
 
-T: tokens of all requests of a step, one after another; D: width of the language model; V: embedding rows.
+T: tokens of all requests of a step, one after another; D: width of the language model; V: embedding
+rows.
 """
 
 import dataclasses
@@ -32,7 +34,9 @@ class MplugOwl2ProcessingInfo(MultiModalProcessingInfo):
     """What vLLM asks about images before it has seen one."""
 
     def get_image_size_with_most_features(self) -> ImageSize:
-        """The image that nothing is done to, as all take the same; vLLM's guess has more pixels than are accepted."""
+        """The image that nothing is done to, as all take the same; vLLM's guess has more pixels
+        than are accepted.
+        """
         size = self.get_hf_processor().image_processor.size
         return ImageSize(width=size["width"], height=size["height"])
 
@@ -57,8 +61,8 @@ class MplugOwl2ForVllm(TransformersMultiModalForCausalLM):
     """vLLM's wrapper of any transformers model, with the modality indicators of this one.
 
     Raises:
-        ValueError: vLLM was asked for what would give other text than transformers: several pipeline stages, DocOwl's
-            crops, or prompts so long that the rotary base would change.
+        ValueError: vLLM was asked for what would give other text than transformers: several
+            pipeline stages, DocOwl's crops, or prompts so long that the rotary base would change.
     """
 
     requires_raw_input_tokens = True
@@ -88,15 +92,17 @@ class MplugOwl2ForVllm(TransformersMultiModalForCausalLM):
         Args:
             input_ids: (T,), `image_token_id` at each visual token.
             positions: (T,), each counted within its request.
-            inputs_embeds: (T, D), the visual tokens in their places; made of `input_ids` when absent.
+            inputs_embeds: (T, D), the visual tokens in their places; made of `input_ids` when
+                absent.
 
         Returns:
             (T, D) after the final norm.
         """
         if input_ids is None:
             raise ValueError(
-                "vLLM gave embeddings without the raw token ids, so visual and text positions cannot be told apart: "
-                "this release does not know requires_raw_input_tokens; vLLM 0.30 does."
+                "vLLM gave embeddings without the raw token ids, so visual and text positions "
+                "cannot be told apart: this release does not know requires_raw_input_tokens; vLLM "
+                "0.30 does."
             )
         indicators = input_ids.eq(self.config.image_token_id).long()[None]
         # Past MultiModalMixin, whose forward keeps all keywords from the model.
@@ -118,17 +124,20 @@ def _check_settings(vllm_config: VllmConfig) -> None:
     config, longest = vllm_config.model_config.hf_config, vllm_config.model_config.max_model_len
     if (num_stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
         raise ValueError(
-            f"pipeline_parallel_size must be 1, got {num_stages}: vLLM tells the token ids to the first stage alone, "
-            "and every layer needs to know which are visual. Use tensor_parallel_size."
+            f"pipeline_parallel_size must be 1, got {num_stages}: vLLM tells the token ids to the "
+            "first stage alone, and every layer needs to know which are visual. Use "
+            "tensor_parallel_size."
         )
     if config.connector_type != "abstractor":
         raise ValueError(
-            f"vLLM runs models with a visual abstractor, got connector_type {config.connector_type!r}: it tokenizes "
-            "the names of DocOwl's crops apart from the prompt, which makes other ids. Use owl2-hf serve."
+            "vLLM runs models with a visual abstractor, got connector_type "
+            f"{config.connector_type!r}: it tokenizes the names of DocOwl's crops apart from the "
+            "prompt, which makes other ids. Use owl2-hf serve."
         )
     ntk_length = config.text_config.rope_dynamic_ntk_length
     if ntk_length is not None and longest > ntk_length:
         raise ValueError(
-            f"max_model_len must be at most {ntk_length}, got {longest}: longer prompts change the rotary base, which "
-            f"vLLM's batches of several requests share. Pass --max-model-len {ntk_length}."
+            f"max_model_len must be at most {ntk_length}, got {longest}: longer prompts change the "
+            "rotary base, which vLLM's batches of several requests share. Pass --max-model-len "
+            f"{ntk_length}."
         )

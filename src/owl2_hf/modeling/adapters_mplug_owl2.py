@@ -18,7 +18,8 @@ from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_fil
 
 from .weight_files_mplug_owl2 import read_weights
 
-# What was trained beside the adapter in a fine-tune of the original: parameters of the base model, under our names.
+# What was trained beside the adapter in a fine-tune of the original: parameters of the base model,
+# under our names.
 NON_LORA_FILE = "non_lora_trainables.safetensors"
 
 _HUB_KEYS = (
@@ -44,7 +45,8 @@ class Adapter(NamedTuple):
 
 
 def find_adapter(source: Any, kwargs: dict[str, Any]) -> Adapter | None:
-    """What `from_pretrained(source, **kwargs)` names: an adapter, or `None` for a model, also one with its own adapter.
+    """What `from_pretrained(source, **kwargs)` names: an adapter, or `None` for a model, also one
+    with its own adapter.
 
     Raises:
         ValueError: If the adapter is the original's, or does not tell its base model.
@@ -62,8 +64,9 @@ def find_adapter(source: Any, kwargs: dict[str, Any]) -> Adapter | None:
         return Adapter(found, str(source), hub)
     if not settings.get("base_model_name_or_path"):
         raise ValueError(
-            f"{source} holds an adapter whose adapter_config.json names no base_model_name_or_path: load the model "
-            "that it was trained on, then call its load_adapter."
+            f"{source} holds an adapter whose adapter_config.json names no "
+            "base_model_name_or_path: load the model that it was trained on, then call its "
+            "load_adapter."
         )
     return Adapter(source, settings["base_model_name_or_path"], hub)
 
@@ -120,7 +123,8 @@ def read_adapter(
 def whole_dora_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same, with DoRA's magnitudes under their whole names.
 
-    PEFT saves `lora_magnitude_vector.weight` without its last part; transformers, unlike PEFT, does not put it back.
+    PEFT saves `lora_magnitude_vector.weight` without its last part; transformers, unlike PEFT, does
+    not put it back.
     """
     return {
         re.sub("lora_magnitude_vector$", r"\g<0>.weight", name): tensor
@@ -165,13 +169,16 @@ def check_adapter_keys(source: Any, missing: Collection[str], unexpected: Collec
     ]
     if problems:
         raise ValueError(
-            f"The adapter {source} does not fit this model: {'; '.join(problems)}. Load the model that it was trained "
-            "on (base_model_name_or_path in its adapter_config.json), and check that its files are whole."
+            f"The adapter {source} does not fit this model: {'; '.join(problems)}. Load the model "
+            "that it was trained on (base_model_name_or_path in its adapter_config.json), and "
+            "check that its files are whole."
         )
 
 
 def has_named_rows(model: nn.Module) -> bool:
-    """Whether each row of the batch has an adapter of its own (PEFT's `adapter_names`); hooks tell adapted layers."""
+    """Whether each row of the batch has an adapter of its own (PEFT's `adapter_names`); hooks tell
+    adapted layers.
+    """
     if "peft" not in sys.modules:
         return False
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
@@ -185,9 +192,11 @@ class NotPlacedError(ValueError):
 def place_adapter(
     source: Any, model: PreTrainedModel, adapter_name: str, saved: dict[str, Tensor]
 ) -> None:
-    """Check an adapter that transformers has loaded, and let PEFT put in what transformers left out.
+    """Check an adapter that transformers has loaded, and let PEFT put in what transformers left
+    out.
 
-    Before 5.19 that is all but the layers of the adapter itself: whole modules and single tokens that were trained.
+    Before 5.19 that is all but the layers of the adapter itself: whole modules and single tokens
+    that were trained.
 
     Raises:
         ValueError: If the adapter does not fit.
@@ -205,7 +214,8 @@ def check_adapter(
 ) -> None:
     """An adapter that is in a model is the one that was saved: all of it, and nothing else.
 
-    What belongs to it is PEFT's to say; parts of names are not enough, for an adapter may have any name.
+    What belongs to it is PEFT's to say; parts of names are not enough, for an adapter may have any
+    name.
 
     Raises:
         ValueError: If it is not.
@@ -214,7 +224,9 @@ def check_adapter(
     found = get_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
 
     def plain(name: str) -> str:
-        """Without PEFT's prefix, that of the model below a head, and the adapter's name, which PEFT takes out of it."""
+        """Without PEFT's prefix, that of the model below a head, and the adapter's name, which PEFT
+        takes out of it.
+        """
         name = name.removeprefix("base_model.model.").removeprefix(f"{model.base_model_prefix}.")
         return ".".join(part for part in name.split(".") if part != adapter_name)
 
@@ -231,8 +243,8 @@ def check_adapter(
     ]
     if different:
         raise NotPlacedError(
-            f"The adapter {source} was not loaded whole: the model has other values of {len(different)} tensors, the "
-            f"first is {min(different)}."
+            f"The adapter {source} was not loaded whole: the model has other values of "
+            f"{len(different)} tensors, the first is {min(different)}."
         )
 
 
@@ -245,6 +257,6 @@ def _is_same(tensor: Tensor, saved: Tensor) -> bool:
 
 def _original_error(source: Any) -> str:
     return (
-        f"{source} holds an adapter under the names of the original's code: bring it to this package's with "
-        f"`owl2-hf convert {source} TARGET --base BASE_MODEL --to adapter`."
+        f"{source} holds an adapter under the names of the original's code: bring it to this "
+        f"package's with `owl2-hf convert {source} TARGET --base BASE_MODEL --to adapter`."
     )

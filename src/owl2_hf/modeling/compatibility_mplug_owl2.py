@@ -1,12 +1,16 @@
 """Differences between the supported releases of transformers, 5.17 to 5.24 and later.
 
-The other files are written for the newest release. Where an older one differs, they take the name from here. Each
-difference names the release that made it, and is found by looking for the feature, never by comparing version numbers.
-The processor, whose files import nothing of the model's, has one of its own: `MASKS_FOLLOW_IMAGES`.
+The other files are written for the newest release. Where an older one differs, they take the name
+from here. Each difference names the release that made it, and is found by looking for the feature,
+never by comparing version numbers. The processor, whose files import nothing of the model's, has
+one of its own: `MASKS_FOLLOW_IMAGES`.
 
-The second half guards against the next release: what a model is called with and does not know is never swallowed.
+The second half guards against the next release: what a model is called with and does not know is
+never swallowed.
 
 B: batch, L: positions, N: images of the whole batch, Q + 1: visual tokens of one image, D: width.
+
+This is one file because all differences between releases belong together.
 """
 
 import functools
@@ -44,7 +48,8 @@ def named_cache(cache: Cache | None) -> dict[str, Cache | None]:
 
 
 def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a method of transformers, with the cache under the name that this release knows.
+    """Keyword arguments of a method of transformers, with the cache under the name that this
+    release knows.
 
     Raises:
         ValueError: If it was given under both names.
@@ -56,7 +61,8 @@ def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def takes_past_key_values(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of `forward`: `past_key_values`, the name of the cache before 5.24, is taken as `cache`.
+    """Decorator of `forward`: `past_key_values`, the name of the cache before 5.24, is taken as
+    `cache`.
 
     Raises:
         ValueError: If both names were given.
@@ -82,7 +88,8 @@ def takes_past_key_values(forward: Callable[..., Any]) -> Callable[..., Any]:
 def create_causal_mask(*, cache: Cache | None, **kwargs: Any) -> Any:
     """`transformers.masking_utils.create_causal_mask` of 5.24.
 
-    Before 5.24 continuous batching hands over masks that are ready, and its paged cache is none that masks know.
+    Before 5.24 continuous batching hands over masks that are ready, and its paged cache is none
+    that masks know.
     """
     if not IS_CACHE_RENAMED and not isinstance(cache, Cache):
         cache = None
@@ -94,7 +101,8 @@ def update_cache(
 ) -> tuple[Tensor, Tensor]:
     """Add the keys and values of a layer to the cache.
 
-    Before 5.24 the paged cache of continuous batching is updated by the attention function, which finds it in `kwargs`.
+    Before 5.24 the paged cache of continuous batching is updated by the attention function, which
+    finds it in `kwargs`.
 
     Args:
         key, value: (B, heads, L, head_dim).
@@ -205,9 +213,11 @@ for _name in (
 
 
 class ImagesInGeneration(GenerationMixin):
-    """`generate` that encodes the images of a prompt once and gives each part of the prompt its own.
+    """`generate` that encodes the images of a prompt once and gives each part of the prompt its
+    own.
 
-    5.18 encodes them before the first step, 5.23 also cuts them up for chunked prefill. Before that it is done here.
+    5.18 encodes them before the first step, 5.23 also cuts them up for chunked prefill. Before that
+    it is done here.
     """
 
     def _expand_inputs_for_generation(
@@ -241,7 +251,9 @@ class ImagesInGeneration(GenerationMixin):
 
 
 def _expand(features: Tensor, mm_token_type_ids: Tensor, expand_size: int) -> Tensor:
-    """(N, Q + 1, D) features of the images -> (N * expand_size, Q + 1, D), a prompt's images behind each other."""
+    """(N, Q + 1, D) features of the images -> (N * expand_size, Q + 1, D), a prompt's images behind
+    each other.
+    """
     features = torch.stack(list(features))
     counts = (mm_token_type_ids.sum(-1) // features.shape[1]).tolist()  # images of each prompt
     if sum(counts) != len(features):
@@ -256,7 +268,8 @@ def visual_tokens(image_outputs: Any) -> Tensor:
 
 
 def take_chunk(tokens: Tensor, mm_token_type_ids: Tensor, start: int, end: int) -> Tensor | None:
-    """The visual tokens of a part of the prompt; for chunked prefill before 5.23, which hands over all of them.
+    """The visual tokens of a part of the prompt; for chunked prefill before 5.23, which hands over
+    all of them.
 
     Args:
         tokens: (N * (Q + 1), D) of the whole prompt.
@@ -273,9 +286,10 @@ def take_chunk(tokens: Tensor, mm_token_type_ids: Tensor, start: int, end: int) 
     is_visual = mm_token_type_ids.bool()
     if int(is_visual.sum()) != len(tokens):
         raise ValueError(
-            f"Chunked prefill has {len(tokens)} visual tokens for {int(is_visual.sum())} positions of the whole "
-            "conversation. This release of transformers cannot continue a conversation with images in chunks: leave "
-            "prefill_chunk_size out, or install transformers 5.23 or newer."
+            f"Chunked prefill has {len(tokens)} visual tokens for {int(is_visual.sum())} positions "
+            "of the whole conversation. This release of transformers cannot continue a "
+            "conversation with images in chunks: leave prefill_chunk_size out, or install "
+            "transformers 5.23 or newer."
         )
     # (B, L), which token stands at a visual position.
     rows = is_visual.flatten().cumsum(0).view_as(is_visual) - 1
@@ -283,7 +297,8 @@ def take_chunk(tokens: Tensor, mm_token_type_ids: Tensor, start: int, end: int) 
     return tokens[rows].unsqueeze(0) if len(rows) else None
 
 
-# The guard. Arguments that transformers itself passes down to attention functions, losses and output recording.
+# The guard. Arguments that transformers itself passes down to attention functions, losses and
+# output recording.
 _PASSED_DOWN = frozenset(TransformersKwargs.__annotations__) | {
     "return_dict",
     "use_cache",
@@ -299,15 +314,18 @@ _PASSED_DOWN = frozenset(TransformersKwargs.__annotations__) | {
 def known_arguments(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of `forward`: nothing that the model does not know is swallowed.
 
-    `past_key_values`, the name of the cache before transformers 5.24, is taken as `cache`; from 5.24 on with a warning,
-    as by transformers' own models. Of all other arguments that `forward` does not name:
+    `past_key_values`, the name of the cache before transformers 5.24, is taken as `cache`; from
+    5.24 on with a warning, as by transformers' own models. Of all other arguments that `forward`
+    does not name:
 
-    - what transformers passes down is passed on (`TransformersKwargs`, flash attention's arguments);
+    - what transformers passes down is passed on (`TransformersKwargs`, flash attention's
+      arguments);
     - `None` is left out;
     - a cache or a tensor is an error: the answer would have depended on it;
     - anything else is ignored with one warning.
 
-    With a paged cache everything passes: continuous batching has arguments of its own for its attention functions.
+    With a paged cache everything passes: continuous batching has arguments of its own for its
+    attention functions.
     """
     known = frozenset(inspect.signature(forward).parameters) | _PASSED_DOWN
 
@@ -342,9 +360,10 @@ def _refuse_unknown(model: str, name: str, value: Any) -> None:
         return
     kind = "cache" if isinstance(value, Cache) else "tensor"
     raise ValueError(
-        f"{model} got a {kind} as {name!r}, an argument that it does not know; without it the answer would be wrong. "
-        f"If you did not pass it yourself, transformers {transformers.__version__} did: tested are {TESTED[0]} to "
-        f"{TESTED[1]}. Install one of them, or a newer owl2_hf."
+        f"{model} got a {kind} as {name!r}, an argument that it does not know; without it the "
+        "answer would be wrong. If you did not pass it yourself, transformers "
+        f"{transformers.__version__} did: tested are {TESTED[0]} to {TESTED[1]}. Install one of "
+        "them, or a newer owl2_hf."
     )
 
 
@@ -356,16 +375,17 @@ def check_step(model_inputs: dict[str, Any]) -> None:
     """
     if model_inputs.get(CACHE) is None:
         raise ValueError(
-            f"generate came to a decoding step without a {CACHE}: transformers {transformers.__version__} lost it "
-            f"(tested are {TESTED[0]} to {TESTED[1]}). Install one of them, or a newer owl2_hf."
+            f"generate came to a decoding step without a {CACHE}: transformers "
+            f"{transformers.__version__} lost it (tested are {TESTED[0]} to {TESTED[1]}). Install "
+            "one of them, or a newer owl2_hf."
         )
 
 
 def check_positions(attention_mask: Any, num_new: int, cache: Any) -> None:
     """A mask that covers more positions than there are means that a cache was lost on the way.
 
-    The lengths are shapes, so nothing waits for the device. A static cache knows its length on the device alone; its
-    2-D masks are not looked at.
+    The lengths are shapes, so nothing waits for the device. A static cache knows its length on the
+    device alone; its 2-D masks are not looked at.
 
     Args:
         attention_mask: (B, past + L); masks of another form are ready to use and not looked at.
@@ -383,7 +403,8 @@ def check_positions(attention_mask: Any, num_new: int, cache: Any) -> None:
         past = cache.get_seq_length()
     if attention_mask.shape[1] > past + num_new:
         raise ValueError(
-            f"attention_mask covers {attention_mask.shape[1]} positions, but there are {past} in the cache and "
-            f"{num_new} new ones: expected at most {past + num_new}. If you passed a cache, it was lost on the way "
-            f"(transformers {transformers.__version__}; tested are {TESTED[0]} to {TESTED[1]})."
+            f"attention_mask covers {attention_mask.shape[1]} positions, but there are {past} in "
+            f"the cache and {num_new} new ones: expected at most {past + num_new}. If you passed a "
+            f"cache, it was lost on the way (transformers {transformers.__version__}; tested are "
+            f"{TESTED[0]} to {TESTED[1]})."
         )

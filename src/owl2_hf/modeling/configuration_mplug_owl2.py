@@ -1,7 +1,7 @@
 """Configuration of mPLUG-Owl2. The defaults are those of the published 7B model.
 
-Sources: mPLUG-Owl2 (CVPR 2024, arXiv:2311.04257), mPLUG-DocOwl 1.5 (arXiv:2403.12895) and their released code
-(X-PLUG/mPLUG-Owl, X-PLUG/mPLUG-DocOwl).
+Sources: mPLUG-Owl2 (CVPR 2024, arXiv:2311.04257), mPLUG-DocOwl 1.5 (arXiv:2403.12895) and their
+released code (X-PLUG/mPLUG-Owl, X-PLUG/mPLUG-DocOwl).
 
 This is one file because the configurations of all parts refer to each other.
 """
@@ -15,7 +15,8 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 from .compatibility_mplug_owl2 import ComposedConfig, SubConfigSpec
 
-# Written into every saved config.json, so that the folder also loads where this package is not installed.
+# Written into every saved config.json, so that the folder also loads where this package is not
+# installed.
 AUTO_MAP = {
     "AutoConfig": "configuration_mplug_owl2.MplugOwl2Config",
     "AutoModel": "modeling_mplug_owl2.MplugOwl2Model",
@@ -251,8 +252,8 @@ class MplugOwl2TextConfig(LlamaConfig):
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if self.rope_dynamic_ntk_length is not None and rope_type != "default":
             raise ValueError(
-                f"rope_dynamic_ntk_length ({self.rope_dynamic_ntk_length}) changes the rotary base by itself: it needs "
-                f"rope_type 'default', got {rope_type!r}."
+                f"rope_dynamic_ntk_length ({self.rope_dynamic_ntk_length}) changes the rotary base "
+                f"by itself: it needs rope_type 'default', got {rope_type!r}."
             )
         for name in ("rope_dynamic_ntk_length", "log_n_length"):
             if (length := getattr(self, name)) is not None and length < 2:
@@ -291,7 +292,8 @@ class MplugOwl2Config(ComposedConfig):
         "h_reducer_config": SubConfigSpec(config_class=MplugOwl2HReducerConfig, optional=True),
         "text_config": SubConfigSpec(config_class=MplugOwl2TextConfig),
     }
-    # Outputs that a Trainer does not gather: they are large, or differ in shape from batch to batch.
+    # Outputs that a Trainer does not gather: they are large, or differ in shape from batch to
+    # batch.
     keys_to_ignore_at_inference = [
         "past_key_values",
         "cache",
@@ -338,7 +340,8 @@ class MplugOwl2Config(ComposedConfig):
         if isinstance(value, dict) and (unknown := sorted(set(value) - {"", *self.sub_configs})):
             parts = ", ".join(map(repr, self.sub_configs))
             raise ValueError(
-                f"attn_implementation: expected parts of {parts} or '', got {unknown}; correct them."
+                f"attn_implementation: expected parts of {parts} or '', got {unknown}; correct "
+                "them."
             )
 
     @classmethod
@@ -397,13 +400,14 @@ class MplugOwl2Config(ComposedConfig):
         )
         if "visual_hrcompressor" in found or "mPLUGDocOwl2" in (self.architectures or ()):
             raise ValueError(
-                "This is DocOwl2, whose high-resolution compressor is not supported; of the documents' models DocOwl "
-                "1.5 is."
+                "This is DocOwl2, whose high-resolution compressor is not supported; of the "
+                "documents' models DocOwl 1.5 is."
             )
         if {"visual_model", "visual_hreducer"} <= set(found):
             self.connector_type = "h_reducer"
             self.h_reducer_config = _h_reducer_fields(visual_config["visual_hreducer"])
-            # Upstream: DocOwl's vision encoder has no switches; it has these whatever its configuration says.
+            # Upstream: DocOwl's vision encoder has no switches; it has these whatever its
+            # configuration says.
             fixed = {"use_cls_token": True, "use_post_layernorm": True, "hidden_act": "quick_gelu"}
             return {**_as_dict(MplugOwl2VisionConfig, visual_config["visual_model"]), **fixed}
         if {"visual_model", "visual_abstractor"} <= set(found):
@@ -413,9 +417,9 @@ class MplugOwl2Config(ComposedConfig):
             )
             return visual_config["visual_model"]
         raise ValueError(
-            "visual_config must hold 'visual_model' and 'visual_abstractor', the components of mPLUG-Owl2, or "
-            f"'visual_model' and 'visual_hreducer', those of DocOwl 1.5; got {found}. Another model of the family is "
-            "not read by this configuration."
+            "visual_config must hold 'visual_model' and 'visual_abstractor', the components of "
+            "mPLUG-Owl2, or 'visual_model' and 'visual_hreducer', those of DocOwl 1.5; got "
+            f"{found}. Another model of the family is not read by this configuration."
         )
 
     def _complete_connector_config(self) -> None:
@@ -447,8 +451,8 @@ class MplugOwl2Config(ComposedConfig):
         for kind in CONNECTOR_TYPES:
             if kind != self.connector_type and getattr(self, f"{kind}_config") is not None:
                 raise ValueError(
-                    f"connector_type is {self.connector_type!r}, but {kind}_config is given too: leave it out, or "
-                    f"choose connector_type {kind!r}."
+                    f"connector_type is {self.connector_type!r}, but {kind}_config is given too: "
+                    f"leave it out, or choose connector_type {kind!r}."
                 )
         name = "H-Reducer" if self.connector_type == "h_reducer" else "abstractor"
         if self.connector_type == "h_reducer":
@@ -482,13 +486,14 @@ class MplugOwl2Config(ComposedConfig):
         )
         if not 0 <= self.image_token_id < text.vocab_size:
             raise ValueError(
-                f"image_token_id ({self.image_token_id}) must be a row of the embedding table: text vocab_size is "
-                f"{text.vocab_size}. Give image_token_id, or a vocab_size above it."
+                f"image_token_id ({self.image_token_id}) must be a row of the embedding table: "
+                f"text vocab_size is {text.vocab_size}. Give image_token_id, or a vocab_size above "
+                "it."
             )
         if self.output_vocab_size is not None and not 0 < self.output_vocab_size <= text.vocab_size:
             raise ValueError(
-                f"output_vocab_size ({self.output_vocab_size}) must lie between 1 and text vocab_size "
-                f"({text.vocab_size})."
+                f"output_vocab_size ({self.output_vocab_size}) must lie between 1 and text "
+                f"vocab_size ({text.vocab_size})."
             )
 
     @property
@@ -562,8 +567,8 @@ QWEN_FIXED = {
     "scale_attn_weights": True,
     "emb_dropout_prob": 0.0,
 }
-# Upstream: the published config.json leaves the vocabulary out. It is Qwen's: ranks, then three control tokens, the
-# first of which ends a text, then 205 extra ones.
+# Upstream: the published config.json leaves the vocabulary out. It is Qwen's: ranks, then three
+# control tokens, the first of which ends a text, then 205 extra ones.
 QWEN_VOCAB_SIZE = 151851
 QWEN_END_OF_TEXT = 151643
 
@@ -607,7 +612,9 @@ def _from_qwen(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def padded_vocab_size(num_text_tokens: int, multiple: int = 64) -> int:
-    """Rows of an embedding table that holds `num_text_tokens` ids, the placeholder, and padding to `multiple`."""
+    """Rows of an embedding table that holds `num_text_tokens` ids, the placeholder, and padding to
+    `multiple`.
+    """
     return -(-(num_text_tokens + 1) // multiple) * multiple
 
 
@@ -621,7 +628,9 @@ def _default_of(config_class: type[PreTrainedConfig], name: str) -> Any:
 
 
 def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> dict[str, Any]:
-    """The original dumps all of transformers 4's generation defaults here; only the component's own fields are kept."""
+    """The original dumps all of transformers 4's generation defaults here; only the component's own
+    fields are kept.
+    """
     values = _as_dict(config_class, values)
     renamed = {config_class.attribute_map.get(key, key): value for key, value in values.items()}
     return {key: renamed[key] for key in _own_fields(config_class) & renamed.keys()}
@@ -641,7 +650,8 @@ def _h_reducer_fields(values: Any) -> dict[str, Any]:
     height, _, width = str(values.get("conv_shape", "1x4")).partition("x")
     if height != "1" or not width.isdecimal():
         raise ValueError(
-            f"visual_hreducer: conv_shape must be one row high, such as '1x4', got {values.get('conv_shape')!r}."
+            "visual_hreducer: conv_shape must be one row high, such as '1x4', got "
+            f"{values.get('conv_shape')!r}."
         )
     return {**fields, "kernel_width": int(width)}
 

@@ -1,7 +1,8 @@
 """Map the original's parameter names and layouts to this package's, and back.
 
-`{}` stands for a layer number; `None` marks what is dropped on purpose, because the model computes it. The inverse is
-derived. Importing this file tells transformers how to load a checkpoint in the original's layout.
+`{}` stands for a layer number; `None` marks what is dropped on purpose, because the model computes
+it. The inverse is derived. Importing this file tells transformers how to load a checkpoint in the
+original's layout.
 
 This is one file because it is one table, read in both directions.
 """
@@ -92,7 +93,8 @@ RENAMED: dict[str, str | None] = {
     **_with_bias(_REDUCER + "visual_fc", _OUR_REDUCER + "visual_fc"),
 }
 
-# Upstream: one projection holds the vision encoder's queries, keys and values, interleaved head by head.
+# Upstream: one projection holds the vision encoder's queries, keys and values, interleaved head by
+# head.
 FUSED: dict[str, tuple[str, str, str]] = {
     f"{_VIT}encoder.layers.{{}}.self_attn.query_key_value.{leaf}": (
         f"{_OUR_VIT}layers.{{}}.self_attn.q_proj.{leaf}",
@@ -102,7 +104,8 @@ FUSED: dict[str, tuple[str, str, str]] = {
     for leaf in ("weight", "bias")
 }
 
-# Tables with one row per token id; ours hold the image placeholder and padding behind the original's rows.
+# Tables with one row per token id; ours hold the image placeholder and padding behind the
+# original's rows.
 PADDED = ("model.embed_tokens.weight", "lm_head.weight")
 
 _QWEN = "transformer."
@@ -192,7 +195,9 @@ _ORIGINAL_OWL21 = _inverse(_OWL21)
 
 
 def split_query_key_value(fused: Tensor, num_heads: int) -> list[Tensor]:
-    """(heads * 3 * head_dim, ...) interleaved as [head][q | k | v][head_dim] -> three of (heads * head_dim, ...)."""
+    """(heads * 3 * head_dim, ...) interleaved as [head][q | k | v][head_dim] -> three of (heads *
+    head_dim, ...).
+    """
     per_head = fused.reshape(num_heads, 3, -1, *fused.shape[1:])
     return [per_head[:, i].reshape(-1, *fused.shape[1:]) for i in range(3)]
 
@@ -239,7 +244,8 @@ def to_ours(key: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor
         vision = config.vision_config
         if tensor.ndim == 0 or tensor.shape[0] != 3 * vision.hidden_size:
             raise ValueError(
-                f"expected {3 * vision.hidden_size} rows (queries, keys, values), got {_rows(tensor)}"
+                f"expected {3 * vision.hidden_size} rows (queries, keys, values), got "
+                f"{_rows(tensor)}"
             )
         parts = split_query_key_value(tensor, vision.num_attention_heads)
         yield from (
@@ -271,7 +277,8 @@ def owner_of(key: str) -> str | None:
 
 
 def original_key(name: str, config: Any = None) -> tuple[str, tuple[str, ...]]:
-    """Where the original keeps one of our parameters: its key, and all of our names that go into it.
+    """Where the original keeps one of our parameters: its key, and all of our names that go into
+    it.
 
     Args:
         config: `MplugOwl2Config` of the model, where it may be another original than mPLUG-Owl2.
@@ -304,7 +311,9 @@ def to_original(key: str, parts: Mapping[str, Tensor], config: Any) -> Tensor:
 
 
 def split_number(key: str) -> tuple[str, str]:
-    """A parameter's name with `{}` for its layer number, and the number; empty where it has none."""
+    """A parameter's name with `{}` for its layer number, and the number; empty where it has
+    none.
+    """
     layer = _LAYER_NUMBER.search(key)
     return _LAYER_NUMBER.sub("{}", key, count=1), layer.group() if layer else ""
 
@@ -359,7 +368,9 @@ class MergeQueryKeyValue(ConversionOps):
 
 
 class PadVocabulary(ConversionOps):
-    """transformers' step from a table with a row for each token to ours; a table that is ours already stays."""
+    """transformers' step from a table with a row for each token to ours; a table that is ours
+    already stays.
+    """
 
     @torch.no_grad()
     def convert(
@@ -418,7 +429,9 @@ def _renaming(source: str, target: str) -> WeightRenaming:
 
 
 def _fused_name(source: str) -> str:
-    """Where a fused projection stands between renaming and splitting: in our layer, under the original's last name."""
+    """Where a fused projection stands between renaming and splitting: in our layer, under the
+    original's last name.
+    """
     return f"{_OUR_VIT}layers.{{}}.self_attn." + ".".join(source.split(".")[-2:])
 
 
@@ -447,11 +460,14 @@ def _last_name(key: str) -> str:
 
 
 def _paddings(names: _Names) -> list[WeightConverter]:
-    """By their last names alone: before transformers 5.21 a saved tensor takes the original's name from here."""
+    """By their last names alone: before transformers 5.21 a saved tensor takes the original's name
+    from here.
+    """
     return [
         WeightConverter(
-            # Behind a plain "weight" the reader of compressed-tensors (transformers 5.23) would set a step of its own,
-            # which loses tables; transformers leaves lookaheads out of what it writes.
+            # Behind a plain "weight" the reader of compressed-tensors (transformers 5.23) would set
+            # a step of its own, which loses tables; transformers leaves lookaheads out of what it
+            # writes.
             re.escape(_last_name(source)) + "(?!.)",
             re.escape(_last_name(names.renamed[source] or source)),
             operations=[PadVocabulary()],
@@ -468,7 +484,8 @@ _splits = [
     )
     for leaf in ("weight", "bias")
 ]
-# transformers tells the steps of saving apart by these patterns: none may be written like one of the vision encoder's.
+# transformers tells the steps of saving apart by these patterns: none may be written like one of
+# the vision encoder's.
 _stacks = [
     WeightConverter(
         rf"attn\.c_attn\.multiway\.{branch}\.{leaf}",

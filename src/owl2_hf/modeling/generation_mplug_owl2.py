@@ -100,8 +100,9 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
         for index, prompt in enumerate(prompts):
             if self.config.image_token_id in list(prompt):
                 raise ValueError(
-                    f"prompt {index} has image placeholders (id {self.config.image_token_id}), but continuous batching "
-                    "hands over no images, and the answer would be blind: use generate, which takes batches."
+                    f"prompt {index} has image placeholders (id {self.config.image_token_id}), but "
+                    "continuous batching hands over no images, and the answer would be blind: use "
+                    "generate, which takes batches."
                 )
 
     def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +148,8 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
             )
         if not is_prompt:
             check_step(model_inputs)
-            # An answer is text, and reads the images from the cache: decoding runs the text branch alone.
+            # An answer is text, and reads the images from the cache: decoding runs the text branch
+            # alone.
             return model_inputs
         ids = model_inputs.get("input_ids")
         num_new = (model_inputs["inputs_embeds"] if ids is None else ids).shape[1]
@@ -162,7 +164,8 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
                     else {"image": MplugOwl2ImageFeatures(pooler_output=chunk)}
                 )
             if mm_token_type_ids.shape[1] != num_new:
-                # Candidate tokens of assisted decoding are text; transformers adds indicators of accepted ones alone.
+                # Candidate tokens of assisted decoding are text; transformers adds indicators of
+                # accepted ones alone.
                 missing = past + num_new - mm_token_type_ids.shape[1]
                 mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, max(missing, 0)))
                 mm_token_type_ids = mm_token_type_ids[:, past : past + num_new].contiguous()

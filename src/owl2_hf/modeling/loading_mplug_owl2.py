@@ -2,6 +2,8 @@
 
 Missing weights, unused weights and broken files raise an error. Quantisation does not change the
 vision encoder and connector. An adapter that cannot be loaded in full raises an error.
+
+This is one file because every way to load a model passes the same checks.
 """
 
 import copy
@@ -45,9 +47,9 @@ from .weight_files_mplug_owl2 import check_archive, read_weight_map, read_weight
 
 logger = logging.get_logger(__name__)
 
-# What quantisation leaves alone unless told otherwise: it is small beside the decoder, and what is lost of an image is
-# not won back. Plain names, with and without a head on top: they are saved in config.json, where others compare them
-# literally (vLLM) though transformers reads patterns.
+# What quantisation leaves alone unless told otherwise: it is small beside the decoder, and what is
+# lost of an image is not won back. Plain names, with and without a head on top: they are saved in
+# config.json, where others compare them literally (vLLM) though transformers reads patterns.
 _VISION_SIDE = ("vision_tower", "visual_abstractor", "h_reducer")
 UNQUANTIZED = [*_VISION_SIDE, *(f"model.{name}" for name in _VISION_SIDE), "lm_head", "score"]
 
@@ -132,12 +134,14 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
                 raise
             if is_original and (kwargs.get("tp_plan") or kwargs.get("distributed_config")):
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} is in the original's layout, which is not shared by ranks while "
-                    "loading. Bring it to this package's with `owl2-hf convert`."
+                    f"{pretrained_model_name_or_path} is in the original's layout, which is not "
+                    "shared by ranks while loading. Bring it to this package's with `owl2-hf "
+                    "convert`."
                 ) from error
             raise ValueError(
-                f"{pretrained_model_name_or_path}: the weights have other shapes than config.json says, as the report "
-                "above shows: mend it. Of mPLUG-Owl2.1, `owl2-hf convert` takes vocab_size from the weights."
+                f"{pretrained_model_name_or_path}: the weights have other shapes than config.json "
+                "says, as the report above shows: mend it. Of mPLUG-Owl2.1, `owl2-hf convert` "
+                "takes vocab_size from the weights."
             ) from error
         is_told = (
             output_loading_info
@@ -200,8 +204,8 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
             if "ignore_mismatched_sizes" not in str(error):
                 raise
             raise ValueError(
-                f"The adapter {peft_model_id} has tensors of other shapes than this model, as the report above shows: "
-                "load the model that it was trained on."
+                f"The adapter {peft_model_id} has tensors of other shapes than this model, as the "
+                "report above shows: load the model that it was trained on."
             ) from error
         if peft_model_id is not None:
             self._adapter_place = str(peft_model_id), hub  # a scorer has its preset there
@@ -221,9 +225,10 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
                 rule: style for rule, style in model.tp_plan.items() if ".self_attn." not in rule
             }
             logger.warning_once(
-                f"{text.num_attention_heads} attention and {text.num_key_value_heads} key-value heads cannot be shared "
-                f"evenly by {size} tensor-parallel processes: each of them computes the whole attention, and its part "
-                "of everything else. A tp_size that divides both numbers shares the attention as well."
+                f"{text.num_attention_heads} attention and {text.num_key_value_heads} key-value "
+                f"heads cannot be shared evenly by {size} tensor-parallel processes: each of them "
+                "computes the whole attention, and its part of everything else. A tp_size that "
+                "divides both numbers shares the attention as well."
             )
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
@@ -237,8 +242,9 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
         """
         if save_original_format and not hasattr(self, self.base_model_prefix):
             raise ValueError(
-                f"{type(self).__name__} has no language-model head, and the original's layout is that of a model with "
-                "one: save MplugOwl2ForConditionalGeneration, or leave save_original_format out."
+                f"{type(self).__name__} has no language-model head, and the original's layout is "
+                "that of a model with one: save MplugOwl2ForConditionalGeneration, or leave "
+                "save_original_format out."
             )
         if save_original_format:
             self._weight_conversions = (
@@ -264,7 +270,8 @@ def _generation_config(
         else None
     )
     if vocabulary is not None:
-        # Upstream: no configuration names the token that ends a text. It stands behind the pieces of the vocabulary.
+        # Upstream: no configuration names the token that ends a text. It stands behind the pieces
+        # of the vocabulary.
         pieces = vocabulary.read_bytes().split(b"\n")
         settings.eos_token_id = settings.pad_token_id = sum(1 for piece in pieces if piece.strip())
     return settings
@@ -288,8 +295,8 @@ def original_generation_config(config: Any, given: dict[str, Any]) -> Generation
 
     Args:
         config: `MplugOwl2Config` of the model.
-        given: Its generation_config.json, which is taken as far as it is known and sound: transformers refuses to save
-            settings that have no effect.
+        given: Its generation_config.json, which is taken as far as it is known and sound:
+            transformers refuses to save settings that have no effect.
     """
     text = config.text_config
     values: dict[str, Any] = {
@@ -309,7 +316,9 @@ def original_generation_config(config: Any, given: dict[str, Any]) -> Generation
 
 
 def spare_vision_side(quantization_config: Any) -> Any:
-    """The same quantisation, with `UNQUANTIZED` where it says neither what it leaves alone nor what it takes."""
+    """The same quantisation, with `UNQUANTIZED` where it says neither what it leaves alone nor what
+    it takes.
+    """
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     # torchao's FqnToConfig: "_default" stands for all that it does not name.
@@ -341,7 +350,8 @@ def _check_index(source: Any, hub: dict[str, Any]) -> None:
 
 
 def _check_files(source: Any, hub: dict[str, Any]) -> None:
-    """Look for a broken weight file, where loading has failed: the errors of its readers do not name it.
+    """Look for a broken weight file, where loading has failed: the errors of its readers do not
+    name it.
 
     Raises:
         ValueError: If there is one.
@@ -364,7 +374,9 @@ def _check_files(source: Any, hub: dict[str, Any]) -> None:
 def _check_keys(
     source: Any, model: PreTrainedModel, missing: Collection[str], unexpected: Collection[str]
 ) -> None:
-    """Each parameter below the head is in the checkpoint, and each tensor of the checkpoint in the model."""
+    """Each parameter below the head is in the checkpoint, and each tensor of the checkpoint in the
+    model.
+    """
     is_base = not hasattr(model, model.base_model_prefix)
     lost = sorted(
         key for key in missing if is_base or key.startswith(f"{model.base_model_prefix}.")
@@ -374,12 +386,14 @@ def _check_keys(
         owner = owner_of(key)
         if lost and owner not in (None, kind):
             raise ValueError(
-                f"{source} holds the weights of {owner} ({key!r} is one), but its config.json is {kind}'s: mend it."
+                f"{source} holds the weights of {owner} ({key!r} is one), but its config.json is "
+                f"{kind}'s: mend it."
             )
     if lost and model.config.is_owl21 and getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
-            f"{source} lacks {len(lost)} parameters of this model, the first is {lost[0]}: mPLUG-Owl2.1 in the "
-            "original's layout is not quantised while loading. Bring it to this package's with `owl2-hf convert`."
+            f"{source} lacks {len(lost)} parameters of this model, the first is {lost[0]}: "
+            "mPLUG-Owl2.1 in the original's layout is not quantised while loading. Bring it to "
+            "this package's with `owl2-hf convert`."
         )
     if lost:
         raise ValueError(
@@ -389,8 +403,9 @@ def _check_keys(
     if unexpected:
         first = min(unexpected)
         raise ValueError(
-            f"{source} has {len(unexpected)} tensors that {type(model).__name__} has no place for, the first is "
-            f"{first!r}: {_what_it_may_be(first)}. With output_loading_info=True the model is loaded without them."
+            f"{source} has {len(unexpected)} tensors that {type(model).__name__} has no place for, "
+            f"the first is {first!r}: {_what_it_may_be(first)}. With output_loading_info=True the "
+            "model is loaded without them."
         )
 
 

@@ -3,7 +3,10 @@
 The connector is the visual abstractor, or the H-Reducer of DocOwl 1.5. It makes Q + 1 visual tokens
 of an image.
 
-B: batch, L: positions, N: images of the whole batch, D: width of the language model, V: embedding rows.
+B: batch, L: positions, N: images of the whole batch, D: width of the language model, V: embedding
+rows.
+
+This is one file so that the model can be read from its parts to the whole.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -41,8 +44,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Logit of ids that are never predicted. Its probability is exactly 0 in float32, so it neither wins nor changes a loss;
-# it is finite in float16, so that entropies (p * log p), beam scores and repetition penalties stay finite.
+# Logit of ids that are never predicted. Its probability is exactly 0 in float32, so it neither wins
+# nor changes a loss; it is finite in float16, so that entropies (p * log p), beam scores and
+# repetition penalties stay finite.
 RESERVED_LOGIT = -1e4
 
 
@@ -163,22 +167,23 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             image_mask = input_ids.eq(self.config.image_token_id)
         else:
             raise ValueError(
-                "inputs_embeds came with images but without mm_token_type_ids, so visual and text positions cannot "
-                "be told apart: pass mm_token_type_ids (0 text, 1 image), or input_ids instead of inputs_embeds."
+                "inputs_embeds came with images but without mm_token_type_ids, so visual and text "
+                "positions cannot be told apart: pass mm_token_type_ids (0 text, 1 image), or "
+                "input_ids instead of inputs_embeds."
             )
         if image_features.shape[-1] != inputs_embeds.shape[-1]:
             raise ValueError(
-                f"Visual tokens of width {image_features.shape[-1]} do not fit a language model of width "
-                f"{inputs_embeds.shape[-1]}: they were encoded by another model."
+                f"Visual tokens of width {image_features.shape[-1]} do not fit a language model of "
+                f"width {inputs_embeds.shape[-1]}: they were encoded by another model."
             )
         can_look = not (torch.compiler.is_compiling() or image_mask.is_meta)
         if can_look and (num_positions := int(image_mask.sum())) != len(image_features):
             per_image = self.config.num_image_tokens
             raise ValueError(
                 f"Image features and image tokens do not match: {len(image_features)} features "
-                f"({len(image_features) / per_image:g} images of {per_image}) for {num_positions} placeholder "
-                f"positions. Each image needs {per_image} placeholders (id {self.config.image_token_id}) in its "
-                "prompt; MplugOwl2Processor writes them."
+                f"({len(image_features) / per_image:g} images of {per_image}) for {num_positions} "
+                f"placeholder positions. Each image needs {per_image} placeholders (id "
+                f"{self.config.image_token_id}) in its prompt; MplugOwl2Processor writes them."
             )
         return image_mask.unsqueeze(-1).to(inputs_embeds.device)
 
@@ -217,7 +222,8 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         if pixel_values is not None:
             encoder_output = self.get_image_features(pixel_values, return_dict=True)
         elif self.training and encoder_output is None:
-            # Ahead of the embedding, where images are encoded: sharded ranks gather parameters in the order of use.
+            # Ahead of the embedding, where images are encoded: sharded ranks gather parameters in
+            # the order of use.
             nothing = self._untouched_vision_side()
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -255,9 +261,11 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         )
 
     def _behind_virtual_tokens(self, mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> Tensor:
-        """(B, L) indicators for (B, P + L, D) embeddings, of which PEFT's prompt tuning put P in front: these are text.
+        """(B, L) indicators for (B, P + L, D) embeddings, of which PEFT's prompt tuning put P in
+        front: these are text.
 
-        PEFT does not say that it did, but it freezes all of the model; with a table that trains, lengths must agree.
+        PEFT does not say that it did, but it freezes all of the model; with a table that trains,
+        lengths must agree.
         """
         num_virtual = inputs_embeds.shape[1] - mm_token_type_ids.shape[-1]
         if num_virtual <= 0 or self.get_input_embeddings().weight.requires_grad:
@@ -265,10 +273,12 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         return nn.functional.pad(mm_token_type_ids, (num_virtual, 0))
 
     def _check_no_placeholder(self, input_ids: Tensor | None, cache: Cache | None) -> None:
-        """A prompt that names images needs them; looked at once per prompt, not at each decoding step.
+        """A prompt that names images needs them; looked at once per prompt, not at each decoding
+        step.
 
-        Training and generation (which hands over a cache) refuse an image's run of placeholders. A bare forward warns
-        and embeds them, as transformers' models do: its own tests feed ids at random.
+        Training and generation (which hands over a cache) refuse an image's run of placeholders. A
+        bare forward warns and embeds them, as transformers' models do: its own tests feed ids at
+        random.
         """
         if input_ids is None or torch.compiler.is_compiling() or input_ids.is_meta:
             return
@@ -278,8 +288,8 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         if not (num_positions := int(placeholders.sum())):
             return
         message = (
-            f"The prompt has {num_positions} image placeholders (id {self.config.image_token_id}) but no images "
-            "came: pass pixel_values, or leave the placeholders out."
+            f"The prompt has {num_positions} image placeholders (id {self.config.image_token_id}) "
+            "but no images came: pass pixel_values, or leave the placeholders out."
         )
         per_image = self.config.num_image_tokens
         is_run = (
@@ -291,7 +301,9 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         logger.warning_once(message)
 
     def _untouched_vision_side(self) -> Tensor:
-        """Zero that depends on the vision side, so that ranks with and without images run the same collectives."""
+        """Zero that depends on the vision side, so that ranks with and without images run the same
+        collectives.
+        """
         vision = self.config.vision_config
         picture = torch.zeros(
             1, vision.num_channels, vision.image_size, vision.image_size, device=self.device
@@ -383,12 +395,15 @@ class MplugOwl2ForConditionalGeneration(
         )
 
     def _suppress_reserved_ids(self, logits: Tensor) -> Tensor:
-        """(B, L, V) -> the same, with the placeholder and the rows that pad the table made unreachable."""
+        """(B, L, V) -> the same, with the placeholder and the rows that pad the table made
+        unreachable.
+        """
         ids = torch.arange(logits.shape[-1], device=logits.device)
         reserved = ids.eq(self.config.image_token_id)
         if self.config.output_vocab_size is not None:
             reserved = reserved | ids.ge(self.config.output_vocab_size)
-        # Out of place: under tensor parallelism the head's output is a view that autograd does not let change.
+        # Out of place: under tensor parallelism the head's output is a view that autograd does not
+        # let change.
         return logits.masked_fill(reserved, RESERVED_LOGIT)
 
 

@@ -1,6 +1,8 @@
-"""Visual abstractor of mPLUG-Owl2: learnable queries that read one encoded image (figure 2 of the paper).
+"""Visual abstractor of mPLUG-Owl2: learnable queries that read one encoded image (figure 2 of the
+paper).
 
-N: images, Q: learnable queries, P: positions of one encoded image, C: width, D: width of the language model.
+N: images, Q: learnable queries, P: positions of one encoded image, C: width, D: width of the
+language model.
 """
 
 from collections.abc import Callable
@@ -21,7 +23,9 @@ from .configuration_mplug_owl2 import MplugOwl2AbstractorConfig
 
 
 def sincos_table(positions: np.ndarray, dim: int) -> np.ndarray:
-    """(M,) positions -> (M, dim) `[sin | cos]` of them at dim / 2 frequencies from 1 down to 1 / 10000."""
+    """(M,) positions -> (M, dim) `[sin | cos]` of them at dim / 2 frequencies from 1 down to 1 /
+    10000.
+    """
     frequencies = np.arange(dim // 2, dtype=np.float32)
     frequencies /= dim / 2.0
     angles = np.outer(positions, 1.0 / 10000**frequencies)
@@ -35,7 +39,9 @@ def query_position_table(config: MplugOwl2AbstractorConfig) -> Tensor:
 
 
 def image_position_table(config: MplugOwl2AbstractorConfig) -> Tensor:
-    """(P, C) sin-cos positions of the image, float32: column in the first half of C, row in the second."""
+    """(P, C) sin-cos positions of the image, float32: column in the first half of C, row in the
+    second.
+    """
     rows, columns = np.divmod(np.arange(config.grid_size**2, dtype=np.float32), config.grid_size)
     half = config.hidden_size // 2
     table = np.concatenate([sincos_table(columns, half), sincos_table(rows, half)], axis=1)
@@ -45,7 +51,9 @@ def image_position_table(config: MplugOwl2AbstractorConfig) -> Tensor:
 
 
 class MplugOwl2AbstractorAttention(nn.Module):
-    """Queries attend to themselves and to the image; positions enter queries and keys, not values."""
+    """Queries attend to themselves and to the image; positions enter queries and keys, not
+    values.
+    """
 
     q_pos_embed: Tensor
     k_pos_embed: Tensor
@@ -61,14 +69,17 @@ class MplugOwl2AbstractorAttention(nn.Module):
         self.k_proj = nn.Linear(config.encoder_hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.encoder_hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        # Saved with the weights, because checkpoints may carry tables rounded to their own dtype; rebuilt where absent.
+        # Saved with the weights, because checkpoints may carry tables rounded to their own dtype;
+        # rebuilt where absent.
         self.register_buffer("q_pos_embed", query_position_table(config))
         self.register_buffer("k_pos_embed", image_position_table(config))
 
     def forward(
         self, queries: Tensor, image: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """(N, Q, C) queries, (N, P, C) image -> (N, Q, C) and, with eager attention, (N, heads, Q, Q + P) weights."""
+        """(N, Q, C) queries, (N, P, C) image -> (N, Q, C) and, with eager attention, (N, heads, Q,
+        Q + P) weights.
+        """
         context = torch.cat([queries, image], dim=1)
         query_positions = self.q_pos_embed.to(queries)
         context_positions = torch.cat([query_positions, self.k_pos_embed.to(queries)])
@@ -179,8 +190,8 @@ class MplugOwl2VisualAbstractor(PreTrainedModel):
             image_features: (N, P, C) vision encoder output, class token first.
 
         Returns:
-            `last_hidden_state` (N, Q + 1, D); on request `hidden_states` (layers + 1 times (N, Q, C)) and `attentions`
-            (layers times (N, heads, Q, Q + P)).
+            `last_hidden_state` (N, Q + 1, D); on request `hidden_states` (layers + 1 times (N, Q,
+            C)) and `attentions` (layers times (N, heads, Q, Q + P)).
         """
         queries = self.query_embeds.to(image_features.dtype).expand(image_features.shape[0], -1, -1)
         for layer in self.layers:

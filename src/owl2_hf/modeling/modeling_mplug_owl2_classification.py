@@ -3,8 +3,9 @@
 The head reads the last token of the prompt that is not padding, as transformers' sequence
 classifiers do.
 
-Q-Scorer (arXiv:2511.07812) is such a model: its head reads the first token of the model's own answer, and is an MLP. A
-configuration with `deepmlp_hidden_dims`, the name in Q-Scorer's checkpoints, describes one.
+Q-Scorer (arXiv:2511.07812) is such a model: its head reads the first token of the model's own
+answer, and is an MLP. A configuration with `deepmlp_hidden_dims`, the name in Q-Scorer's
+checkpoints, describes one.
 
 B: batch, L: positions, N: images of the whole batch, D: width of the language model, K: labels.
 """
@@ -50,7 +51,8 @@ class MplugOwl2QScorerHead(nn.Module):
             type(width) is int and width > 0 for width in widths
         ):
             raise ValueError(
-                f"deepmlp_hidden_dims: expected a list of layer widths, got {widths!r}; correct config.json."
+                f"deepmlp_hidden_dims: expected a list of layer widths, got {widths!r}; correct "
+                "config.json."
             )
         sizes = [hidden_size, *widths]
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
@@ -156,7 +158,8 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
     def _with_answer(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The prompts with the first token of their answers, which is the likeliest one.
 
-        The images are encoded once, and the prompts read twice, for the first time without gradients.
+        The images are encoded once, and the prompts read twice, for the first time without
+        gradients.
         """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if ids is None or inputs["cache"] is not None:
@@ -194,7 +197,8 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
     def _last_tokens(
         self, hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None
     ) -> Tensor:
-        """(B,) positions of the last tokens that are no padding, by the mask or else by the padding's id.
+        """(B,) positions of the last tokens that are no padding, by the mask or else by the
+        padding's id.
 
         Raises:
             ValueError: If neither tells what is padding, and there are several prompts.
@@ -210,13 +214,14 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
             is_token = hidden_states.new_ones(num_rows, length, dtype=torch.bool)
             if num_rows > 1:
                 logger.warning_once(
-                    "inputs_embeds came without an attention_mask: the last position of each prompt is scored, as if "
-                    "there were no padding behind it."
+                    "inputs_embeds came without an attention_mask: the last position of each "
+                    "prompt is scored, as if there were no padding behind it."
                 )
         else:
             raise ValueError(
-                f"Nothing tells which of the {num_rows} prompts are padded: expected an attention_mask, or a "
-                "pad_token_id in text_config. Pass the attention_mask that the processor makes."
+                f"Nothing tells which of the {num_rows} prompts are padded: expected an "
+                "attention_mask, or a pad_token_id in text_config. Pass the attention_mask that "
+                "the processor makes."
             )
         positions = torch.arange(length, device=hidden_states.device)
         return (positions * is_token).argmax(-1)

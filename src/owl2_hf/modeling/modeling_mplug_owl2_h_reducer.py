@@ -1,7 +1,8 @@
 """H-Reducer of DocOwl 1.5: merges neighbouring patches of a row into one visual token.
 
-N: images, C: width of the vision encoder, G: patches along one side, K: patches that become one token, P: positions
-of one encoded image (class token and patches), Q: G * G / K visual tokens, D: width of the language model.
+N: images, C: width of the vision encoder, G: patches along one side, K: patches that become one
+token, P: positions of one encoded image (class token and patches), Q: G * G / K visual tokens, D:
+width of the language model.
 """
 
 from typing import Any
@@ -59,7 +60,8 @@ class MplugOwl2HReducer(PreTrainedModel):
             `last_hidden_state` (N, Q + 1, D).
         """
         grid = self.config.grid_size
-        # Contiguous: for the layout of other inputs, compiled graphs and convolutions disagree about the output's.
+        # Contiguous: for the layout of other inputs, compiled graphs and convolutions disagree
+        # about the output's.
         patches = (
             image_features[:, -(grid**2) :].transpose(1, 2).contiguous().unflatten(2, (grid, grid))
         )
@@ -72,12 +74,16 @@ class MplugOwl2HReducer(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=torch.cat([visual_tokens, vit_eos], dim=1))
 
     def _spread(self, mixed: Tensor) -> Tensor:
-        """(N, K * C, G, G / K) -> (N, C, G, G): K blocks of channels become K neighbouring columns."""
+        """(N, K * C, G, G / K) -> (N, C, G, G): K blocks of channels become K neighbouring
+        columns.
+        """
         blocks = mixed.unflatten(1, (self.config.kernel_width, -1))
         return blocks.permute(0, 2, 3, 4, 1).flatten(3)
 
     def _untouched_norm(self) -> Tensor:
-        """Zero that depends on the norm nobody applies, so that no rank waits for its gradient in vain."""
+        """Zero that depends on the norm nobody applies, so that no rank waits for its gradient in
+        vain.
+        """
         return 0.0 * (self.ln_q.weight.sum() + self.ln_q.bias.sum())
 
 

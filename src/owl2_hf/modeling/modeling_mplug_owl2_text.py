@@ -3,7 +3,8 @@
 All other weights are shared. The text branch has LLaMA's parameter names. The parameters of the
 visual branch are named `visual_*`.
 
-B: batch, L: positions, D: width, T and V: text and visual tokens of the whole batch (T + V = B * L).
+B: batch, L: positions, D: width, T and V: text and visual tokens of the whole batch (T + V = B *
+L).
 
 This is one file so that the decoder can be read from its parts up.
 """
@@ -41,11 +42,13 @@ from .configuration_mplug_owl2 import MplugOwl2TextConfig
 
 
 class ModalityRouting(NamedTuple):
-    """Where the text and the visual tokens of a batch stand; made once per forward and shared by all layers.
+    """Where the text and the visual tokens of a batch stand; made once per forward and shared by
+    all layers.
 
-    Tokens are sorted by modality, so that each is computed by its own branch alone and no second copy of it is kept for
-    the gradients. A compiled graph needs shapes that do not depend on the data: there the order is `None`, nothing is
-    sorted, both branches compute every token, and the mask selects.
+    Tokens are sorted by modality, so that each is computed by its own branch alone and no second
+    copy of it is kept for the gradients. A compiled graph needs shapes that do not depend on the
+    data: there the order is `None`, nothing is sorted, both branches compute every token, and the
+    mask selects.
     """
 
     visual_mask: Tensor  # (B, L, 1), True at visual tokens
@@ -55,13 +58,16 @@ class ModalityRouting(NamedTuple):
 
     @classmethod
     def from_indicators(cls, mm_token_type_ids: Tensor, training: bool) -> "ModalityRouting | None":
-        """Args: mm_token_type_ids (B, L), 0 text and 1 image. Returns `None` where the text branch alone is needed."""
+        """Args: mm_token_type_ids (B, L), 0 text and 1 image. Returns `None` where the text branch
+        alone is needed.
+        """
         visual_mask = mm_token_type_ids.bool()
         if torch.compiler.is_compiling() or visual_mask.is_meta:
             return cls(visual_mask.unsqueeze(-1), None, None, 0)
         flat_mask = visual_mask.flatten()
         visual_index = flat_mask.nonzero().squeeze(1)
-        # In training both branches always take part, so that data-parallel ranks reduce the same gradients.
+        # In training both branches always take part, so that data-parallel ranks reduce the same
+        # gradients.
         if visual_index.numel() == 0 and not training:
             return None
         text_index = (~flat_mask).nonzero().squeeze(1)
@@ -81,7 +87,9 @@ class ModalityRouting(NamedTuple):
         return tokens.index_select(0, self.inverse).view(*self.visual_mask.shape[:2], -1)
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Sorted tokens -> what the text branch reads, (T, D), and what the visual branch reads, (V, D)."""
+        """Sorted tokens -> what the text branch reads, (T, D), and what the visual branch reads,
+        (V, D).
+        """
         if self.order is None:
             return tokens, tokens
         text, visual = tokens.split([self.num_text, len(tokens) - self.num_text])
@@ -100,7 +108,9 @@ def route(
     x: Tensor,
     routing: ModalityRouting | None,
 ) -> Tensor:
-    """(B, L, D) -> (B, L, D'), each token through the branch of its modality; all through one where it stands alone."""
+    """(B, L, D) -> (B, L, D'), each token through the branch of its modality; all through one where
+    it stands alone.
+    """
     if routing is None or visual_branch is None:
         return text_branch(x)
     text, visual = routing.split(routing.sort(x))
@@ -115,7 +125,8 @@ def match_indicators(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> Tensor
     """
     shape = inputs_embeds.shape[:2]
     rows, columns = mm_token_type_ids.shape
-    # Number by number: a traced graph knows whether two lengths are equal, not whether a list holds a shape.
+    # Number by number: a traced graph knows whether two lengths are equal, not whether a list holds
+    # a shape.
     if columns != shape[1] or (rows != shape[0] and rows != 1):
         raise ValueError(
             "mm_token_type_ids must have one indicator for each position: expected "
@@ -125,13 +136,16 @@ def match_indicators(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> Tensor
 
 
 class MplugOwl2NtkRotaryEmbedding(LlamaRotaryEmbedding):
-    """Rotary embedding whose base grows with the length of a prompt beyond `rope_dynamic_ntk_length`."""
+    """Rotary embedding whose base grows with the length of a prompt beyond
+    `rope_dynamic_ntk_length`.
+    """
 
     @torch.no_grad()
     def forward(
         self, x: Tensor, position_ids: Tensor, prompt_lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (B, L, head_dim) at the positions (B, L) of prompts of the lengths (B, 1).
+        """Cosines and sines (B, L, head_dim) at the positions (B, L) of prompts of the lengths (B,
+        1).
 
         Without lengths the base stays, as upstream in training.
         """
@@ -147,17 +161,20 @@ class MplugOwl2NtkRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 def prompt_lengths(position_ids: Tensor, cache: Cache | None) -> Tensor:
-    """(B, L) positions -> (B, 1) lengths of the prompts that they are in, or that the cache began with.
+    """(B, L) positions -> (B, 1) lengths of the prompts that they are in, or that the cache began
+    with.
 
-    Upstream: what follows a prompt is read with the prompt's base, since the keys in the cache were.
+    Upstream: what follows a prompt is read with the prompt's base, since the keys in the cache
+    were.
     """
     lengths = position_ids.amax(-1, keepdim=True) + 1
     if cache is None:
         return lengths
     if not isinstance(cache, Cache):
         raise ValueError(
-            "Continuous batching packs prompts of several lengths into one row, but this model's rotary base depends "
-            "on the length of the prompt: use generate instead of generate_batch."
+            "Continuous batching packs prompts of several lengths into one row, but this model's "
+            "rotary base depends on the length of the prompt: use generate instead of "
+            "generate_batch."
         )
     known = getattr(cache, "prompt_lengths", None)
     if known is not None:
@@ -169,13 +186,17 @@ def prompt_lengths(position_ids: Tensor, cache: Cache | None) -> Tensor:
 
 
 def log_n_scale(position_ids: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """(B, L) positions -> (B, 1, L, 1) factors of the queries: log_length(n) at the n-th position beyond `length`."""
+    """(B, L) positions -> (B, 1, L, 1) factors of the queries: log_length(n) at the n-th position
+    beyond `length`.
+    """
     scale = torch.log(position_ids.float() + 1) / math.log(length)
     return scale.clamp_min(1).to(dtype)[:, None, :, None]
 
 
 class MplugOwl2Attention(nn.Module):
-    """Self-attention with keys and values of each token's own modality (equations 2 to 4 of the paper)."""
+    """Self-attention with keys and values of each token's own modality (equations 2 to 4 of the
+    paper).
+    """
 
     visual_q_proj: nn.Linear | None
     visual_k_proj: nn.Linear | None

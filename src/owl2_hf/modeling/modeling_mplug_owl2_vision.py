@@ -178,8 +178,8 @@ class MplugOwl2VisionModel(PreTrainedModel):
             pixel_values: (N, 3, H, W) normalised pixels, H = W = image_size.
 
         Returns:
-            `last_hidden_state` (N, P, C), class token first; on request `hidden_states` (layers + 1 times (N, P, C),
-            before the last norm) and `attentions` (layers times (N, heads, P, P)).
+            `last_hidden_state` (N, P, C), class token first; on request `hidden_states` (layers + 1
+            times (N, P, C), before the last norm) and `attentions` (layers times (N, heads, P, P)).
 
         Raises:
             ValueError: If images do not have the shape that the configuration gives.
@@ -187,8 +187,9 @@ class MplugOwl2VisionModel(PreTrainedModel):
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
             raise ValueError(
-                f"pixel_values must be (images, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}. "
-                "Prepare images with MplugOwl2Processor; the frames of a video are images of their own."
+                f"pixel_values must be (images, {', '.join(map(str, expected))}), got "
+                f"{tuple(pixel_values.shape)}. Prepare images with MplugOwl2Processor; the frames "
+                "of a video are images of their own."
             )
         hidden_states = self.embeddings(pixel_values)
         for layer in self.layers:

@@ -17,10 +17,13 @@ class MplugOwl2ImageFeatures(BaseModelOutputWithPooling):
     """Output of `get_image_features`.
 
     Args:
-        last_hidden_state: (N, P, C) vision encoder output; `hidden_states` and `attentions` are the vision encoder's.
-        pooler_output: N times (Q + 1, D), the visual tokens of each image; one tensor (N, Q + 1, D) in an export.
+        last_hidden_state: (N, P, C) vision encoder output; `hidden_states` and `attentions` are the
+            vision encoder's.
+        pooler_output: N times (Q + 1, D), the visual tokens of each image; one tensor (N, Q + 1, D)
+            in an export.
         abstractor_hidden_states: layers + 1 times (N, Q, C), on request; `None` with an H-Reducer.
-        abstractor_attentions: layers times (N, heads, Q, Q + P), on request; `None` with an H-Reducer.
+        abstractor_attentions: layers times (N, heads, Q, Q + P), on request; `None` with an
+            H-Reducer.
     """
 
     abstractor_hidden_states: tuple[Tensor, ...] | None = None
@@ -34,7 +37,9 @@ class WithImageOutputs:
 
     @property
     def image_hidden_states(self) -> Tensor | None:
-        """(N * (Q + 1), D), the visual tokens that entered the language model, in the order of their positions."""
+        """(N * (Q + 1), D), the visual tokens that entered the language model, in the order of
+        their positions.
+        """
         return None if self.image_outputs is None else visual_tokens(self.image_outputs)
 
 

@@ -1,7 +1,7 @@
 """Presets of scorers (prompt, level words, values), stored in scorer.json beside the weights.
 
-Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (arXiv:2501.11561), and their released
-code.
+Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (arXiv:2501.11561),
+and their released code.
 """
 
 import json
@@ -50,7 +50,8 @@ class Preset:
     def __post_init__(self) -> None:
         if len(self.levels) != len(self.values) or len(self.levels) < 2:
             raise ValueError(
-                f"expected a value for each of two or more levels, got {self.levels} and {self.values}."
+                f"expected a value for each of two or more levels, got {self.levels} and "
+                f"{self.values}."
             )
         for task, prompt in self.prompts.items():
             if prompt.count(IMAGE_TOKEN) != self.images_per_prompt:
@@ -70,7 +71,8 @@ def _align(aspect: str, medium: str) -> str:
 
 _Q_INSTRUCT_PROMPT = f"USER: {IMAGE_TOKEN}Rate the quality of the image.\nASSISTANT: "
 PRESETS: dict[str, Preset] = {
-    # Upstream: Q-Align's repository asks for "the image of the quality"; its model on the Hub, like this, does not.
+    # Upstream: Q-Align's repository asks for "the image of the quality"; its model on the Hub, like
+    # this, does not.
     "one-align": Preset(
         {
             "quality": _align("quality", "image"),

@@ -5,8 +5,8 @@ level words, weighted by the probabilities of these words at the next position.
 
 B: images or videos of one batch, K: levels, V: embedding rows.
 
-Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (arXiv:2501.11561), and their released
-code.
+Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (arXiv:2501.11561),
+and their released code.
 """
 
 import math
@@ -57,7 +57,9 @@ def own_preset(model: Any) -> Preset | None:
 
 
 def _own_files(model: Any, name: str) -> Iterator[Path]:
-    """Files of this name in the folders or repositories that a model was loaded from, the adapter's first."""
+    """Files of this name in the folders or repositories that a model was loaded from, the adapter's
+    first.
+    """
     places = [getattr(model, "_adapter_place", None), _place(model)]
     for source, hub in filter(None, places):
         try:
@@ -82,12 +84,14 @@ def level_id(tokenizer: Any, word: str) -> int:
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         pieces = tokenizer.convert_ids_to_tokens(ids)
         raise ValueError(
-            f"the level {word!r} is not one token of this vocabulary but {pieces}: choose another word."
+            f"the level {word!r} is not one token of this vocabulary but {pieces}: choose another "
+            "word."
         )
     expected = _LLAMA2_IDS.get(word)
     if expected is not None and len(tokenizer) == _LLAMA2_SIZE + 1 and ids[0] != expected:
         raise ValueError(
-            f"the level {word!r} has id {ids[0]}, LLaMA-2's vocabulary has {expected}: it is damaged."
+            f"the level {word!r} has id {ids[0]}, LLaMA-2's vocabulary has {expected}: it is "
+            "damaged."
         )
     return ids[0]
 
@@ -113,8 +117,8 @@ def level_inputs(
     """What the model takes for B images or videos.
 
     Args:
-        frames: For each of B prompts its images, as the processor takes them: one, the frames of a video, or as many
-            as the prompt names.
+        frames: For each of B prompts its images, as the processor takes them: one, the frames of a
+            video, or as many as the prompt names.
         prompt: One of the preset's.
         options: Of the image processor, for instance `original_reading`.
 
@@ -148,13 +152,15 @@ def level_logits(logits: Tensor, ids: Sequence[Sequence[int]], preset: Preset) -
     levels = torch.stack([logits[:, own].mean(-1) for own in ids], -1) / preset.temperature
     if not levels.isfinite().all():
         raise ValueError(
-            f"the model's logits are not finite ({levels.tolist()}): try another dtype, or verify it."
+            f"the model's logits are not finite ({levels.tolist()}): try another dtype, or verify "
+            "it."
         )
     return levels
 
 
 def read_levels(model: Any, inputs: Any, ids: Sequence[Sequence[int]], preset: Preset) -> Tensor:
-    """(B, K) logits of the levels at the place of the answer's first word, without gradients, on the CPU.
+    """(B, K) logits of the levels at the place of the answer's first word, without gradients, on
+    the CPU.
 
     Args:
         inputs: As `level_inputs` makes them.
@@ -169,7 +175,9 @@ def read_levels(model: Any, inputs: Any, ids: Sequence[Sequence[int]], preset: P
 
 
 def expected_score(levels: Tensor, preset: Preset) -> tuple[float, float, Tensor]:
-    """(K,) logits of the levels -> expected value and standard deviation, on the preset's scale, and probabilities."""
+    """(K,) logits of the levels -> expected value and standard deviation, on the preset's scale,
+    and probabilities.
+    """
     probs = levels.softmax(-1)
     low, high = preset.scale
     values = low + (high - low) * torch.tensor(preset.values)
@@ -236,11 +244,13 @@ class ScoresImages:
             return found
         reason = "this model was not loaded from one"
         if place is not None:
-            # Not at the top: the Auto classes may be in the middle of being imported while this file is.
+            # Not at the top: the Auto classes may be in the middle of being imported while this
+            # file is.
             from transformers import AutoProcessor
 
             name, hub = place
-            # Code of the folder runs here only where the model itself is such code: then it was trusted already.
+            # Code of the folder runs here only where the model itself is such code: then it was
+            # trusted already.
             is_remote = type(self).__module__.startswith("transformers_modules.")
             try:
                 found = AutoProcessor.from_pretrained(name, trust_remote_code=is_remote, **hub)
@@ -252,8 +262,8 @@ class ScoresImages:
                     return found
                 reason = f"{name!r} has none"
         raise ValueError(
-            f"score needs the processor of the model's folder, but {reason}: pass processor=..., or convert the "
-            "checkpoint again with --tokenizer."
+            f"score needs the processor of the model's folder, but {reason}: pass processor=..., "
+            "or convert the checkpoint again with --tokenizer."
         )
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -283,8 +293,8 @@ def _prompt(preset: Preset, task: str, kind: str) -> str:
         raise ValueError(f"expected input_ 'image' or 'video', got {kind!r}.")
     if kind == "video" and "video" not in preset.prompts:
         raise ValueError(
-            "this scorer has no prompt for videos: with input_='image' each list of frames is scored in the place of "
-            "one image."
+            "this scorer has no prompt for videos: with input_='image' each list of frames is "
+            "scored in the place of one image."
         )
     if kind == "video" and task == "quality":
         return preset.prompts["video"]
@@ -293,16 +303,20 @@ def _prompt(preset: Preset, task: str, kind: str) -> str:
     tasks = {name: prompt for name, prompt in preset.prompts.items() if name != "video"}
     if task not in tasks:
         raise ValueError(
-            f"expected a task_ of {', '.join(tasks)}, got {task!r}; videos are told by input_='video'."
+            f"expected a task_ of {', '.join(tasks)}, got {task!r}; videos are told by "
+            "input_='video'."
         )
     if kind == "image":
         return tasks[task]
-    # Upstream: one template for all pairs of task and medium; the preset holds the one that was trained for.
+    # Upstream: one template for all pairs of task and medium; the preset holds the one that was
+    # trained for.
     return preset.prompts["video"].replace("quality", task)
 
 
 def _as_frames(images: Any, is_video: bool) -> list[list[Any]]:
-    """For each score its images: one, or the frames of a video. A single image or video may stand without a list."""
+    """For each score its images: one, or the frames of a video. A single image or video may stand
+    without a list.
+    """
     several = list(images) if _is_many(images) else [images]
     if is_video and several and not any(map(_is_many, several)):
         several = [several]

@@ -39,7 +39,8 @@ def read_weights(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
 
     Args:
         path: safetensors, or a pickle, which is read without running anything that it names.
-        allowed: Stand-ins for what a pickle may name beside tensors, as `torch.serialization.safe_globals` takes them.
+        allowed: Stand-ins for what a pickle may name beside tensors, as
+            `torch.serialization.safe_globals` takes them.
 
     Raises:
         ValueError: If the file is damaged, or holds more than tensors.
@@ -139,14 +140,16 @@ def check_archive(path: Path) -> bool:
             )
         if sizes[name] // width != count:
             raise _DamageError(
-                f"{path} is damaged: its tensors need {count * width} bytes of the record {name!r}, which has "
-                f"{sizes[name]}."
+                f"{path} is damaged: its tensors need {count * width} bytes of the record "
+                f"{name!r}, which has {sizes[name]}."
             )
     return True
 
 
 def _check_places(path: Path, file: BinaryIO, entries: list[zipfile.ZipInfo], end: int) -> None:
-    """Records lie one behind the other, each as long as the directory at the end of the archive says."""
+    """Records lie one behind the other, each as long as the directory at the end of the archive
+    says.
+    """
     for entry in sorted(entries, key=lambda entry: -entry.header_offset):
         if record_start(file, entry) + entry.file_size > end:
             raise _DamageError(f"{path} is damaged: its record {entry.filename!r} is cut off.")
@@ -154,7 +157,8 @@ def _check_places(path: Path, file: BinaryIO, entries: list[zipfile.ZipInfo], en
 
 
 def record_start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    """Where a record's bytes begin; its own header may be padded, unlike its entry in the archive's directory.
+    """Where a record's bytes begin; its own header may be padded, unlike its entry in the archive's
+    directory.
 
     Raises:
         zipfile.BadZipFile: There is no header.
@@ -191,9 +195,12 @@ class _Inert:
         pass
 
 
-# The one in Python keeps what it has read in a dictionary. The one in C makes a table as long as a file asks for.
+# The one in Python keeps what it has read in a dictionary. The one in C makes a table as long as a
+# file asks for.
 class _StorageReader(pickle._Unpickler):
-    """Reads from a pickle of `torch.save` how long each storage is; nothing that the pickle names is looked up."""
+    """Reads from a pickle of `torch.save` how long each storage is; nothing that the pickle names
+    is looked up.
+    """
 
     def __init__(self, content: bytes):
         super().__init__(io.BytesIO(content))

@@ -38,8 +38,8 @@ MAX_IMAGE_PIXELS = 89_478_485  # PIL's own threshold for a decompression bomb
 URL_TIMEOUT = 20.0  # seconds for a whole download
 BICUBIC = Image.Resampling.BICUBIC
 
-# Upstream: grids of crops as (rows, columns), by name. The first of several that fit equally well wins, so the order
-# counts; it is neither sorted nor the same from one name to the next.
+# Upstream: grids of crops as (rows, columns), by name. The first of several that fit equally well
+# wins, so the order counts; it is neither sorted nor the same from one name to the next.
 CROP_ANCHORS: dict[str, list[tuple[int, int]]] = {
     "grid_1": [(1, 1)],
     "grid_4": [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1)],
@@ -189,7 +189,8 @@ class MplugOwl2ImageProcessor(PilBackend):
             raise ValueError(
                 f"crop_anchors must be one of {names}, got {kwargs.get('crop_anchors')!r}."
             )
-        # The final image is cut by `image_aspect_ratio` alone; CLIP's own switches say nothing more.
+        # The final image is cut by `image_aspect_ratio` alone; CLIP's own switches say nothing
+        # more.
         kwargs.update(do_center_crop=None, crop_size=None)
         kwargs = super()._standardize_kwargs(size=size, **kwargs)
         size = kwargs["size"]
@@ -295,7 +296,8 @@ class MplugOwl2ImageProcessor(PilBackend):
         add_global_image: bool = True,
         **kwargs: Any,
     ) -> BatchFeature:
-        """N RGB images -> `pixel_values` (squares, 3, S, S) float32, N squares or with "anchors" more.
+        """N RGB images -> `pixel_values` (squares, 3, S, S) float32, N squares or with "anchors"
+        more.
 
         With "anchors" also `crop_grid` (N, 2), rows and columns of each image's crops.
         """
@@ -308,7 +310,8 @@ class MplugOwl2ImageProcessor(PilBackend):
             data["crop_grid"] = [
                 best_anchor(image.height, image.width, size.height, anchors) for image in images
             ]
-        # A channel has 256 shades: they are computed once, (3, 256), and each pixel looks its own up.
+        # A channel has 256 shades: they are computed once, (3, 256), and each pixel looks its own
+        # up.
         shades = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))
         values_of_shades = {}
         for rescale in {do_rescale or "is_rescaled" in image.info for image in images}:
@@ -367,7 +370,9 @@ def _overlap(
 def _cut(
     picture: Image.Image, side: int, resample: int, grid: tuple[int, int], add_global: bool
 ) -> Iterator[Image.Image]:
-    """The whole image as one square, then the crops row by row; all are resized from the image itself."""
+    """The whole image as one square, then the crops row by row; all are resized from the image
+    itself.
+    """
     rows, columns = grid
     if add_global:
         yield picture.resize((side, side), resample)
@@ -554,8 +559,8 @@ def _load(picture: Image.Image) -> None:
 def _check_size(picture: Image.Image, max_pixels: int) -> None:
     if picture.width * picture.height > max_pixels:
         raise ValueError(
-            f"it has {picture.width} x {picture.height} pixels, at most {max_pixels:,} are taken; make it smaller, or "
-            "raise max_image_pixels."
+            f"it has {picture.width} x {picture.height} pixels, at most {max_pixels:,} are taken; "
+            "make it smaller, or raise max_image_pixels."
         )
 
 
@@ -581,7 +586,8 @@ def to_rgb(
     if isinstance(image, np.ndarray):
         return _array_to_rgb(image, input_data_format, ambiguous=ChannelDimension.LAST)
     raise ValueError(
-        f"expected a PIL image, an array, a tensor, a path, a URL or base64, got {type(image).__name__}."
+        "expected a PIL image, an array, a tensor, a path, a URL or base64, got "
+        f"{type(image).__name__}."
     )
 
 

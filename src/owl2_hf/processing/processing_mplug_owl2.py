@@ -104,7 +104,9 @@ class Decoded(str):
 
 
 class Answer(Decoded):
-    """An answer without the space in front, which it has again where a raw prompt is put in front of it."""
+    """An answer without the space in front, which it has again where a raw prompt is put in front
+    of it.
+    """
 
     def __radd__(self, prompt: Any) -> Any:
         return f"{prompt} {self}" if prompt.endswith("ASSISTANT:") else f"{prompt}{self}"
@@ -148,7 +150,8 @@ class MplugOwl2Processor(ProcessorMixin):
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(
                 f"The tokenizer has no token {image_token!r}: add it with "
-                f"tokenizer.add_special_tokens({{'image_token': {image_token!r}}}), or name another as image_token."
+                f"tokenizer.add_special_tokens({{'image_token': {image_token!r}}}), or name "
+                "another as image_token."
             )
         super().__init__(
             image_processor,
@@ -161,8 +164,8 @@ class MplugOwl2Processor(ProcessorMixin):
         }
         if not legacy and not self._drops_noncharacters():
             raise ValueError(
-                "legacy=False needs a tokenizer whose normalizer deletes U+FDD0 and U+FDD1, as that of a converted "
-                "checkpoint does; this one does not."
+                "legacy=False needs a tokenizer whose normalizer deletes U+FDD0 and U+FDD1, as "
+                "that of a converted checkpoint does; this one does not."
             )
 
     @classmethod
@@ -187,7 +190,8 @@ class MplugOwl2Processor(ProcessorMixin):
         for name in kwargs.keys() - set(known):
             if not name.startswith("_") and not any(hasattr(part, name) for part in parts):
                 logger.warning(
-                    f"from_pretrained of {cls.__name__} ignores the option {name!r}, which it does not know."
+                    f"from_pretrained of {cls.__name__} ignores the option {name!r}, which it does "
+                    "not know."
                 )
         return processor
 
@@ -268,9 +272,10 @@ class MplugOwl2Processor(ProcessorMixin):
 
         Args:
             images: One image, a flat list for all prompts in order, or a list for each prompt.
-            text: One prompt or several, with one `<|image|>` for each image, whatever crops it is cut into. `<s>` in
-                front, as chat templates write it, is the one that the tokenizer would write. Without special tokens a
-                text that begins with a space goes on where another ended, and gets no further space in front.
+            text: One prompt or several, with one `<|image|>` for each image, whatever crops it is
+                cut into. `<s>` in front, as chat templates write it, is the one that the tokenizer
+                would write. Without special tokens a text that begins with a space goes on where
+                another ended, and gets no further space in front.
         """
         for name in (kwargs.get("text_kwargs") or {}).keys() - TextKwargs.__annotations__.keys():
             logger.warning_once(
@@ -293,7 +298,9 @@ class MplugOwl2Processor(ProcessorMixin):
         return inputs
 
     def _as_going_on(self, text: str, has_special: bool) -> str:
-        """A text such that the tokenizer makes the same ids of it, whether a chat is handed on whole or in parts."""
+        """A text such that the tokenizer makes the same ids of it, whether a chat is handed on
+        whole or in parts.
+        """
         if has_special:
             bos = self.tokenizer.bos_token
             is_doubled = bos is not None and text.startswith(bos) and _writes_bos(self.tokenizer)
@@ -316,7 +323,8 @@ class MplugOwl2Processor(ProcessorMixin):
             getattr(self.image_processor, name) if kwargs.get(name) is None else kwargs[name]
             for name in ("add_global_image", "add_text_crop_tags")
         )
-        # Upstream: with several images each place gets the names of all their crops; here those of its own.
+        # Upstream: with several images each place gets the names of all their crops; here those of
+        # its own.
         rows, columns = map(int, grids[image_idx])
         tags = ["<global_img>"] if add_global else []
         tags += [
@@ -338,7 +346,8 @@ class MplugOwl2Processor(ProcessorMixin):
         """
         if videos is not None:
             raise ValueError(
-                "Give a video as its frames: as images, or as a chat part of type 'video' with a list."
+                "Give a video as its frames: as images, or as a chat part of type 'video' with a "
+                "list."
             )
         if audio is not None:
             raise ValueError("Got audio, which this model cannot hear: give text and images.")
@@ -349,7 +358,9 @@ class MplugOwl2Processor(ProcessorMixin):
         return images if images and any(images) else None, text, None, None
 
     def _to_lists(self, images: Any, text: list[str] | None) -> list[list[Any]]:
-        """Nested lists belong to one prompt each; a flat list is dealt out to the prompts in order."""
+        """Nested lists belong to one prompt each; a flat list is dealt out to the prompts in
+        order.
+        """
         images = list(images) if is_many(images) else [images]
         if text is None:
             return [flatten_images(images)]
@@ -479,7 +490,8 @@ class MplugOwl2Processor(ProcessorMixin):
         for name in ("tools", "documents"):
             if given.get(name) and name not in str(template):
                 raise ValueError(
-                    f"The chat template has no place for {name}: leave them out, or write a message."
+                    f"The chat template has no place for {name}: leave them out, or write a "
+                    "message."
                 )
         if kwargs.get("return_assistant_tokens_mask") and not MASKS_FOLLOW_IMAGES:
             wanted = {"return_text_replacement_offsets": True}
@@ -505,7 +517,9 @@ class MplugOwl2Processor(ProcessorMixin):
             raise ValueError(f"The chat template refuses this: {error}") from error
 
     def _plain(self, conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The conversation with its text escaped and its videos as images; the original stays as it is."""
+        """The conversation with its text escaped and its videos as images; the original stays as it
+        is.
+        """
         if not conversation:
             raise ValueError("The conversation is empty: give at least one message.")
         messages = []
@@ -513,7 +527,8 @@ class MplugOwl2Processor(ProcessorMixin):
             role = message.get("role") if isinstance(message, dict) else type(message).__name__
             if role not in ("system", "user", "assistant"):
                 raise ValueError(
-                    f"A message must be a dict with role 'system', 'user' or 'assistant', got {role!r}."
+                    "A message must be a dict with role 'system', 'user' or 'assistant', got "
+                    f"{role!r}."
                 )
             content = message.get("content")
             if isinstance(content, str) or (content is None and role == "assistant"):
@@ -565,7 +580,9 @@ class MplugOwl2Processor(ProcessorMixin):
         ]
 
     def _escape(self, text: str) -> str:
-        """The text with `ESCAPE` in control tokens, also in the beginning of one that the next part could complete."""
+        """The text with `ESCAPE` in control tokens, also in the beginning of one that the next part
+        could complete.
+        """
         text = text.replace(ESCAPE, "").replace(NO_PREFIX, "")
         tokens = self._control_tokens()
 
@@ -577,8 +594,9 @@ class MplugOwl2Processor(ProcessorMixin):
         escaped = re.sub("|".join({re.escape(token[0]) for token in tokens}), escape, text)
         if escaped != text and not self._drops_noncharacters():
             raise ValueError(
-                "A message holds the name of a control token as text, which this tokenizer cannot keep apart: its "
-                "normalizer must delete U+FDD0, as that of a converted checkpoint does."
+                "A message holds the name of a control token as text, which this tokenizer cannot "
+                "keep apart: its normalizer must delete U+FDD0, as that of a converted checkpoint "
+                "does."
             )
         return escaped
 
@@ -589,7 +607,9 @@ class MplugOwl2Processor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Any] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Placeholders and crops of each image of (height, width); its size matters where it is cut by its shape."""
+        """Placeholders and crops of each image of (height, width); its size matters where it is cut
+        by its shape.
+        """
         if image_sizes is None:
             return MultiModalData()
         crops = [self.image_processor.num_crops(*size, **kwargs) for size in image_sizes]
@@ -599,7 +619,9 @@ class MplugOwl2Processor(ProcessorMixin):
 
 
 def _as_data(value: Any) -> Any:
-    """Messages and their parts as dicts and lists, whatever objects they are; keys without a value are left out."""
+    """Messages and their parts as dicts and lists, whatever objects they are; keys without a value
+    are left out.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     elif callable(getattr(value, "model_dump", None)):  # pydantic
@@ -640,7 +662,9 @@ def _check_preprocessing(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _original_folder(name: str | Path, kwargs: dict[str, Any]) -> Path | None:
-    """Folder of a checkpoint in the original's layout, from the disk or the Hub; `None` for any other checkpoint."""
+    """Folder of a checkpoint in the original's layout, from the disk or the Hub; `None` for any
+    other checkpoint.
+    """
     names = ("cache_dir", "force_download", "token", "revision", "subfolder", "local_files_only")
     hub: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
     hub.update(
@@ -657,7 +681,9 @@ def _original_folder(name: str | Path, kwargs: dict[str, Any]) -> Path | None:
 
 
 def _unexpand(offsets: Iterable[Any], replacements: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    """Spans of tokens in the expanded prompt -> in the prompt as it was, with one placeholder for each image."""
+    """Spans of tokens in the expanded prompt -> in the prompt as it was, with one placeholder for
+    each image.
+    """
     ends = [replacement["new_span"][1] for replacement in replacements]
     gains = [
         0,
@@ -681,7 +707,8 @@ def _fill_places(
     """Put images that came beside the messages into the parts that only hold their places.
 
     Returns:
-        What is left of `processor_kwargs`; all of it if the template places images in some other way.
+        What is left of `processor_kwargs`; all of it if the template places images in some other
+        way.
     """
     parts = [
         part

@@ -22,10 +22,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
-# Noncharacters of Unicode, which no text holds. The tokenizer's normaliser acts on them after control tokens are found:
-# it deletes ESCAPE, so that "<" + ESCAPE + "s>" is the text "<s>" and never the control token; and a text that starts
-# with NO_PREFIX gets no leading space. Offsets and assistant masks stay right, which transformers' own
-# `sanitize_control_tokens` cannot give.
+# Noncharacters of Unicode, which no text holds. The tokenizer's normaliser acts on them after
+# control tokens are found: it deletes ESCAPE, so that "<" + ESCAPE + "s>" is the text "<s>" and
+# never the control token; and a text that starts with NO_PREFIX gets no leading space. Offsets and
+# assistant masks stay right, which transformers' own `sanitize_control_tokens` cannot give.
 ESCAPE = "\ufdd0"
 NO_PREFIX = "\ufdd1"
 
@@ -51,11 +51,13 @@ def llama_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """LLaMA's tokenizer from its pieces, with the image placeholder behind them.
 
-    Each text between control tokens gets a leading space of its own, unless it starts with `NO_PREFIX`; `ESCAPE` inside
-    the name of a control token keeps that name text. Neither reaches the model.
+    Each text between control tokens gets a leading space of its own, unless it starts with
+    `NO_PREFIX`; `ESCAPE` inside the name of a control token keeps that name text. Neither reaches
+    the model.
 
     Args:
-        vocab: Piece -> id, with `<unk>`, `<s>`, `</s>` as 0, 1, 2 and the byte pieces `<0x00>` to `<0xFF>`.
+        vocab: Piece -> id, with `<unk>`, `<s>`, `</s>` as 0, 1, 2 and the byte pieces `<0x00>` to
+            `<0xFF>`.
         merges: Pairs of pieces, first come first merged.
         added: Tokens that a fine-tune has behind the pieces; the placeholder stands behind them.
     """
@@ -106,14 +108,17 @@ def llama_tokenizer(
 def qwen_tokenizer(
     ranks: dict[bytes, int], num_text_tokens: int | None = None, model_max_length: int = 8192
 ) -> PreTrainedTokenizerFast:
-    """Qwen's tokenizer from the ranks of its pieces, with the image placeholder behind all other ids.
+    """Qwen's tokenizer from the ranks of its pieces, with the image placeholder behind all other
+    ids.
 
-    No token stands in front of a text, `<|endoftext|>` ends it and pads, and `</s>` is text. `ESCAPE` and `NO_PREFIX`
-    are deleted.
+    No token stands in front of a text, `<|endoftext|>` ends it and pads, and `</s>` is text.
+    `ESCAPE` and `NO_PREFIX` are deleted.
 
     Args:
-        ranks: Bytes of a piece -> id, which is also its turn to be merged; the control tokens follow.
-        num_text_tokens: Rows of the model's weights, where they are more: the placeholder stands behind them.
+        ranks: Bytes of a piece -> id, which is also its turn to be merged; the control tokens
+            follow.
+        num_text_tokens: Rows of the model's weights, where they are more: the placeholder stands
+            behind them.
     """
     names = bytes_to_unicode()
 
@@ -182,10 +187,12 @@ def load_tokenizer(
     """The tokenizer of an original checkpoint, and its `legacy` flag.
 
     Args:
-        source: A folder with tokenizer.model, qwen.tiktoken or tokenizer.json, or one of these files.
-        legacy: The flag, where something else than the tokenizer_config.json beside the tokenizer tells it.
-        num_text_tokens: Rows of the model's weights, which may be more than Qwen's tokenizer has tokens; and more than
-            LLaMA's by added tokens (Q-Scorer's).
+        source: A folder with tokenizer.model, qwen.tiktoken or tokenizer.json, or one of these
+            files.
+        legacy: The flag, where something else than the tokenizer_config.json beside the tokenizer
+            tells it.
+        num_text_tokens: Rows of the model's weights, which may be more than Qwen's tokenizer has
+            tokens; and more than LLaMA's by added tokens (Q-Scorer's).
         added_tokens: These, where no added_tokens.json tells them.
 
     Raises:
@@ -198,7 +205,8 @@ def load_tokenizer(
         source = next((path for path in paths if path.is_file()), paths[-1])
     if not source.is_file():
         raise ValueError(
-            f"{source} is missing: expected a {', a '.join(TOKENIZER_FILES[:-1])} or a tokenizer.json."
+            f"{source} is missing: expected a {', a '.join(TOKENIZER_FILES[:-1])} or a "
+            "tokenizer.json."
         )
     if source.suffix == ".tiktoken":
         return _load_qwen(source, folder, num_text_tokens), True
@@ -209,7 +217,8 @@ def load_tokenizer(
         )
     if set(vocab.values()) != set(range(len(vocab))):
         raise ValueError(
-            f"{source}: expected ids from 0 to {len(vocab) - 1} for {len(vocab)} pieces, some are missing."
+            f"{source}: expected ids from 0 to {len(vocab) - 1} for {len(vocab)} pieces, some are "
+            "missing."
         )
     settings = read_json(folder / "tokenizer_config.json")
     max_length = settings.get("model_max_length")
@@ -263,7 +272,8 @@ def _read_tiktoken(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(piece, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(
-                f"{path}, line {number}: expected a piece in base64 and its rank, got {line[:40]!r}."
+                f"{path}, line {number}: expected a piece in base64 and its rank, got "
+                f"{line[:40]!r}."
             ) from None
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(
@@ -300,7 +310,9 @@ def _read_sentencepiece(path: Path) -> tuple[dict[str, int], list[tuple[str, str
 
 
 def _check_against_sentencepiece(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    """Refuse models of another kind: unigram ones, ones that normalise text, ones without a space in front."""
+    """Refuse models of another kind: unigram ones, ones that normalise text, ones without a space
+    in front.
+    """
     from sentencepiece import SentencePieceProcessor
 
     probe = (
@@ -310,7 +322,8 @@ def _check_against_sentencepiece(tokenizer: PreTrainedTokenizerFast, path: Path)
     expected = SentencePieceProcessor(model_file=str(path)).encode(probe)
     if (got := tokenizer(probe, add_special_tokens=False).input_ids) != expected:
         raise ValueError(
-            f"{path} is not LLaMA's kind: a test text has ids {expected}, a byte-pair encoding gives {got}."
+            f"{path} is not LLaMA's kind: a test text has ids {expected}, a byte-pair encoding "
+            f"gives {got}."
         )
 
 

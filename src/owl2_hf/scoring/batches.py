@@ -1,4 +1,6 @@
-"""Batches of a data set's rows: decoded and prepared in any process, scored in the one that has the model."""
+"""Batches of a data set's rows: decoded and prepared in any process, scored in the one that has the
+model.
+"""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -23,7 +25,8 @@ class Prepared:
 
     Args:
         errors: Of each row, `None` where it has an image.
-        inputs: Of the model, for the rows that have an image; decoded images where crops are to be cut.
+        inputs: Of the model, for the rows that have an image; decoded images where crops are to be
+            cut.
     """
 
     errors: list[str | None]

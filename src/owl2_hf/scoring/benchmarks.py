@@ -67,7 +67,8 @@ def read_benchmark(
             rows.append(row)
     if missing and rows:
         logger.warning(
-            f"{name}: {missing:,} of {missing + len(rows):,} files are not in {folder}, and left out."
+            f"{name}: {missing:,} of {missing + len(rows):,} files are not in {folder}, and left "
+            "out."
         )
     if not rows:
         raise ValueError(f"{name}: {folder} holds none of its {missing:,} files; {_LAYOUTS[name]}")
@@ -98,7 +99,9 @@ def benchmark_rows(
 
 
 def _koniq(root: Path) -> Iterator[Opinion]:
-    """KonIQ-10k: mean and deviation of the five counts, from 1 to 5; its own parts where the file has them."""
+    """KonIQ-10k: mean and deviation of the five counts, from 1 to 5; its own parts where the file
+    has them.
+    """
     path = _find(
         root, "koniq", "koniq10k_distributions_sets.csv", "koniq10k_scores_and_distributions.csv"
     )
@@ -133,7 +136,9 @@ def _spaq(root: Path) -> Iterator[Opinion]:
 
 
 def _kadid(root: Path) -> Iterator[Opinion]:
-    """KADID-10k: `dmos` from 1 to 5, of which more is better in spite of its name, and its variance."""
+    """KADID-10k: `dmos` from 1 to 5, of which more is better in spite of its name, and its
+    variance.
+    """
     path, images = _find(root, "kadid", "dmos.csv"), _find(root, "kadid", "images")
     for number, row in _csv(path):
         mos = _number(path, number, row, "dmos")
@@ -148,7 +153,9 @@ def _kadid(root: Path) -> Iterator[Opinion]:
 
 
 def _livec(root: Path) -> Iterator[Opinion]:
-    """LIVE-Challenge: MOS from 0 to 100 with deviations; the seven images that trained people are left out."""
+    """LIVE-Challenge: MOS from 0 to 100 with deviations; the seven images that trained people are
+    left out.
+    """
     try:
         from scipy.io import loadmat
     except ImportError:
@@ -170,7 +177,9 @@ def _livec(root: Path) -> Iterator[Opinion]:
 
 
 def _agiqa(root: Path) -> Iterator[Opinion]:
-    """AGIQA-3K: quality from 0 to 5 with deviations; how well an image fits its prompt is not read."""
+    """AGIQA-3K: quality from 0 to 5 with deviations; how well an image fits its prompt is not
+    read.
+    """
     path = _find(root, "agiqa", "data.csv")
     images = _find(root, "agiqa", "images", "AGIQA-3K", ".")
     for number, row in _csv(path):
@@ -211,7 +220,8 @@ def _ava(root: Path) -> Iterator[Opinion]:
                 continue
             if len(values) < 12 or not all(value.isdigit() for value in values[:12]):
                 raise ValueError(
-                    f"{path}: row {number}: expected an index, an image and ten counts, got {line[:60]!r}."
+                    f"{path}: row {number}: expected an index, an image and ten counts, got "
+                    f"{line[:60]!r}."
                 )
             mos, std = _of_counts([float(value) for value in values[2:12]], path, number)
             yield Opinion(str(images / f"{values[1]}.jpg"), mos, std, None, "ava", number)

@@ -1,8 +1,8 @@
 """Comparisons of images, as Compare2Score and Co-Instruct make them.
 
-Compare2Score (arXiv:2405.19298) asks which of two images has the better quality, and turns comparisons with anchor
-images into one score: the maximum a posteriori estimate under Thurstone's model. Co-Instruct (arXiv:2402.16641) asks
-in words about numbered images.
+Compare2Score (arXiv:2405.19298) asks which of two images has the better quality, and turns
+comparisons with anchor images into one score: the maximum a posteriori estimate under Thurstone's
+model. Co-Instruct (arXiv:2402.16641) asks in words about numbered images.
 """
 
 from collections.abc import Sequence
@@ -46,9 +46,11 @@ class Comparator:
     Args:
         model: `MplugOwl2ForConditionalGeneration`, in evaluation mode.
         processor: Its processor.
-        preset: Prompt with two images, level words for the second one, and temperature of their logits.
+        preset: Prompt with two images, level words for the second one, and temperature of their
+            logits.
         batch_size: Pairs in one forward pass.
-        original_reading: Read files as the originals do, for the papers' numbers; see `MplugOwl2ImageProcessor`.
+        original_reading: Read files as the originals do, for the papers' numbers; see
+            `MplugOwl2ImageProcessor`.
     """
 
     def __init__(
@@ -73,14 +75,16 @@ class Comparator:
     ) -> list[float]:
         """Scores from 0 to 100 of images, by comparison with anchors.
 
-        The qualities of the anchors and one image are those of `thurstone_map`; as in the released code, the worst of
-        them counts 0 and the best 100, so that an image beyond all anchors scores 0 or 100.
+        The qualities of the anchors and one image are those of `thurstone_map`; as in the released
+        code, the worst of them counts 0 and the best 100, so that an image beyond all anchors
+        scores 0 or 100.
 
         Args:
             images: Images to score, each on its own.
             anchors: Two or more images whose qualities differ.
-            anchor_preferences: (M, M) how much anchor i is preferred to anchor j, from 0 to 1, such as the released
-                table for the released anchors; if not given the model compares them.
+            anchor_preferences: (M, M) how much anchor i is preferred to anchor j, from 0 to 1, such
+                as the released table for the released anchors; if not given the model compares
+                them.
 
         Raises:
             ValueError: If there are fewer than two anchors, or the table is not theirs.
@@ -93,8 +97,8 @@ class Comparator:
             table = torch.as_tensor(anchor_preferences, dtype=torch.float64)
             if table.shape != (len(anchors),) * 2 or not ((table >= 0) & (table <= 1)).all():
                 raise ValueError(
-                    f"expected a table of {len(anchors)} by {len(anchors)} preferences from 0 to 1 for the anchors, "
-                    f"got {table.tolist()}."
+                    f"expected a table of {len(anchors)} by {len(anchors)} preferences from 0 to 1 "
+                    f"for the anchors, got {table.tolist()}."
                 )
         return [self._score_one(image, anchors, table) for image in images]
 
@@ -120,11 +124,13 @@ class Comparator:
 def thurstone_map(preferences: Tensor) -> Tensor:
     """Maximum a posteriori qualities under Thurstone's case V with a standard normal prior.
 
-    Maximises `sum_ij C_ij log Phi(s_i - s_j) - sum_i s_i^2 / 2`, which is concave (Tsukida and Gupta, How to Analyze
-    Paired Comparison Data, 2011). Compare2Score's released code takes a hundred steps of Adam towards this maximum.
+    Maximises `sum_ij C_ij log Phi(s_i - s_j) - sum_i s_i^2 / 2`, which is concave (Tsukida and
+    Gupta, How to Analyze Paired Comparison Data, 2011). Compare2Score's released code takes a
+    hundred steps of Adam towards this maximum.
 
     Args:
-        preferences: (M, M) C, how often or how much row i is preferred to column j; the diagonal is not looked at.
+        preferences: (M, M) C, how often or how much row i is preferred to column j; the diagonal is
+            not looked at.
 
     Returns:
         (M,) qualities s, float64; 0 is the middle.

@@ -4,10 +4,12 @@ import math
 
 
 def crop_boxes(width: int, height: int, side: int) -> list[tuple[int, int, int, int]]:
-    """Squares of this side that cover an image, row by row, at even steps; the fewest that do, so they may overlap.
+    """Squares of this side that cover an image, row by row, at even steps; the fewest that do, so
+    they may overlap.
 
     Returns:
-        (left, top, right, bottom) of each. Where the image is smaller than the side, a box ends with the image.
+        (left, top, right, bottom) of each. Where the image is smaller than the side, a box ends
+        with the image.
     """
 
     def starts(length: int) -> list[int]:

@@ -1,7 +1,8 @@
-"""Scores of a whole data set into one file: decoded ahead by worker processes, by one process or several.
+"""Scores of a whole data set into one file: decoded ahead by worker processes, by one process or
+several.
 
-A row of the output holds `image`, the row's other columns, `score`, `std`, the probability of each level, and `error`,
-which says why a row has no score.
+A row of the output holds `image`, the row's other columns, `score`, `std`, the probability of each
+level, and `error`, which says why a row has no score.
 """
 
 import os
@@ -59,15 +60,20 @@ def score_dataset(
 ) -> Summary | None:
     """Score a data set into a CSV or Parquet file.
 
-    A run that ended early goes on where it stopped when it is called again. Where torchrun or accelerate started
-    several processes, they share the rows, and the first of them writes the file.
+    A run that ended early goes on where it stopped when it is called again. Where torchrun or
+    accelerate started several processes, they share the rows, and the first of them writes the
+    file.
 
     Args:
-        sources, column, split, image_folder, allow_outside: As in `owl2_hf.scoring.sources.open_sources`.
-        out: A `.csv` or `.parquet` file. Until it is whole, its rows are in the folder `OUT.parts` beside it.
+        sources, column, split, image_folder, allow_outside: As in
+            `owl2_hf.scoring.sources.open_sources`.
+        out: A `.csv` or `.parquet` file. Until it is whole, its rows are in the folder `OUT.parts`
+            beside it.
         task: As for `Scorer`; for "video" the sources are videos.
-        num_workers: Processes that decode; half the processors, at most 8, if not given. 0 decodes in this process.
-        part_rows: Rows that are written together, rounded up to whole batches: what a killed process may lose.
+        num_workers: Processes that decode; half the processors, at most 8, if not given. 0 decodes
+            in this process.
+        part_rows: Rows that are written together, rounded up to whole batches: what a killed
+            process may lose.
         overwrite: Begin anew, whatever is there.
 
     Returns:
@@ -175,7 +181,8 @@ class _Run:
 class Ranks:
     """The processes that share a data set; one, unless torchrun or accelerate started more.
 
-    They only wait for each other, through gloo, and for as long as it takes: the slowest may need hours more.
+    They only wait for each other, through gloo, and for as long as it takes: the slowest may need
+    hours more.
     """
 
     def __init__(self) -> None:
@@ -192,7 +199,9 @@ class Ranks:
             dist.barrier(self._group)
 
     def share_of(self, num_workers: int | None) -> int:
-        """Worker processes of each process, as many as asked for, or its share of this machine's processors."""
+        """Worker processes of each process, as many as asked for, or its share of this machine's
+        processors.
+        """
         if num_workers is not None:
             return num_workers
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -200,7 +209,9 @@ class Ranks:
 
 
 def local_device() -> str | None:
-    """The GPU of this process among those that torchrun or accelerate started; `None` where there are none."""
+    """The GPU of this process among those that torchrun or accelerate started; `None` where there
+    are none.
+    """
     if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
         return None
     return f"cuda:{os.environ['LOCAL_RANK']}"

@@ -1,8 +1,9 @@
-"""What transformers' `pipeline("decision")` needs to score with a model: decision.json and its prompt template.
+"""What transformers' `pipeline("decision")` needs to score with a model: decision.json and its
+prompt template.
 
-That pipeline (transformers 5.23) reads the logits of one word for each level behind a prompt, as a scorer is read. Its
-answer counts levels from 0, the lowest; on an even scale this is the score, shifted and stretched. Releases without the
-pipeline do not look at the files.
+That pipeline (transformers 5.23) reads the logits of one word for each level behind a prompt, as a
+scorer is read. Its answer counts levels from 0, the lowest; on an even scale this is the score,
+shifted and stretched. Releases without the pipeline do not look at the files.
 """
 
 import json
@@ -53,7 +54,8 @@ _TEMPLATE = """\
 def decision_files(preset: Preset) -> dict[str, str]:
     """Name -> text of the pipeline's files; none where it cannot score as the preset does.
 
-    It reads one word for each level, counts them in even steps, and leaves images as the processor makes them.
+    It reads one word for each level, counts them in even steps, and leaves images as the processor
+    makes them.
     """
     steps = len(preset.levels) - 1
     has_words = all(isinstance(level, str) for level in preset.levels)
@@ -76,8 +78,8 @@ def scorer_files(preset: Preset, processor: Any = None) -> dict[str, str]:
     """Name -> text of all that says how a model scores, for the folder of its weights.
 
     Args:
-        processor: That of the folder. Without one, and where it makes images square in another way than the preset,
-            the pipeline's files are left out: it would give other scores.
+        processor: That of the folder. Without one, and where it makes images square in another way
+            than the preset, the pipeline's files are left out: it would give other scores.
 
     Raises:
         ValueError: If a level word is not one token of the vocabulary.
@@ -109,6 +111,7 @@ def check_scorer(folder: Path) -> Preset | None:
         text = (folder / name).read_text(encoding="utf-8", errors="replace")
         if text != expected.get(name):
             raise ValueError(
-                f"{folder / name} is not what follows from {PRESET_FILE}: convert or save the model again."
+                f"{folder / name} is not what follows from {PRESET_FILE}: convert or save the "
+                "model again."
             )
     return preset

@@ -1,7 +1,9 @@
-"""Results of an evaluation as the Hub shows them: a file in the folder `.eval_results` of the model's repository.
+"""Results of an evaluation as the Hub shows them: a file in the folder `.eval_results` of the
+model's repository.
 
-The Hub puts the values on the model's page and on the leaderboard of a benchmark, a data set that defines its tasks in
-`eval.yaml`. Source: the Hub's documentation, "Evaluation Results" (huggingface.co/docs/hub/eval-results).
+The Hub puts the values on the model's page and on the leaderboard of a benchmark, a data set that
+defines its tasks in `eval.yaml`. Source: the Hub's documentation, "Evaluation Results"
+(huggingface.co/docs/hub/eval-results).
 """
 
 from collections.abc import Collection, Sequence
@@ -36,7 +38,8 @@ def check_eval_results(
     validate_repo_id(benchmark)
     if not Path(folder).is_dir():
         raise ValueError(
-            f"expected the folder of a model to write {FOLDER} to, got {str(folder)!r}: download the model first."
+            f"expected the folder of a model to write {FOLDER} to, got {str(folder)!r}: download "
+            "the model first."
         )
     if len(datasets) != 1:
         raise ValueError(
@@ -49,7 +52,8 @@ def check_eval_results(
         name, _, statistic = task.partition("=")
         if not name or name in statistics or (statistic or name) not in known:
             raise ValueError(
-                f"expected each task once, as TASK=STATISTIC with one of {', '.join(known)}, got {task!r}."
+                f"expected each task once, as TASK=STATISTIC with one of {', '.join(known)}, got "
+                f"{task!r}."
             )
         statistics[name] = statistic or name
     file = Path(folder) / FOLDER / f"{benchmark.replace('/', '--')}.yaml"
@@ -73,8 +77,10 @@ def write_eval_results(
         folder: Of the model.
         report: What `evaluate` found.
         benchmark: Id of the data set on the Hub that the opinions are from, such as `me/photos`.
-        tasks: Tasks of the benchmark's `eval.yaml`, each as `TASK=STATISTIC`, or only the name where both are the same.
-        notes: How the model was asked. The number of images and the interval of each value are added.
+        tasks: Tasks of the benchmark's `eval.yaml`, each as `TASK=STATISTIC`, or only the name
+            where both are the same.
+        notes: How the model was asked. The number of images and the interval of each value are
+            added.
 
     Returns:
         The file, with one entry for each task.

@@ -34,7 +34,8 @@ def read_frames(source: str | Path) -> list[Image.Image]:
     """Read frames: one per second of a video, all of an animated image, or a single image.
 
     Args:
-        source: A file of any suffix; an image also in the other forms that the image processor takes.
+        source: A file of any suffix; an image also in the other forms that the image processor
+            takes.
 
     Raises:
         ValueError: If it is none of these or damaged, or PyAV, which reads videos, is not
@@ -60,7 +61,8 @@ def _decode(path: Path) -> list[Image.Image]:
 
     if not is_av_available():
         raise ValueError(
-            f"{str(path)!r} is no image; to read videos, install PyAV: pip install 'owl2_hf[video]'."
+            f"{str(path)!r} is no image; to read videos, install PyAV: pip install "
+            "'owl2_hf[video]'."
         )
     path = path.resolve()  # whatever its name, no protocol of FFmpeg's
     try:
@@ -76,7 +78,9 @@ def _decode(path: Path) -> list[Image.Image]:
 
 
 def _every_second(metadata: Any, path: Path, **kwargs: Any) -> list[int]:
-    """Places of the first frame of each whole second, as Q-Align takes them; of a shorter video the first frame."""
+    """Places of the first frame of each whole second, as Q-Align takes them; of a shorter video the
+    first frame.
+    """
     num_frames = metadata.total_num_frames or _count_frames(path)
     return [
         math.floor(metadata.fps * second)
@@ -85,7 +89,9 @@ def _every_second(metadata: Any, path: Path, **kwargs: Any) -> list[int]:
 
 
 def _count_frames(path: Path) -> int:
-    """Frames of a video whose container does not tell, as WebM's and Matroska's don't; nothing is decoded."""
+    """Frames of a video whose container does not tell, as WebM's and Matroska's don't; nothing is
+    decoded.
+    """
     import av
 
     with av.open(str(path)) as container:
@@ -96,8 +102,8 @@ def expand_paths(paths: Sequence[str], is_video: bool = False) -> tuple[list[str
     """Files and folders as names and what to score.
 
     Args:
-        is_video: A folder that holds videos stands for each of them; else its images are the frames of one video, in
-            the order of their names.
+        is_video: A folder that holds videos stands for each of them; else its images are the frames
+            of one video, in the order of their names.
 
     Raises:
         ValueError: If a folder holds nothing to score.

@@ -29,8 +29,9 @@ from .statistics import (
 
 # Of scores and MOS.
 AGREEMENT: dict[str, Callable[..., float]] = {"srcc": srcc, "krcc": krcc, "plcc": plcc}
-# After the fit: the statistic, and the same of scores that are fitted already. RMSE is in units of the MOS, to which
-# only the fit brings the scores. Intervals keep the fit of all images: a fit of each draw takes minutes.
+# After the fit: the statistic, and the same of scores that are fitted already. RMSE is in units of
+# the MOS, to which only the fit brings the scores. Intervals keep the fit of all images: a fit of
+# each draw takes minutes.
 FITTED: dict[str, tuple[Callable[..., float], Callable[..., float]]] = {
     "plcc_fitted": (plcc_fitted, plcc),
     "rmse_fitted": (rmse_fitted, rmse),
@@ -319,7 +320,9 @@ def _estimate(
     seed: int,
     drawn: tuple[Callable[..., float], Sequence[ArrayLike]] | None = None,
 ) -> Estimate:
-    """The estimate of a statistic of columns (N,); `drawn` has what its interval is of, where not the same."""
+    """The estimate of a statistic of columns (N,); `drawn` has what its interval is of, where not
+    the same.
+    """
     of_draw, own = drawn or (statistic, columns)
     low, high = bootstrap_interval(of_draw, *own, images=images, samples=samples, seed=seed)
     median = None

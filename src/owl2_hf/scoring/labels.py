@@ -2,8 +2,8 @@
 
 Levels stand best first, as in `Preset.levels`; of K levels the best is worth K and the last 1.
 
-Sources: Q-Align (arXiv:2312.17090, section 3.2) for hard levels; DeQA-Score (arXiv:2501.11561, section 3.2) and its
-released code for soft labels.
+Sources: Q-Align (arXiv:2312.17090, section 3.2) for hard levels; DeQA-Score (arXiv:2501.11561,
+section 3.2) and its released code for soft labels.
 """
 
 import math
@@ -34,7 +34,8 @@ def normalize_opinion(
 
 
 def hard_level(mos: float, low: float, high: float, num_levels: int = 5) -> int:
-    """The level of a MOS among K equal intervals, 0 for the best; a MOS between two intervals has the worse level.
+    """The level of a MOS among K equal intervals, 0 for the best; a MOS between two intervals has
+    the worse level.
 
     Raises:
         ValueError: As for `normalize_opinion`.
@@ -51,14 +52,15 @@ def soft_label(
 ) -> tuple[float, ...]:
     """The probability of each level, best first, whose mean is the MOS.
 
-    The Gaussian of the opinions at the levels, p, becomes max(alpha p + beta, 0) with the alpha and beta that make the
-    sum 1 and the mean m. Where s is below 0.2, or the mean is still off by more than 0.1, the two neighbouring levels
-    share the probability: `two_levels`.
+    The Gaussian of the opinions at the levels, p, becomes max(alpha p + beta, 0) with the alpha and
+    beta that make the sum 1 and the mean m. Where s is below 0.2, or the mean is still off by more
+    than 0.1, the two neighbouring levels share the probability: `two_levels`.
 
     Args:
         mos, std, low, high: As for `normalize_opinion`.
-        density: `pdf` takes the Gaussian at each level (DeQA-Score for KonIQ and KADID), `cdf` its mass within half a
-            level on both sides (DeQA-Score for SPAQ, whose deviations are small).
+        density: `pdf` takes the Gaussian at each level (DeQA-Score for KonIQ and KADID), `cdf` its
+            mass within half a level on both sides (DeQA-Score for SPAQ, whose deviations are
+            small).
 
     Raises:
         ValueError: As for `normalize_opinion`; the density is unknown, or the deviation negative.
@@ -112,7 +114,8 @@ def _check(mos: float, low: float, high: float, num_levels: int) -> None:
         raise ValueError(f"expected two or more levels, got {num_levels}.")
     if not low < high:
         raise ValueError(
-            f"expected a range of MOS from low to high, got {low:g} to {high:g}: all opinions are alike."
+            f"expected a range of MOS from low to high, got {low:g} to {high:g}: all opinions are "
+            "alike."
         )
     if not low - _WIDER <= mos <= high + _WIDER:
         raise ValueError(f"expected a MOS from {low:g} to {high:g}, got {mos:g}.")

@@ -1,7 +1,8 @@
-"""Losses of scorers, as plain functions: they fit any Trainer's `compute_loss_func` or `compute_loss`.
+"""Losses of scorers, as plain functions: they fit any Trainer's `compute_loss_func` or
+`compute_loss`.
 
-Source: DeQA-Score (arXiv:2501.11561, section 3.3) and its released code. B: rows, L: positions, V: embedding rows, K:
-levels, best first.
+Source: DeQA-Score (arXiv:2501.11561, section 3.3) and its released code. B: rows, L: positions, V:
+embedding rows, K: levels, best first.
 """
 
 import math
@@ -23,7 +24,8 @@ def level_positions(labels: Tensor, prefix: Sequence[int]) -> Tensor:
 
     Args:
         labels: (B, L), -100 where nothing is learned.
-        prefix: Ids of the answer in front of the level, for instance of `The quality of the image is`.
+        prefix: Ids of the answer in front of the level, for instance of `The quality of the image
+            is`.
 
     Returns:
         (B,) positions in the labels; the logits that predict a level stand one before.
@@ -34,7 +36,8 @@ def level_positions(labels: Tensor, prefix: Sequence[int]) -> Tensor:
     length = max(len(prefix), 1)
     if length >= labels.shape[1]:
         raise ValueError(
-            f"expected labels longer than the {length} tokens before the level, got {labels.shape[1]}."
+            f"expected labels longer than the {length} tokens before the level, got "
+            f"{labels.shape[1]}."
         )
     windows = labels[:, :-1].unfold(1, length, 1)  # (B, windows, length)
     if prefix:
@@ -45,8 +48,8 @@ def level_positions(labels: Tensor, prefix: Sequence[int]) -> Tensor:
     is_found = found.any(1) & labels.gather(1, positions[:, None])[:, 0].ne(IGNORED)
     if not is_found.all():
         raise ValueError(
-            f"{int((~is_found).sum())} of {len(labels)} rows hold no level behind the tokens {list(prefix)}: are rows "
-            "cut, or is the answer another one?"
+            f"{int((~is_found).sum())} of {len(labels)} rows hold no level behind the tokens "
+            f"{list(prefix)}: are rows cut, or is the answer another one?"
         )
     return positions
 
@@ -78,7 +81,8 @@ def level_kl(logits: Tensor, level_ids: Sequence[int], targets: Tensor) -> Tenso
 
 
 def rest_loss(logits: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-    """Next-token loss of the answers without their levels, the mean over tokens; 0 where nothing is left.
+    """Next-token loss of the answers without their levels, the mean over tokens; 0 where nothing is
+    left.
 
     Args:
         logits: (B, L, V).
@@ -103,7 +107,8 @@ def level_scores(
         logits: (B, V) of `level_logits`.
         level_ids: K token ids of the level words.
         values: (K,) what each level is worth; K to 1 if not given.
-        over_vocabulary: Take the softmax over all V ids, so that the probabilities of the levels sum to less than 1.
+        over_vocabulary: Take the softmax over all V ids, so that the probabilities of the levels
+            sum to less than 1.
 
     Returns:
         (B,) scores and (B,) standard deviations.
@@ -118,7 +123,8 @@ def level_scores(
 
 
 def in_level_loss(logits: Tensor, level_ids: Sequence[int]) -> Tensor:
-    """The probability of all other words where the level belongs, the mean over rows, at least 0.01.
+    """The probability of all other words where the level belongs, the mean over rows, at least
+    0.01.
 
     Args:
         logits: (B, V) of `level_logits`.
@@ -129,7 +135,8 @@ def in_level_loss(logits: Tensor, level_ids: Sequence[int]) -> Tensor:
 
 
 def preference(first: Tensor, second: Tensor, variance: Tensor | float) -> Tensor:
-    """Phi((first - second) / sqrt(variance)): how likely the first is the better one (Thurstone's model).
+    """Phi((first - second) / sqrt(variance)): how likely the first is the better one (Thurstone's
+    model).
 
     Args:
         first, second: (B,) scores.
@@ -159,9 +166,9 @@ def pair_loss(
 ) -> Tensor:
     """Loss of pairs of images: the model should prefer one as much as people do.
 
-    p = Phi((score_A - score_B) / sqrt(2)), the standard deviations of both scores being 1, or the given ones.
-    t = Phi((MOS_A - MOS_B) / sqrt(std_A^2 + std_B^2)); without standard deviations of the opinions 1 where A is better,
-    and 0 elsewhere.
+    p = Phi((score_A - score_B) / sqrt(2)), the standard deviations of both scores being 1, or the
+    given ones. t = Phi((MOS_A - MOS_B) / sqrt(std_A^2 + std_B^2)); without standard deviations of
+    the opinions 1 where A is better, and 0 elsewhere.
 
     Args:
         scores: (B,) of A and (B,) of B, as `level_scores` gives them.
@@ -177,7 +184,8 @@ def pair_loss(
         raise ValueError(f"expected a pair loss of {' or '.join(PAIR_LOSSES)}, got {kind!r}.")
     if kind == "bce" and mos_stds is not None:
         raise ValueError(
-            "the pair loss bce takes no standard deviations of opinions: leave them out, or take fidelity."
+            "the pair loss bce takes no standard deviations of opinions: leave them out, or take "
+            "fidelity."
         )
     variance: Tensor | float = 2.0
     if score_stds is not None:

@@ -68,7 +68,9 @@ def _numbered(rows: Any) -> Iterator[Numbered]:
 
 
 def _rows_of_two_files(path: Path) -> Iterator[Numbered]:
-    """DeQA-Score's mos.json: image -> MOS, or MOS and std; split.json beside it: part -> names of files."""
+    """DeQA-Score's mos.json: image -> MOS, or MOS and std; split.json beside it: part -> names of
+    files.
+    """
     moses = _json(path)
     split_file = path.with_name(_SPLIT_FILE)
     splits = _json(split_file) if split_file.is_file() else None

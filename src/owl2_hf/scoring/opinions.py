@@ -132,13 +132,15 @@ class OpinionReport:
     def summary(self) -> str:
         """Return the counts as lines of text."""
         lines = [
-            f"{self.rows:,} rows of opinions, {len(self.bad):,} bad, {len(self.duplicates):,} duplicates"
+            f"{self.rows:,} rows of opinions, {len(self.bad):,} bad, {len(self.duplicates):,} "
+            "duplicates"
         ]
         for name, own in self.datasets.items():
             parts = ", ".join(f"{count:,} {split}" for split, count in own.splits.items())
             lines.append(
-                f"{name or 'opinions'}: {own.rows:,} rows{f' ({parts})' if parts else ''}, MOS {own.low:g} to "
-                f"{own.high:g}, mean {own.mean:.4g}; std is missing in {own.without_std:,} and 0 in {own.zero_std:,}"
+                f"{name or 'opinions'}: {own.rows:,} rows{f' ({parts})' if parts else ''}, MOS "
+                f"{own.low:g} to {own.high:g}, mean {own.mean:.4g}; std is missing in "
+                f"{own.without_std:,} and 0 in {own.zero_std:,}"
             )
         if self.left_out:
             lines.append(f"{self.left_out:,} files are not there: they are left out")

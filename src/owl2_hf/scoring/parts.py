@@ -1,9 +1,9 @@
 """A table that is written part by part, so that a run may end at any moment and go on later.
 
-Beside `OUT.csv` stands the folder `OUT.csv.parts` until the last row is there. It holds files of some hundred rows
-each, which appear whole or not at all. The name of a file is its place in the data set and a digest of its rows: what
-is there is not computed again, and what belongs to another list is not taken for it. At the end the parts become one
-file, in the order of the data set.
+Beside `OUT.csv` stands the folder `OUT.csv.parts` until the last row is there. It holds files of
+some hundred rows each, which appear whole or not at all. The name of a file is its place in the
+data set and a digest of its rows: what is there is not computed again, and what belongs to another
+list is not taken for it. At the end the parts become one file, in the order of the data set.
 """
 
 import csv
@@ -79,8 +79,8 @@ class Table:
         changed = [name for name in wanted if found.get(name) != wanted[name]]
         if changed:
             raise ValueError(
-                f"{self.folder} was begun with another {', '.join(changed)}: give the same again, name another "
-                "file, or --overwrite to begin anew."
+                f"{self.folder} was begun with another {', '.join(changed)}: give the same again, "
+                "name another file, or --overwrite to begin anew."
             )
 
     def part(self, index: int, rows: Sequence[Row]) -> Path:
@@ -113,8 +113,8 @@ class Table:
         missing = [part for part in parts if not part.exists()]
         if missing:
             raise ValueError(
-                f"{len(missing):,} of {len(parts):,} parts are not in {self.folder}: all processes must write to "
-                "the same folder, and see the same files."
+                f"{len(missing):,} of {len(parts):,} parts are not in {self.folder}: all processes "
+                "must write to the same folder, and see the same files."
             )
         counts = [0, 0]
         join = self._join_csv if self.is_csv else self._join_parquet

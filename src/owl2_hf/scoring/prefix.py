@@ -20,8 +20,8 @@ KeysAndValues = list[tuple[Tensor, Tensor]]
 class PrefixScorer(Scorer):
     """A scorer that keeps the keys and values of the text in front of the image.
 
-    Its scores are those of `Scorer` up to rounding: 1e-5 in float32. In half precision rounding may move them by more,
-    so that `with_prefix` leaves such a model to `Scorer`.
+    Its scores are those of `Scorer` up to rounding: 1e-5 in float32. In half precision rounding may
+    move them by more, so that `with_prefix` leaves such a model to `Scorer`.
     """
 
     _prefix: tuple[Tensor, KeysAndValues] | None = None
@@ -43,7 +43,9 @@ class PrefixScorer(Scorer):
         return level_logits(logits.float().cpu(), self._ids, self.preset)
 
     def _read_prefix(self, ids: Tensor) -> KeysAndValues:
-        """(1, P) ids -> (1, heads, P, head_dim) keys and values of each layer; read again where the prompt changes."""
+        """(1, P) ids -> (1, heads, P, head_dim) keys and values of each layer; read again where the
+        prompt changes.
+        """
         if self._prefix is None or not self._prefix[0].equal(ids):
             cache = DynamicCache()
             self.model(input_ids=ids, logits_to_keep=1, use_cache=True, **named_cache(cache))
@@ -54,7 +56,8 @@ class PrefixScorer(Scorer):
 def with_prefix(scorer: Scorer) -> Scorer:
     """The same scorer, as a `PrefixScorer` where that keeps its scores to 1e-5.
 
-    Adapters of soft prompts, for one, put positions of their own in front: only the plain model is taken.
+    Adapters of soft prompts, for one, put positions of their own in front: only the plain model is
+    taken.
     """
     model = scorer.model
     if not isinstance(model, MplugOwl2ForConditionalGeneration) or model.dtype != torch.float32:

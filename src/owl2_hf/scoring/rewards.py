@@ -15,7 +15,8 @@ from PIL import Image
 from .presets import Preset
 from .scorer import Scorer
 
-# Beyond 0 to 1, for what half precision rounds; further out an image is in -1 to 1, or was never clipped.
+# Beyond 0 to 1, for what half precision rounds; further out an image is in -1 to 1, or was never
+# clipped.
 TOLERANCE = 0.01
 COLUMNS = ("images", "image")  # TRL's own names
 
@@ -90,8 +91,8 @@ class ImageReward(_Reward):
         """Rewards of images.
 
         Args:
-            images: Tensor (N, 3, H, W) of floats from 0 to 1 or of uint8, array (N, H, W, 3) of the same, or a list of
-                images, also of different sizes.
+            images: Tensor (N, 3, H, W) of floats from 0 to 1 or of uint8, array (N, H, W, 3) of the
+                same, or a list of images, also of different sizes.
             prompts: Without effect: image quality does not depend on them.
             metadata: Without effect.
 
@@ -109,7 +110,8 @@ class TRLReward(_Reward):
         self.column = column
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """The reward of each completion: the mean score of the images of its row, `None` where it has none.
+        """The reward of each completion: the mean score of the images of its row, `None` where it
+        has none.
 
         Args:
             completions: Of these only the number counts.
@@ -123,7 +125,8 @@ class TRLReward(_Reward):
         if name is None:
             found = ", ".join(sorted(columns)) or "none"
             raise ValueError(
-                f"expected a column {' or '.join(map(repr, names))} with images, got columns: {found}."
+                f"expected a column {' or '.join(map(repr, names))} with images, got columns: "
+                f"{found}."
             )
         rows = [_as_list(row) for row in columns[name]]
         if len(rows) != len(completions):

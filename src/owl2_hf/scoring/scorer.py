@@ -3,8 +3,8 @@
 The computation of one score is in `owl2_hf.modeling.scoring_mplug_owl2`, which is saved with the
 weights. This file adds batches, videos, crops and scales. B: images of one batch, K: levels.
 
-Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (arXiv:2501.11561), and their released
-code.
+Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (arXiv:2501.11561),
+and their released code.
 """
 
 from collections.abc import Sequence
@@ -111,8 +111,9 @@ class Scorer:
         """Scores of images, or of videos.
 
         Args:
-            images: Images as the processor takes them. For task "video" the path of a video each, of which one frame
-                a second counts, or a list or array of frames. One alone may stand without a list.
+            images: Images as the processor takes them. For task "video" the path of a video each,
+                of which one frame a second counts, or a list or array of frames. One alone may
+                stand without a list.
             task: One of the preset's; "aesthetic" means "aesthetics".
 
         Raises:

@@ -1,4 +1,8 @@
-"""What a data set names: folders, globs, lists, data sets of the package `datasets`, and tar files, row by row."""
+"""What a data set names: folders, globs, lists, data sets of the package `datasets`, and tar files,
+row by row.
+
+This is one file because every source of images gives the same rows.
+"""
 
 import glob
 import io
@@ -93,12 +97,13 @@ class Files(Source):
             if next(iter(self), None) is None:
                 raise ValueError(
                     f"{path} and its folders hold no {what}: expected files named "
-                    f"{', '.join(self.suffixes[:6])}, ...; tar files are named themselves, by {path}/*.tar."
+                    f"{', '.join(self.suffixes[:6])}, ...; tar files are named themselves, by "
+                    f"{path}/*.tar."
                 )
         elif is_video_path(path) and not is_video:
             raise ValueError(
-                f"{path} is a video: choose --task video for a score of each video, or leave out --out for one of "
-                "each frame."
+                f"{path} is a video: choose --task video for a score of each video, or leave out "
+                "--out for one of each frame."
             )
 
     def __iter__(self) -> Iterator[Row]:
@@ -129,7 +134,8 @@ class Listing(Source):
             names = _without_bytes(schema, column)
         if column not in names:
             raise ValueError(
-                f"{path}: expected the column {column}, got {', '.join(names) or 'none'}; --column names another."
+                f"{path}: expected the column {column}, got {', '.join(names) or 'none'}; --column "
+                "names another."
             )
         self.columns = {name: kind for name, kind in names.items() if name != column}
 
@@ -153,7 +159,8 @@ class Listing(Source):
 
 
 class DataSet(Source):
-    """A data set of the package `datasets`: a folder that it saved, the id of one on the Hub, or the object itself.
+    """A data set of the package `datasets`: a folder that it saved, the id of one on the Hub, or
+    the object itself.
 
     Args:
         parts: Name of each split -> its rows.
@@ -244,8 +251,8 @@ def open_sources(
     """What is to be scored.
 
     Args:
-        names: Files, folders, globs, `.csv` and `.parquet` lists, `.tar` files, folders that `datasets` saved, ids of
-            data sets on the Hub; also data sets of `datasets` themselves.
+        names: Files, folders, globs, `.csv` and `.parquet` lists, `.tar` files, folders that
+            `datasets` saved, ids of data sets on the Hub; also data sets of `datasets` themselves.
         column: Of lists and data sets, the one that holds the image.
         split: Of data sets; all of them if not given.
         image_folder, allow_outside: As in `owl2_hf.training.data.load_rows`.
@@ -291,8 +298,8 @@ def all_columns(sources: Sequence[Source]) -> dict[str, Any]:
             if found.setdefault(name, kind) != kind:
                 known, new = (str(one or "text") for one in (found[name], kind))
                 raise ValueError(
-                    f"column {name!r} holds {known} in one source and {new} in another: score them into files of "
-                    "their own."
+                    f"column {name!r} holds {known} in one source and {new} in another: score them "
+                    "into files of their own."
                 )
     return found
 
@@ -378,7 +385,9 @@ def _without_bytes(schema: Any, column: str) -> dict[str, Any]:
 
 
 def _check_end(file: tarfile.TarFile) -> None:
-    """Behind the last header there are zeros, or nothing; at anything else tarfile stops without a word."""
+    """Behind the last header there are zeros, or nothing; at anything else tarfile stops without a
+    word.
+    """
     file.fileobj.seek(file.offset)
     if file.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
         raise tarfile.ReadError(f"there is no header at byte {file.offset:,}")

@@ -1,8 +1,9 @@
-"""How well scores agree with people's opinions: correlations, errors, distances, and how sure each number is.
+"""How well scores agree with people's opinions: correlations, errors, distances, and how sure each
+number is.
 
-Sources: VQEG's final report on objective models (2000) for the logistic fit; DeQA-Score (arXiv:2501.11561) for the
-fit's start and for distances of distributions; Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter
-13. N: images.
+Sources: VQEG's final report on objective models (2000) for the logistic fit; DeQA-Score
+(arXiv:2501.11561) for the fit's start and for distances of distributions; Efron and Tibshirani, An
+Introduction to the Bootstrap (1993), chapter 13. N: images.
 """
 
 import importlib
@@ -69,7 +70,8 @@ class LogisticFit:
 
 
 def logistic_fit(scores: ArrayLike, mos: ArrayLike) -> LogisticFit:
-    """The least squares fit, from max MOS, min MOS, mean score and a quarter of the scores' standard deviation.
+    """The least squares fit, from max MOS, min MOS, mean score and a quarter of the scores'
+    standard deviation.
 
     Args:
         scores, mos: (N,).
@@ -123,7 +125,8 @@ def gaussian_kl(
 ) -> Values:
     """KL(N(mean, std) || N(other)), of each image.
 
-    DeQA-Score puts the opinions first and the prediction second. The small numbers are those of its code.
+    DeQA-Score puts the opinions first and the prediction second. The small numbers are those of its
+    code.
 
     Args:
         mean, std, other_mean, other_std: (N,) each.
@@ -172,7 +175,8 @@ def bootstrap_interval(
     Args:
         statistic: Takes the columns and gives one number.
         columns: (N,) each, a row an image.
-        images: What image each row is of, where an image has several rows: these are drawn together.
+        images: What image each row is of, where an image has several rows: these are drawn
+            together.
         confidence: Share of the draws within the interval.
         samples: Draws.
         seed: Of the draws.
@@ -229,7 +233,8 @@ def _pair(scores: ArrayLike, mos: ArrayLike) -> tuple[Values, Values]:
     first, second = _arrays(scores, mos)
     if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
         raise ValueError(
-            f"expected as many scores as opinions, two or more, got {first.shape} and {second.shape}."
+            f"expected as many scores as opinions, two or more, got {first.shape} and "
+            f"{second.shape}."
         )
     return first, second
 

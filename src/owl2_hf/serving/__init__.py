@@ -1,7 +1,8 @@
 """transformers' OpenAI-compatible server for one model of the family; needs the extra `serve`.
 
-gate.py stands in front of transformers' application (who may ask, where, and how much), requests.py says what a request
-may hold, pictures.py opens its images, scores.py scores images, and server.py puts everything together.
+gate.py stands in front of transformers' application (who may ask, where, and how much), requests.py
+says what a request may hold, pictures.py opens its images, scores.py scores images, and server.py
+puts everything together.
 """
 
 from importlib.util import find_spec

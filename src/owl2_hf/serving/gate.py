@@ -1,6 +1,7 @@
 """Check path, API key, size and duration of each request before the application gets it.
 
-An ASGI application around another. Errors have OpenAI's shape, `{"error": {"message", "type", "code"}}`.
+An ASGI application around another. Errors have OpenAI's shape, `{"error": {"message", "type",
+"code"}}`.
 """
 
 import asyncio
@@ -54,7 +55,8 @@ class Refusal(Exception):
 
 
 class Gate:
-    """Lets requests through to `app`, each with its whole body, and ends those whose client has gone.
+    """Lets requests through to `app`, each with its whole body, and ends those whose client has
+    gone.
 
     Args:
         api_key: What `Authorization: Bearer` must say, if not `None`; /health is open to all.
@@ -171,7 +173,9 @@ async def _run_while_connected(
 
 
 async def _refuse(refusal: Refusal, send: Send, receive: Receive | None = None) -> None:
-    """Answer with an error; what the client still sends is read for a while, so that it comes to read the answer."""
+    """Answer with an error; what the client still sends is read for a while, so that it comes to
+    read the answer.
+    """
     content = json.dumps(error_body(refusal.status, str(refusal), refusal.code)).encode()
     headers = {
         "content-type": "application/json",

@@ -1,4 +1,6 @@
-"""Images of a request: data URLs and, where allowed, images from public addresses. Never a file of the server."""
+"""Images of a request: data URLs and, where allowed, images from public addresses. Never a file of
+the server.
+"""
 
 import base64
 import binascii
@@ -55,7 +57,8 @@ def _decode(url: str) -> bytes:
         )
     if not DATA_URL.fullmatch(header):
         raise ValueError(
-            "expected a data URL such as 'data:image/png;base64,...'; paths and bare base64 are not read."
+            "expected a data URL such as 'data:image/png;base64,...'; paths and bare base64 are "
+            "not read."
         )
     try:
         return base64.b64decode(content, validate=True)
@@ -66,8 +69,8 @@ def _decode(url: str) -> bytes:
 def download(url: str, deadline: float, max_bytes: int) -> bytes:
     """The content behind an http(s) URL on a public address.
 
-    The connection goes to the very address that was checked, so that a name cannot point elsewhere a moment later, and
-    no proxy stands between. Redirects are followed and checked alike.
+    The connection goes to the very address that was checked, so that a name cannot point elsewhere
+    a moment later, and no proxy stands between. Redirects are followed and checked alike.
 
     Args:
         deadline: When it must be here, as `time.monotonic` tells the time.

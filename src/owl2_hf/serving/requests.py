@@ -1,8 +1,8 @@
 """Validate requests: OpenAI's chat fields, and the fields of score requests.
 
-What would change the answer and is not supported is refused, not ignored: for chat tools, several answers, log
-probabilities, sound, videos, `chat_template_kwargs`, and most of transformers' own `generation_config`, which reach
-into the server.
+What would change the answer and is not supported is refused, not ignored: for chat tools, several
+answers, log probabilities, sound, videos, `chat_template_kwargs`, and most of transformers' own
+`generation_config`, which reach into the server.
 """
 
 import json

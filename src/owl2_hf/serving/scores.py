@@ -47,7 +47,8 @@ class _Waiting:
 class Batcher:
     """Scores on the model's thread, in forward passes of at most `batch_size` images.
 
-    Whatever has come in by the time that the model is free makes the next batch; nothing waits for more to come.
+    Whatever has come in by the time that the model is free makes the next batch; nothing waits for
+    more to come.
     """
 
     def __init__(self, generator: GenerateManager, batch_size: int) -> None:
@@ -56,7 +57,8 @@ class Batcher:
         self._lock = threading.Lock()
 
     def submit(self, scorer: Scorer, task: str, inputs: Any) -> "asyncio.Future[Score]":
-        """The score of one image, once the model is free; not computed if the future is cancelled before.
+        """The score of one image, once the model is free; not computed if the future is cancelled
+        before.
 
         Args:
             inputs: What `scorer.prepare` made of the image.
@@ -70,7 +72,9 @@ class Batcher:
         return future
 
     def _run(self) -> None:
-        """One forward pass, for those that wait longest; of as many calls as images the last find none left."""
+        """One forward pass, for those that wait longest; of as many calls as images the last find
+        none left.
+        """
         batch = self._take()
         if not batch:
             return
@@ -176,7 +180,9 @@ class ScoreHandler:
             raise ValueError(f"levels: {error}") from None
 
     async def _score(self, scorer: Scorer, task: str, files: Sequence[bytes]) -> list[Score]:
-        """The scores of a request's images, which are read one by one while earlier ones are in the model."""
+        """The scores of a request's images, which are read one by one while earlier ones are in the
+        model.
+        """
         left, futures = self.chat.settings.max_image_pixels, []
         try:
             for index, file in enumerate(files, start=1):

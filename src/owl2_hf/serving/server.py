@@ -1,8 +1,9 @@
 """transformers' application with one model in it, and the process that serves it.
 
-transformers' own server loads whatever model a request names, and knows only the model classes that come with it; it
-opens files of the server as images, ignores fields that it does not support, and generates to the end for clients
-that have gone. Its application, streaming and answers are used here, around a handler that does none of this.
+transformers' own server loads whatever model a request names, and knows only the model classes that
+come with it; it opens files of the server as images, ignores fields that it does not support, and
+generates to the end for clients that have gone. Its application, streaming and answers are used
+here, around a handler that does none of this.
 
 One file because a request passes all of it, from top to bottom.
 """
@@ -102,7 +103,9 @@ class PinnedModel(ModelManager):
 
 
 class Generator(GenerateManager):
-    """Generates for one request after the other, on a thread of its own; leaves out the text of stop strings."""
+    """Generates for one request after the other, on a thread of its own; leaves out the text of
+    stop strings.
+    """
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
@@ -152,7 +155,8 @@ class Run:
         self.is_cancelled = threading.Event()
 
     def generate(self, **kwargs: Any) -> torch.Tensor:
-        """As the model's `generate`, seeded here and not when the request came; ends where nobody waits for it.
+        """As the model's `generate`, seeded here and not when the request came; ends where nobody
+        waits for it.
 
         Raises:
             RuntimeError: If something went wrong, which the log says and the client need not know.
@@ -310,7 +314,8 @@ def build_app(
     """
     if not isinstance(model, MplugOwl2ForConditionalGeneration):
         raise ValueError(
-            f"expected an MplugOwl2ForConditionalGeneration to serve, {name} is a {type(model).__name__}."
+            f"expected an MplugOwl2ForConditionalGeneration to serve, {name} is a "
+            f"{type(model).__name__}."
         )
     settings = settings or ServerSettings()
     pinned, state = PinnedModel(name, model, processor), GenerationState()

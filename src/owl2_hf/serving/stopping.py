@@ -20,7 +20,9 @@ def num_withheld(text: str, stops: Sequence[str]) -> int:
 
 
 class StopFilter:
-    """A queue of pieces of text and, at the end, other items; without the first stop string and what follows it."""
+    """A queue of pieces of text and, at the end, other items; without the first stop string and
+    what follows it.
+    """
 
     def __init__(self, queue: asyncio.Queue[Any], stops: Sequence[str]) -> None:
         self.queue, self.stops = queue, stops

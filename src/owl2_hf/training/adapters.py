@@ -47,26 +47,28 @@ class LoraPreset:
 LORA_PRESETS: dict[str, LoraPreset] = {
     "language": LoraPreset(
         (*_TEXT_ATTENTION, *_MLP),
-        "Every linear layer of LLaMA itself; visual tokens keep their own keys and values. LoRA's usual targets "
-        "(QLoRA, section 4: adapters on all linear layers).",
+        "Every linear layer of LLaMA itself; visual tokens keep their own keys and values. LoRA's "
+        "usual targets (QLoRA, section 4: adapters on all linear layers).",
     ),
     "visual-branch": LoraPreset(
         _VISUAL_ATTENTION,
-        "What visual tokens have for themselves: their keys and values (mPLUG-Owl2, equations 3 and 4), in "
-        "mPLUG-Owl2.1 their queries too. Text without images stays as it was.",
+        "What visual tokens have for themselves: their keys and values (mPLUG-Owl2, equations 3 "
+        "and 4), in mPLUG-Owl2.1 their queries too. Text without images stays as it was.",
     ),
     "attention": LoraPreset(
         (*_TEXT_ATTENTION, *_VISUAL_ATTENTION),
-        "All projections of self-attention, for both modalities (LoRA, section 4.2: attention weights alone).",
+        "All projections of self-attention, for both modalities (LoRA, section 4.2: attention "
+        "weights alone).",
     ),
     "all-linear": LoraPreset(
         (*_TEXT_ATTENTION, *_VISUAL_ATTENTION, *_MLP),
-        "Every linear layer of the decoder but the head, as the original's --lora_enable chooses them "
-        "(mPLUG-Owl2, train.py, find_all_linear_names).",
+        "Every linear layer of the decoder but the head, as the original's --lora_enable chooses "
+        "them (mPLUG-Owl2, train.py, find_all_linear_names).",
     ),
     "q-align": LoraPreset(
         ("q_proj", "visual_v_proj"),
-        "Queries and the values of visual tokens, as Q-Align and DeQA-Score fine-tune (q_proj and v_proj.multiway.1).",
+        "Queries and the values of visual tokens, as Q-Align and DeQA-Score fine-tune (q_proj and "
+        "v_proj.multiway.1).",
     ),
 }
 
@@ -104,7 +106,8 @@ def lora_config(
         )
     if "target_modules" in kwargs:
         raise ValueError(
-            "A preset names the target_modules: leave them out, or make a peft.LoraConfig of your own."
+            "A preset names the target_modules: leave them out, or make a peft.LoraConfig of your "
+            "own."
         )
     if train_connector:
         kwargs["modules_to_save"] = [*(kwargs.get("modules_to_save") or []), *_CONNECTORS]

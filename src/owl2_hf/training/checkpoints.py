@@ -14,7 +14,8 @@ STATE = "trainer_state.json"
 VERSIONS = "versions.json"
 # What `torch.save` writes are zip files with a checksum of each tensor.
 _ZIPPED = {".pt", ".pth", ".bin"}
-# FSDP names its folders (and its files, without shards) so; DeepSpeed has a file that names the folder.
+# FSDP names its folders (and its files, without shards) so; DeepSpeed has a file that names the
+# folder.
 _WEIGHTS = (
     "model.safetensors",
     "adapter_model.safetensors",
@@ -31,7 +32,8 @@ def last_checkpoint(
     """The newest whole checkpoint of a run.
 
     Args:
-        on_damaged: Called with each newer checkpoint that is not whole, and with what is wrong with it.
+        on_damaged: Called with each newer checkpoint that is not whole, and with what is wrong with
+            it.
     """
     numbered = [
         path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(path).isdigit()
@@ -47,8 +49,8 @@ def last_checkpoint(
 def find_damage(checkpoint: Path) -> str | None:
     """What keeps a run from going on from a checkpoint, `None` if nothing does.
 
-    Every file is there, as long as it should be, and what `torch.save` wrote has the checksums that it was written
-    with. Weights in safetensors carry none: a changed number in them is not seen.
+    Every file is there, as long as it should be, and what `torch.save` wrote has the checksums that
+    it was written with. Weights in safetensors carry none: a changed number in them is not seen.
     """
     missing = _missing(checkpoint)
     return f"{missing} is missing" if missing else _first_damaged(checkpoint.rglob("*"), checkpoint)

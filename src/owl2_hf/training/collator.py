@@ -30,18 +30,21 @@ MAX_WORKERS = 256
 class Collator:
     """Makes a batch of rows in any format of `to_messages`.
 
-    Labels are the tokens that the chat template marks as generated: the answers with the `</s>` behind each. A row is
-    truncated at its end, after its images took their positions; an image that does not fit as a whole is dropped,
-    with all that follows it. A row without a label stays in the batch and adds nothing to the loss.
+    Labels are the tokens that the chat template marks as generated: the answers with the `</s>`
+    behind each. A row is truncated at its end, after its images took their positions; an image that
+    does not fit as a whole is dropped, with all that follows it. A row without a label stays in the
+    batch and adds nothing to the loss.
 
     Args:
         max_length: Most positions of a row; rows stay whole if not given.
-        image_folder: What relative paths of images start from; the rows' own `image_folder` if not given.
+        image_folder: What relative paths of images start from; the rows' own `image_folder` if not
+            given.
         padding_side: "right" or "left".
         pad_to_multiple_of: L is a multiple of it.
-        name_rows: The batch also holds "rows", what to call each row in an error: `Owl2Trainer` takes it out again.
-        skip_bad: Leave out rows that cannot be learned from, count them, and warn about each. A batch of such rows
-            alone is one row without a label.
+        name_rows: The batch also holds "rows", what to call each row in an error: `Owl2Trainer`
+            takes it out again.
+        skip_bad: Leave out rows that cannot be learned from, count them, and warn about each. A
+            batch of such rows alone is one row without a label.
         image_cache: Folder of an `ImageCache`, which keeps prepared images.
 
     Raises:
@@ -153,7 +156,9 @@ class Collator:
         ]
 
     def truncate(self, row: "EncodedRow") -> "EncodedRow":
-        """At most `max_length` positions, with whole images only; counts what becomes of the row."""
+        """At most `max_length` positions, with whole images only; counts what becomes of the
+        row.
+        """
         length, num_squares = self._fitting(row)
         kept = EncodedRow(
             row.input_ids[:length], row.labels[:length], row.crops, row.squares[:num_squares]
@@ -189,7 +194,9 @@ class Collator:
         return length, num_squares
 
     def _open(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with their images opened, so that an error names its row and sizes are known."""
+        """The messages with their images opened, so that an error names its row and sizes are
+        known.
+        """
         fetch = (self._cache or self.processor.image_processor).fetch_images
         return [
             {
@@ -224,7 +231,9 @@ class Collator:
 
 @dataclass
 class EncodedRow:
-    """A row of L positions: `input_ids` and `labels` (L,), squares of each image, and all squares (3, S, S)."""
+    """A row of L positions: `input_ids` and `labels` (L,), squares of each image, and all squares
+    (3, S, S).
+    """
 
     input_ids: Tensor
     labels: Tensor

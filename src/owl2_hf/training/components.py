@@ -1,7 +1,7 @@
 """Components of the model: which ones train, at which learning rate, and a table of them.
 
-Sources: mPLUG-Owl2 (arXiv:2311.04257) for the two stages; BEiT (arXiv:2106.08254) for layer-wise decay of the learning
-rate.
+Sources: mPLUG-Owl2 (arXiv:2311.04257) for the two stages; BEiT (arXiv:2106.08254) for layer-wise
+decay of the learning rate.
 """
 
 import re
@@ -40,7 +40,9 @@ TRAINABLE: dict[str, tuple[str, ...]] = {
 
 
 def component_of(name: str) -> str:
-    """The component that a parameter of this name belongs to; `other` for one of no model of the family."""
+    """The component that a parameter of this name belongs to; `other` for one of no model of the
+    family.
+    """
     return next((part for part, pattern in COMPONENTS.items() if re.search(pattern, name)), "other")
 
 
@@ -72,7 +74,8 @@ def freeze_all_but(model: nn.Module, trains: str | Sequence[str]) -> None:
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            f"{trains!r} leaves no parameter to train: add an adapter, or name other parts of {', '.join(_ALL)}."
+            f"{trains!r} leaves no parameter to train: add an adapter, or name other parts of "
+            f"{', '.join(_ALL)}."
         )
 
 
@@ -92,7 +95,9 @@ def _components(trains: str | Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of one component: how many train, how many do not, and the learning rates of the former."""
+    """Parameters of one component: how many train, how many do not, and the learning rates of the
+    former.
+    """
 
     component: str
     trainable: int
@@ -103,7 +108,8 @@ class Parameters:
 def count_parameters(
     model: nn.Module, groups: Iterable[Mapping[str, Any]] = ()
 ) -> list[Parameters]:
-    """The components of a model with their parameters; a module that trains as PEFT's copy counts once, as the copy.
+    """The components of a model with their parameters; a module that trains as PEFT's copy counts
+    once, as the copy.
 
     Args:
         groups: Of an optimizer, for the learning rates that really apply.
@@ -168,8 +174,8 @@ def parameter_groups(
     Args:
         learning_rate: Of all components but those in
         learning_rates: component -> its own.
-        vision_layer_decay: The vision encoder's layer i of L trains with its rate times `decay ** (L - i)`, i from 0,
-            its embeddings with `decay ** (L + 1)`.
+        vision_layer_decay: The vision encoder's layer i of L trains with its rate times `decay **
+            (L - i)`, i from 0, its embeddings with `decay ** (L + 1)`.
         decayed: Names of the parameters that weight decay applies to.
 
     Raises:

@@ -25,7 +25,9 @@ ROWS_OF_A_WORKER = 256
 
 
 class JsonLines(Sequence[Row]):
-    """Rows of a file with one JSON object a line; only the places of the lines are kept in memory."""
+    """Rows of a file with one JSON object a line; only the places of the lines are kept in
+    memory.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -168,14 +170,17 @@ def load_rows(
     """Rows of training data, by index or as a stream, as PyTorch's DataLoader takes them.
 
     Args:
-        source: A file of LLaVA's list or of one JSON object a line, a folder that `datasets` saved or reads, the id of
-            a data set on the Hub, or rows: a list, `datasets.Dataset` or `datasets.IterableDataset`.
-        image_folder: What relative paths of images start from; for a file its own folder if not given.
+        source: A file of LLaVA's list or of one JSON object a line, a folder that `datasets` saved
+            or reads, the id of a data set on the Hub, or rows: a list, `datasets.Dataset` or
+            `datasets.IterableDataset`.
+        image_folder: What relative paths of images start from; for a file its own folder if not
+            given.
         split: Split of a folder or a Hub data set that has several.
         streaming: Read the rows one after another.
-        allow_outside: Rows may name images outside the folder and http(s) URLs. Rows that are given as they are, and
-            without a folder, may do so anyway.
-        skip_bad: A row that cannot be read is no error here, but one that `to_messages` refuses, as bad rows are.
+        allow_outside: Rows may name images outside the folder and http(s) URLs. Rows that are given
+            as they are, and without a folder, may do so anyway.
+        skip_bad: A row that cannot be read is no error here, but one that `to_messages` refuses, as
+            bad rows are.
 
     Raises:
         ValueError: If there is no such source, or it is of another kind.
@@ -256,7 +261,9 @@ def _load_datasets(source: str | Path, split: str, streaming: bool) -> Any:
 
 @dataclass
 class BadRow:
-    """A row that cannot be learned from: its number, counted from 1 (of a file of lines the line), its id and why."""
+    """A row that cannot be learned from: its number, counted from 1 (of a file of lines the line),
+    its id and why.
+    """
 
     row: int
     id: str | None
@@ -288,8 +295,8 @@ class DataReport:
     def summary(self) -> str:
         """The counts, in lines."""
         lines = [
-            f"{self.rows:,} rows, {len(self.bad):,} bad, {self.text_only:,} text only; {self.images:,} images, "
-            f"{self.turns:,} turns, {self.answers:,} answers"
+            f"{self.rows:,} rows, {len(self.bad):,} bad, {self.text_only:,} text only; "
+            f"{self.images:,} images, {self.turns:,} turns, {self.answers:,} answers"
         ]
         if self.tokens_longest is not None:
             lines.append(
@@ -297,7 +304,8 @@ class DataReport:
             )
         if self.truncated is not None:
             lines.append(
-                f"{self.truncated:,} rows would be truncated, {self.without_labels:,} have no label then"
+                f"{self.truncated:,} rows would be truncated, {self.without_labels:,} have no "
+                "label then"
             )
         return "\n".join(lines)
 
@@ -317,8 +325,10 @@ def check_rows(
 
     Args:
         source, image_folder, split, streaming, allow_outside: as in `load_rows`.
-        processor: Also counts tokens, and with `max_length` the rows that truncation shortens or leaves unlabelled.
-        open_images: Decode every image; without a processor `False` only sees whether its file is there.
+        processor: Also counts tokens, and with `max_length` the rows that truncation shortens or
+            leaves unlabelled.
+        open_images: Decode every image; without a processor `False` only sees whether its file is
+            there.
         on_row: Called with the number of rows seen so far.
 
     Raises:

@@ -34,8 +34,8 @@ _SUFFIX = ".squares"
 class ImageCache:
     """Opens images for a collator, each from the cache where it is there.
 
-    Files are known by path, size and time of their last change, bytes by their content. URLs and images that are open
-    already are not kept.
+    Files are known by path, size and time of their last change, bytes by their content. URLs and
+    images that are open already are not kept.
 
     Args:
         folder: Where the cache is, or shall be; empty or a cache.
@@ -49,8 +49,8 @@ class ImageCache:
     def __init__(self, folder: str | Path, image_processor: Any):
         if image_processor.image_aspect_ratio == "anchors" or not image_processor.do_resize:
             raise ValueError(
-                "image_cache keeps one square of each image, but this model's image processor makes "
-                "crops, or does not resize: leave it out."
+                "image_cache keeps one square of each image, but this model's image processor "
+                "makes crops, or does not resize: leave it out."
             )
         self._processor = image_processor
         size = dict(image_processor.size)
@@ -78,7 +78,9 @@ class ImageCache:
         self._is_full = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a process that is spawned gets: it maps the files itself, and writes one of its own."""
+        """What a process that is spawned gets: it maps the files itself, and writes one of its
+        own.
+        """
         return {**self.__dict__, "_maps": {}, "_places": {}, "_writer": None}
 
     def fetch_images(self, images: Any) -> Any:
@@ -187,7 +189,8 @@ def _claim(folder: Path) -> None:
     is_used = any(not entry.name.endswith(".part") for entry in os.scandir(folder))
     if is_used and not mark.exists():  # looked for last: another rank may have made both
         raise ValueError(
-            f"image_cache: {folder} holds other files and no {MARK}: name an empty folder, or a cache."
+            f"image_cache: {folder} holds other files and no {MARK}: name an empty folder, or a "
+            "cache."
         )
     if not mark.exists():
         _write_whole(mark, json.dumps(_FORMAT))

@@ -63,19 +63,22 @@ def to_messages(
     image_folder: str | Path | None = None,
     allow_outside: bool | None = None,
 ) -> list[Message]:
-    """A row as chat messages whose content is a list of text, image and video parts; the row stays as it is.
+    """A row as chat messages whose content is a list of text, image and video parts; the row stays
+    as it is.
 
-    LLaVA rows: `<|image|>` and `<image>` stand for an image, `<video>` for a video. With one image all markers of a
-    turn become one in front of its text and a line break, as the original trains; with several they stay where they
-    are. An answer that opens the conversation is left out, as the original does.
+    LLaVA rows: `<|image|>` and `<image>` stand for an image, `<video>` for a video. With one image
+    all markers of a turn become one in front of its text and a line break, as the original trains;
+    with several they stay where they are. An answer that opens the conversation is left out, as the
+    original does.
 
-    `messages` rows: text is text, unless the row has `images` or `videos` and no part holds a place for them: then the
-    markers do.
+    `messages` rows: text is text, unless the row has `images` or `videos` and no part holds a place
+    for them: then the markers do.
 
     Args:
         image_folder: What relative paths start from; the row's own `image_folder` if not given.
-        allow_outside: Take images from elsewhere, too: paths that lead out of the folder, and http(s) URLs. If not
-            given what the row's own `allow_outside` says, and without one whether there is no folder to stay in.
+        allow_outside: Take images from elsewhere, too: paths that lead out of the folder, and
+            http(s) URLs. If not given what the row's own `allow_outside` says, and without one
+            whether there is no folder to stay in.
 
     Raises:
         ValueError: If the row cannot be learned from. The message says why.
@@ -146,7 +149,8 @@ def _from_messages(turns: Any, has_images: bool, has_videos: bool, place: Place)
         role, content = turn.get("role"), turn.get("content")
         if role not in ("system", "user", "assistant"):
             raise ValueError(
-                f"turn {number}: expected 'role' to be 'system', 'user' or 'assistant', got {role!r}."
+                f"turn {number}: expected 'role' to be 'system', 'user' or 'assistant', got "
+                f"{role!r}."
             )
         if isinstance(content, (list, tuple)):
             parts = [_part(part, place, f"turn {number}") for part in content]
@@ -245,15 +249,17 @@ def _fill(messages: Sequence[Message], images: list[Any], videos: list[list[Any]
         if len(places) != len(media):
             marker = "<|image|>" if kind == "image" else "<video>"
             raise ValueError(
-                f"the turns have {len(places)} {marker} for {len(media)} {kind}s: give each {kind} one marker, or a "
-                f"part of type {kind!r}."
+                f"the turns have {len(places)} {marker} for {len(media)} {kind}s: give each {kind} "
+                f"one marker, or a part of type {kind!r}."
             )
         for part, medium in zip(places, media, strict=True):
             part[kind] = medium
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
-    """An optional system message, then user and assistant in turn, an answer last and none empty."""
+    """An optional system message, then user and assistant in turn, an answer last and none
+    empty.
+    """
     for number, message in enumerate(messages, 1):
         role, before = message["role"], messages[number - 2]["role"] if number > 1 else None
         after_user = ["assistant"] if before == "user" else ["user"]
@@ -261,7 +267,8 @@ def _check_turns(messages: Sequence[Message]) -> None:
         if role not in expected:
             place = "as the first turn" if before is None else f"after {before!r}"
             raise ValueError(
-                f"roles must alternate: expected {' or '.join(map(repr, expected))} {place}, got {role!r}."
+                f"roles must alternate: expected {' or '.join(map(repr, expected))} {place}, got "
+                f"{role!r}."
             )
         texts = [part["text"] for part in message["content"] if part["type"] == "text"]
         if role == "assistant" and not "".join(texts).strip():
@@ -280,7 +287,9 @@ def _listed(row: Mapping[str, Any], *keys: str) -> list[Any]:
 
 
 def _videos(row: Mapping[str, Any]) -> list[Any]:
-    """Videos of a row, each a list of frames or a folder of them: `videos` holds several, `video` one."""
+    """Videos of a row, each a list of frames or a folder of them: `videos` holds several, `video`
+    one.
+    """
     if row.get("videos") is not None:
         return _listed(row, "videos")
     return [row["video"]] if row.get("video") is not None else []
@@ -316,7 +325,8 @@ def locate_picture(image: Any, place: Place) -> Any:
     is_web = isinstance(image, str) and image.startswith(("http://", "https://"))
     if is_web and not place.is_open:
         raise ValueError(
-            f"{str(image).partition('?')[0]!r} is not fetched: set allow_outside for images from the internet."
+            f"{str(image).partition('?')[0]!r} is not fetched: set allow_outside for images from "
+            "the internet."
         )
     if is_web or (isinstance(image, str) and image.startswith("data:")):
         return image

@@ -46,8 +46,9 @@ class DataRecipe:
         max_length: Longest row in tokens, pictures included; longer ones lose their end.
         streaming: Read row by row, never all at once.
         allow_outside: Rows may name pictures outside the folder and http(s) URLs.
-        bad_rows: `stop` looks at all rows of the files before the first step, and ends there if one cannot be learned
-            from; `skip` leaves such rows out when they come, and says which; of opinions before the first step.
+        bad_rows: `stop` looks at all rows of the files before the first step, and ends there if one
+            cannot be learned from; `skip` leaves such rows out when they come, and says which; of
+            opinions before the first step.
         image_cache: Folder that keeps prepared images, for later epochs and runs; see `ImageCache`.
     """
 
@@ -88,20 +89,24 @@ class ScoreRecipe:
     """A scorer that learns from opinions of images; `data` names files of opinions then.
 
     Args:
-        labels: `hard`, one level word and the next-token loss (Q-Align); or `soft`, a probability of each level, KL at
-            the level, and pairs of images (DeQA-Score).
+        labels: `hard`, one level word and the next-token loss (Q-Align); or `soft`, a probability
+            of each level, KL at the level, and pairs of images (DeQA-Score).
         levels: Level words, best first; each one token of the vocabulary.
-        questions: Asked in even shares; the first one alone in evaluation. The image stands behind the question and a
-            line break, or where the question says `<|image|>`.
+        questions: Asked in even shares; the first one alone in evaluation. The image stands behind
+            the question and a line break, or where the question says `<|image|>`.
         answer: With `{level}` at the place of the level.
         image_aspect_ratio: How an image becomes square, see `MplugOwl2ImageProcessor`.
         train_split, eval_split: Only rows of this part.
         weights: How many times each of `data.train` counts; each once if not given.
-        density: Of soft labels, `pdf` or `cdf` as in `soft_label`; or a list, one of each of `data.train`.
-        pair_weight, image_weight, level_weight, in_level_weight: Of the parts of the loss, see `LossWeights`.
+        density: Of soft labels, `pdf` or `cdf` as in `soft_label`; or a list, one of each of
+            `data.train`.
+        pair_weight, image_weight, level_weight, in_level_weight: Of the parts of the loss, see
+            `LossWeights`.
         pair_loss: `fidelity`, or `bce` where no opinion has a standard deviation.
-        score_stds: `fixed` takes 1 as the standard deviation of both scores of a pair, `predicted` the model's.
-        keep_best: Checkpoints to keep, those with the highest SRCC; the newest stays, too. All if not given.
+        score_stds: `fixed` takes 1 as the standard deviation of both scores of a pair, `predicted`
+            the model's.
+        keep_best: Checkpoints to keep, those with the highest SRCC; the newest stays, too. All if
+            not given.
     """
 
     labels: str = "hard"
@@ -134,7 +139,8 @@ class ScoreRecipe:
             question.count(IMAGE_TOKEN) > 1 for question in self.questions
         ):
             raise ValueError(
-                f"questions: expected at least one, with {IMAGE_TOKEN} once at most, got {self.questions}."
+                f"questions: expected at least one, with {IMAGE_TOKEN} once at most, got "
+                f"{self.questions}."
             )
         if self.answer.count("{level}") != 1:
             raise ValueError(f"answer: expected {{level}} once, got {self.answer!r}.")
@@ -161,7 +167,8 @@ class Recipe:
         scores: How a scorer learns from opinions; rows are conversations if not given.
         quantization: `4bit` or `8bit`: weights of the frozen language model, by bitsandbytes.
         learning_rates: Component -> its own learning rate, where not `trainer.learning_rate`.
-        vision_layer_decay: Factor of the learning rate from each layer of the vision encoder to the one below.
+        vision_layer_decay: Factor of the learning rate from each layer of the vision encoder to the
+            one below.
         trainer: Settings of transformers' `TrainingArguments`.
     """
 
@@ -194,7 +201,8 @@ class Recipe:
             )
         if self.adapter is not None and self.image_size is not None:
             raise ValueError(
-                "image_size changes the model, which an adapter cannot carry: leave one of them out."
+                "image_size changes the model, which an adapter cannot carry: leave one of them "
+                "out."
             )
         if self.scores is not None:
             self._check_scores(self.scores)
@@ -206,7 +214,8 @@ class Recipe:
             given = getattr(scores, name)
             if isinstance(given, list) and len(given) != sources:
                 raise ValueError(
-                    f"scores.{name}: expected one of each of data.train, {sources}, got {len(given)}."
+                    f"scores.{name}: expected one of each of data.train, {sources}, got "
+                    f"{len(given)}."
                 )
         if self.data.streaming:
             raise ValueError(
@@ -218,7 +227,8 @@ class Recipe:
             )
         if scores.keep_best is not None and self.trainer.get("save_total_limit") is not None:
             raise ValueError(
-                "scores.keep_best and trainer.save_total_limit both remove checkpoints: give one of them."
+                "scores.keep_best and trainer.save_total_limit both remove checkpoints: give one "
+                "of them."
             )
         if scores.keep_best is not None and self.data.eval is None:
             raise ValueError(
@@ -229,7 +239,8 @@ class Recipe:
             "epoch",
         ):
             raise ValueError(
-                "scores.keep_best compares SRCC on the way: set trainer.eval_strategy to steps or epoch."
+                "scores.keep_best compares SRCC on the way: set trainer.eval_strategy to steps or "
+                "epoch."
             )
 
     def to_yaml(self) -> str:
@@ -246,8 +257,8 @@ def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
     """A recipe, from its file or by its name.
 
     Args:
-        settings: `key=value` each, in the order in which they replace what the file says; keys of inner tables are
-            written `trainer.max_steps`, values as YAML.
+        settings: `key=value` each, in the order in which they replace what the file says; keys of
+            inner tables are written `trainer.max_steps`, values as YAML.
 
     Raises:
         ValueError: If there is no such recipe, it is no YAML, or a key is unknown or has a value of
@@ -337,7 +348,9 @@ def _check_known(where: str, values: Mapping[str, Any], known: Any) -> None:
 
 
 def _check_kind(name: str, value: Any, default: Any) -> None:
-    """Numbers where the default is a number, true or false where it is one; the Trainer itself does not look."""
+    """Numbers where the default is a number, true or false where it is one; the Trainer itself does
+    not look.
+    """
     for kind, accepted, expected in (
         (bool, bool, "true or false"),
         ((int, float), (int, float), "a number"),

@@ -14,7 +14,8 @@ def set_image_size(
 ) -> MplugOwl2ForConditionalGeneration:
     """A model of the same weights for images of another size; the processor is changed in place.
 
-    Learned positions are resized by bicubic interpolation, those of the abstractor's keys computed anew.
+    Learned positions are resized by bicubic interpolation, those of the abstractor's keys computed
+    anew.
 
     Args:
         image_size: Side of an image in pixels.

@@ -1,7 +1,8 @@
 """Run a training recipe: load model and data, train, and save the results.
 
-The target folder holds checkpoints on the way, and at the end the trained model (or adapter) with its processor, the
-recipe as it was run, the versions it was run with, the history of the losses and a plot of it.
+The target folder holds checkpoints on the way, and at the end the trained model (or adapter) with
+its processor, the recipe as it was run, the versions it was run with, the history of the losses and
+a plot of it.
 
 One file because the steps of a run follow each other.
 """
@@ -46,7 +47,8 @@ from .trainer import Owl2Trainer, RunRecord
 _FIXED: dict[str, Any] = {
     "remove_unused_columns": False,
     "prediction_loss_only": True,
-    # A batch of an IterableDataset cannot be cut between ranks row by row: images have rows of their own.
+    # A batch of an IterableDataset cannot be cut between ranks row by row: images have rows of
+    # their own.
     "accelerator_config": {"dispatch_batches": False, "split_batches": False},
     "logging_nan_inf_filter": False,
 }
@@ -75,10 +77,12 @@ class TrainReport:
         loss: Mean training loss of the steps of this call.
         resumed_from: Checkpoint that the run went on from.
         parameters: Components, what trained of them, and how fast.
-        counts: Rows in all, rows that were cut at `max_length`, that had no label left, and bad ones that were skipped.
+        counts: Rows in all, rows that were cut at `max_length`, that had no label left, and bad
+            ones that were skipped.
         eval_loss: Loss on the rows to evaluate on, after the last step.
         eval_srcc: Of a scorer, SRCC on these rows; the mean over data sets.
-        was_finished: The run that should go on had all its steps and its model, so nothing was done.
+        was_finished: The run that should go on had all its steps and its model, so nothing was
+            done.
     """
 
     output_dir: str
@@ -119,7 +123,8 @@ def train(
     """Train a model as a recipe says.
 
     Args:
-        resume: Go on from the last whole checkpoint in the output folder; a finished run stays as it is.
+        resume: Go on from the last whole checkpoint in the output folder; a finished run stays as
+            it is.
         dry_run: Load everything and count the parameters, but take no step and write nothing.
         on_parameters: Called with the components before the first step.
 
@@ -151,8 +156,9 @@ def train(
         )
     if checkpoint is not None and num_processes(checkpoint) != trainer.args.world_size:
         logger.warning(
-            f"{checkpoint} is of {num_processes(checkpoint)} processes, this run has {trainer.args.world_size}: random "
-            "numbers and the order of rows are not those that an uninterrupted run would have."
+            f"{checkpoint} is of {num_processes(checkpoint)} processes, this run has "
+            f"{trainer.args.world_size}: random numbers and the order of rows are not those that "
+            "an uninterrupted run would have."
         )
     versions = _versions(trainer.args.world_size)
     files = {"recipe.yaml": recipe.to_yaml(), VERSIONS: versions}
@@ -186,7 +192,9 @@ def train(
 
 @contextmanager
 def _naming_rows() -> Iterator[None]:
-    """A bad row in one line, also from a worker of the DataLoader, which reports with its whole traceback."""
+    """A bad row in one line, also from a worker of the DataLoader, which reports with its whole
+    traceback.
+    """
     try:
         yield
     except ValueError as error:
@@ -296,8 +304,8 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
         return {}
     if find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"quantization: {recipe.quantization} needs bitsandbytes: pip install 'owl2_hf[qlora]', or train the "
-            "recipe lora, which keeps the weights as they are."
+            f"quantization: {recipe.quantization} needs bitsandbytes: pip install "
+            "'owl2_hf[qlora]', or train the recipe lora, which keeps the weights as they are."
         )
     if recipe.quantization == "8bit":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
@@ -381,7 +389,9 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
 
 
 def _check_files(data: DataRecipe, arguments: TrainingArguments) -> None:
-    """Refuse files with bad rows before the model is loaded; of images the header is read. Ranks share the rows."""
+    """Refuse files with bad rows before the model is loaded; of images the header is read. Ranks
+    share the rows.
+    """
     for name in filter(os.path.isfile, [*_names(data.train), *_names(data.eval or [])]):
         rows = load_rows(name, data.image_folder, allow_outside=data.allow_outside)
         if bad := look_over(rows, *_looking(arguments)):
@@ -421,7 +431,8 @@ def _rows(data: DataRecipe, sources: str | list[str]) -> Any:
         return loaded[0]
     if data.streaming:
         raise ValueError(
-            f"streaming reads one source, got {len(names)}: mix them with datasets.interleave_datasets."
+            f"streaming reads one source, got {len(names)}: mix them with "
+            "datasets.interleave_datasets."
         )
     return ConcatDataset(loaded)
 

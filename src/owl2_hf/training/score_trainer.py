@@ -147,7 +147,9 @@ class ScoreTrainer(Owl2Trainer):
         return loss.detach().mean(), scores[:, None], known
 
     def _agreement(self, prediction: Any) -> dict[str, float]:
-        """SRCC and PLCC (without a fit), the mean over data sets, and those of each where there are several."""
+        """SRCC and PLCC (without a fit), the mean over data sets, and those of each where there are
+        several.
+        """
         scores, (mos, datasets) = prediction.predictions[:, 0], prediction.label_ids.T
         found = {}
         for name, statistic in (("srcc", srcc), ("plcc", plcc)):

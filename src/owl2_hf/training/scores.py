@@ -1,6 +1,7 @@
 """Training data of scorers: batches of single opinions or pairs, with soft labels.
 
-Sources: Q-Align (arXiv:2312.17090) and DeQA-Score (arXiv:2501.11561) with their released code. B: images, K: levels.
+Sources: Q-Align (arXiv:2312.17090) and DeQA-Score (arXiv:2501.11561) with their released code. B:
+images, K: levels.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,7 +63,8 @@ class ScoreRows(Dataset[Row]):
         for group in groups if in_pairs else ():
             if len(group.rows) < 2:
                 raise ValueError(
-                    f"{group.source}: pairs need two or more rows of data set {group.name!r}, got one."
+                    f"{group.source}: pairs need two or more rows of data set {group.name!r}, got "
+                    "one."
                 )
         drawn = [
             self._drawn(group, weights[number] if weights else 1.0)
@@ -130,12 +132,14 @@ class ScoreRows(Dataset[Row]):
         return self.recipe.levels[hard_level(opinion.mos, *group.bounds, len(self.recipe.levels))]
 
     def soft(self, group: _Group, opinion: Opinion) -> tuple[float, ...]:
-        """The soft label: the file's own, else by the density; without a deviation two neighbouring levels share it."""
+        """The soft label: the file's own, else by the density; without a deviation two neighbouring
+        levels share it.
+        """
         if opinion.level_probs is not None:
             if len(opinion.level_probs) != len(self.recipe.levels):
                 raise ValueError(
-                    f"{group.source}: row {opinion.row}: expected level_probs of {len(self.recipe.levels)} levels, got "
-                    f"{len(opinion.level_probs)}."
+                    f"{group.source}: row {opinion.row}: expected level_probs of "
+                    f"{len(self.recipe.levels)} levels, got {len(opinion.level_probs)}."
                 )
             return opinion.level_probs
         return soft_label(
@@ -157,7 +161,8 @@ class ScoreRows(Dataset[Row]):
 
 
 class SingleRows(Dataset[Row]):
-    """Every image of one data set once, to be looked over as rows of conversations are; videos take too long.
+    """Every image of one data set once, to be looked over as rows of conversations are; videos take
+    too long.
 
     Args:
         rows: What the opinions are part of.
@@ -211,7 +216,8 @@ def load_score_rows(
     for group in groups:
         if not group.bounds[0] < group.bounds[1]:
             raise ValueError(
-                f"{group.source}: every MOS of {group.name!r} is {group.bounds[0]:g}: nothing to learn."
+                f"{group.source}: every MOS of {group.name!r} is {group.bounds[0]:g}: nothing to "
+                "learn."
             )
     rows = ScoreRows(groups, scores, weights, seed, in_pairs=scores.labels == "soft")
     if data.eval is None:
@@ -287,7 +293,9 @@ def _groups(
 
 
 def question_parts(question: str, kind: str = "image") -> list[dict[str, Any]]:
-    """A question as parts of a message, with the image behind it and a line break, or where it says."""
+    """A question as parts of a message, with the image behind it and a line break, or where it
+    says.
+    """
     whole = question if IMAGE_TOKEN in question else f"{question}\n{IMAGE_TOKEN}"
     before, after = whole.split(IMAGE_TOKEN)
     texts = [{"type": "text", "text": text} for text in (before, after)]
@@ -297,7 +305,8 @@ def question_parts(question: str, kind: str = "image") -> list[dict[str, Any]]:
 class ScoreCollator(Collator):
     """Makes batches of `ScoreRows`: of n pairs all first images, then all second ones.
 
-    The batch also holds `level_probs` (B, K), `mos`, `mos_stds` (NaN where not known) and `datasets` (B,).
+    The batch also holds `level_probs` (B, K), `mos`, `mos_stds` (NaN where not known) and
+    `datasets` (B,).
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ class NonFiniteError(ValueError):
 
 
 class Owl2Trainer(Trainer):
-    """A Trainer whose learning rates differ by component, and that keeps what it trained when an error ends it.
+    """A Trainer whose learning rates differ by component, and that keeps what it trained when an
+    error ends it.
 
     Args:
         learning_rates: Component -> learning rate, where not that of the arguments.
@@ -68,8 +69,9 @@ class Owl2Trainer(Trainer):
             kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)
             if taken := {"params", "model", "optimizer_dict"} & set(kwargs):
                 raise ValueError(
-                    f"optimizer {self.args.optim} makes its own groups of parameters ({', '.join(taken)}), so learning "
-                    "rates by component would not apply: choose another, for instance adamw_torch."
+                    f"optimizer {self.args.optim} makes its own groups of parameters "
+                    f"({', '.join(taken)}), so learning rates by component would not apply: choose "
+                    "another, for instance adamw_torch."
                 )
             kwargs["params"] = parameter_groups(
                 target,
@@ -98,7 +100,9 @@ class Owl2Trainer(Trainer):
         return num_steps
 
     def keep_progress(self) -> None:
-        """Write a checkpoint of the last whole step, unless there is one or the arguments want none."""
+        """Write a checkpoint of the last whole step, unless there is one or the arguments want
+        none.
+        """
         progress, step = self._progress, self.state.global_step
         if not progress.is_whole or step == 0 or self.args.save_strategy == "no":
             return
@@ -107,7 +111,8 @@ class Owl2Trainer(Trainer):
                 self._save_checkpoint(self.model, trial=None)
                 self.callback_handler.on_save(self.args, self.state, self.control)
             logger.warning(
-                f"The run ends in step {step + 1}; {PREFIX_CHECKPOINT_DIR}-{step} holds it until then."
+                f"The run ends in step {step + 1}; {PREFIX_CHECKPOINT_DIR}-{step} holds it until "
+                "then."
             )
         except Exception as error:  # the one that ends the run matters more
             logger.warning(
@@ -136,7 +141,8 @@ class Owl2Trainer(Trainer):
             if error is not None:
                 raise error
             raise ValueError(
-                f"the rows of process {int(failed.int().argmax())} ended the run, as it says itself."
+                f"the rows of process {int(failed.int().argmax())} ended the run, as it says "
+                "itself."
             )
         return super().get_batch_samples(iter(batches), num_batches, device)
 
@@ -173,17 +179,18 @@ class Owl2Trainer(Trainer):
             else ""
         )
         raise NonFiniteError(
-            f"the {name} is {float(value)} in step {self.state.global_step + 1}, which was not applied; {kept} with a "
-            "lower learning rate, a longer warm-up or bfloat16 instead of float16, and check the rows of this step"
-            f"{rows}."
+            f"the {name} is {float(value)} in step {self.state.global_step + 1}, which was not "
+            f"applied; {kept} with a lower learning rate, a longer warm-up or bfloat16 instead of "
+            f"float16, and check the rows of this step{rows}."
         )
 
 
 class SmoothedLoss:
     """Loss with label smoothing (arXiv:1512.00567, section 7) over the ids that can be predicted.
 
-    transformers' own smooths over all logits; those of reserved ids are -10,000 each, and their mean is not a loss.
-    `Trainer(compute_loss_func=SmoothedLoss(model.config, 0.1))` takes it as well.
+    transformers' own smooths over all logits; those of reserved ids are -10,000 each, and their
+    mean is not a loss. `Trainer(compute_loss_func=SmoothedLoss(model.config, 0.1))` takes it as
+    well.
 
     Args:
         config: Of the model.
@@ -196,7 +203,9 @@ class SmoothedLoss:
     def __call__(
         self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Logits (B, L, V) and labels (B, L) -> sum of the losses of T labels, over T or the number that is given."""
+        """Logits (B, L, V) and labels (B, L) -> sum of the losses of T labels, over T or the number
+        that is given.
+        """
         targets = labels[:, 1:]
         is_learned = targets.ne(-100) & targets.ne(self.config.image_token_id)
         log_probs = outputs["logits"][:, :-1][is_learned].float().log_softmax(-1)  # (T, V)
@@ -214,7 +223,8 @@ class SmoothedLoss:
 
 
 class RunRecord(TrainerCallback):
-    """Keeps a run's settings beside each of its checkpoints, and tells what trains before the first step.
+    """Keeps a run's settings beside each of its checkpoints, and tells what trains before the first
+    step.
 
     Args:
         files: Name -> text of what is written into a checkpoint.
