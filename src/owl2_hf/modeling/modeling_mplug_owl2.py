@@ -164,7 +164,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         if mm_token_type_ids is not None:
             image_mask = match_indicators(mm_token_type_ids, inputs_embeds).eq(1)
         elif input_ids is not None:
-            image_mask = input_ids.eq(self.config.image_token_id)
+            image_mask = input_ids.eq(self.config.image_token_id)  # (B, L)
         else:
             raise ValueError(
                 "inputs_embeds came with images but without mm_token_type_ids, so visual and text "
@@ -226,7 +226,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             # the order of use.
             nothing = self._untouched_vision_side()
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, L, D)
         elif mm_token_type_ids is not None:
             mm_token_type_ids = self._behind_virtual_tokens(mm_token_type_ids, inputs_embeds)
 

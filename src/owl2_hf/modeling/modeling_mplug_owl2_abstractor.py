@@ -80,11 +80,12 @@ class MplugOwl2AbstractorAttention(nn.Module):
         """(N, Q, C) queries, (N, P, C) image -> (N, Q, C) and, with eager attention, (N, heads, Q,
         Q + P) weights.
         """
-        context = torch.cat([queries, image], dim=1)
-        query_positions = self.q_pos_embed.to(queries)
-        context_positions = torch.cat([query_positions, self.k_pos_embed.to(queries)])
+        context = torch.cat([queries, image], dim=1)  # (N, Q + P, C)
+        query_positions = self.q_pos_embed.to(queries)  # (Q, C)
+        context_positions = torch.cat([query_positions, self.k_pos_embed.to(queries)])  # (Q + P, C)
 
         def heads(states: Tensor) -> Tensor:
+            # (N, heads, ., head_dim)
             return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
         attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(

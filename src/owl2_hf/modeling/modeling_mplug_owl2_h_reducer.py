@@ -65,9 +65,9 @@ class MplugOwl2HReducer(PreTrainedModel):
         patches = (
             image_features[:, -(grid**2) :].transpose(1, 2).contiguous().unflatten(2, (grid, grid))
         )
-        mixed = nn.functional.gelu(self.reducer_before(patches))
-        merged = self.reducer(self._spread(mixed)).flatten(2).transpose(1, 2)
-        visual_tokens = self.visual_fc(merged)
+        mixed = nn.functional.gelu(self.reducer_before(patches))  # (N, K * C, G, G / K)
+        merged = self.reducer(self._spread(mixed)).flatten(2).transpose(1, 2)  # (N, Q, C)
+        visual_tokens = self.visual_fc(merged)  # (N, Q, D)
         if self.training:
             visual_tokens = visual_tokens + self._untouched_norm().to(visual_tokens)
         vit_eos = self.vit_eos.to(visual_tokens.dtype).expand(visual_tokens.shape[0], -1, -1)
@@ -77,7 +77,7 @@ class MplugOwl2HReducer(PreTrainedModel):
         """(N, K * C, G, G / K) -> (N, C, G, G): K blocks of channels become K neighbouring
         columns.
         """
-        blocks = mixed.unflatten(1, (self.config.kernel_width, -1))
+        blocks = mixed.unflatten(1, (self.config.kernel_width, -1))  # (N, K, C, G, G / K)
         return blocks.permute(0, 2, 3, 4, 1).flatten(3)
 
     def _untouched_norm(self) -> Tensor:

@@ -3,8 +3,7 @@
 All other weights are shared. The text branch has LLaMA's parameter names. The parameters of the
 visual branch are named `visual_*`.
 
-B: batch, L: positions, D: width, T and V: text and visual tokens of the whole batch (T + V = B *
-L).
+B: batch, L: positions, D: width, T, V: text and visual tokens of the whole batch, T + V = B * L.
 
 This is one file so that the decoder can be read from its parts up.
 """
@@ -64,14 +63,14 @@ class ModalityRouting(NamedTuple):
         visual_mask = mm_token_type_ids.bool()
         if torch.compiler.is_compiling() or visual_mask.is_meta:
             return cls(visual_mask.unsqueeze(-1), None, None, 0)
-        flat_mask = visual_mask.flatten()
-        visual_index = flat_mask.nonzero().squeeze(1)
+        flat_mask = visual_mask.flatten()  # (B * L,)
+        visual_index = flat_mask.nonzero().squeeze(1)  # (V,)
         # In training both branches always take part, so that data-parallel ranks reduce the same
         # gradients.
         if visual_index.numel() == 0 and not training:
             return None
-        text_index = (~flat_mask).nonzero().squeeze(1)
-        order = torch.cat([text_index, visual_index])
+        text_index = (~flat_mask).nonzero().squeeze(1)  # (T,)
+        order = torch.cat([text_index, visual_index])  # (T + V,)
         return cls(visual_mask.unsqueeze(-1), order, torch.argsort(order), text_index.numel())
 
     def sort(self, hidden_states: Tensor) -> Tensor:
@@ -155,8 +154,8 @@ class MplugOwl2NtkRotaryEmbedding(LlamaRotaryEmbedding):
         doublings = torch.ceil(torch.log2(prompt_lengths / self.config.rope_dynamic_ntk_length) + 1)
         base = theta * (torch.exp2(doublings) - 1).clamp_min(1) ** (dim / (dim - 2))
         inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, device=x.device, dtype=torch.float) / dim)
-        angles = position_ids[..., None].float() * inv_freq[:, None]
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = position_ids[..., None].float() * inv_freq[:, None]  # (B, L, head_dim / 2)
+        angles = torch.cat((angles, angles), dim=-1)  # (B, L, head_dim)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
@@ -238,6 +237,7 @@ class MplugOwl2Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) -> (B, L, D) and, with eager attention, the (B, heads, L, past + L) weights."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        # (B, L, D), or (T + V, D) text first
         tokens = hidden_states if routing is None else routing.sort(hidden_states)
 
         def project(text_branch: nn.Module, visual_branch: nn.Module | None) -> Tensor:
@@ -248,10 +248,10 @@ class MplugOwl2Attention(nn.Module):
             text, visual = routing.split(tokens)
             return routing.merge(text_branch(text), visual_branch(visual))
 
-        query = project(self.q_proj, self.visual_q_proj)
-        key = project(self.k_proj, self.visual_k_proj)
+        query = project(self.q_proj, self.visual_q_proj)  # (B, L, heads * head_dim)
+        key = project(self.k_proj, self.visual_k_proj)  # (B, L, key_value_heads * head_dim)
         value = project(self.v_proj, self.visual_v_proj)
-        query = query.view(shape).transpose(1, 2)
+        query = query.view(shape).transpose(1, 2)  # (B, heads, L, head_dim)
         key, value = key.view(shape).transpose(1, 2), value.view(shape).transpose(1, 2)
 
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)

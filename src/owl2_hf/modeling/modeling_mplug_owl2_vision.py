@@ -1,6 +1,7 @@
 """Vision encoder of mPLUG-Owl2: a pre-norm ViT whose class token stays in the output.
 
-N: images, C: width, H, W: pixels of a side, P: positions of one image (class token and patches).
+N: images, C: width, H, W: pixels of a side, G: patches along a side, P: positions of one image
+(class token and patches).
 """
 
 from collections.abc import Callable
@@ -49,10 +50,11 @@ class MplugOwl2VisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) normalised pixels -> (N, P, C)."""
+        # (N, C, G, G)
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        hidden_states = patches.flatten(2).transpose(1, 2)
+        hidden_states = patches.flatten(2).transpose(1, 2)  # (N, G * G, C)
         if self.cls_token is not None:
-            cls_token = self.cls_token.expand(hidden_states.shape[0], -1, -1)
+            cls_token = self.cls_token.expand(hidden_states.shape[0], -1, -1)  # (N, 1, C)
             hidden_states = torch.cat([cls_token, hidden_states], dim=1)
         return self.pre_layernorm(hidden_states + self._positions())
 
