@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from .mutations.__main__ import ROOT, copy_sources, outcomes_of, survives
 from .mutations.cases import MUTATIONS, Mutation
+from .mutations.run import ROOT, copy_sources, outcomes_of, survives
 
 SOURCES = ROOT / "src" / "owl2_hf"
 FILES = sorted({mutation.file for mutation in MUTATIONS})
