@@ -1,10 +1,15 @@
 """Fixtures shared by the tests."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Tests that a shell runs in its background ignore Ctrl-C, and their processes would do so, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = Path(__file__).parent
 WIDER_SETS = Path(os.environ.get("OWL2_HF_GOLDEN", HERE.parent.parent / "shared" / "golden"))

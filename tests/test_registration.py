@@ -322,8 +322,6 @@ def test_an_interrupt_while_torch_is_imported_ends_in_one_line(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Tests that run in the background of a shell would pass on that they ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None and process.stdout.readline() == "importing\n"
     time.sleep(0.1)

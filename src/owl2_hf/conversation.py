@@ -6,7 +6,7 @@ Its features are kept for later turns.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -167,7 +167,7 @@ class Conversation:
         messages = [*self.messages, asked]
         opened = [*self._images, *(image.image for image in images)]
         inputs = self.processor.apply_chat_template(
-            _with_images(messages, opened),
+            with_images(messages, opened),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -280,7 +280,7 @@ class Conversation:
         ]
         images = [one.image for one in opened]
         # Refuses what no later turn could go on from.
-        self.processor.apply_chat_template(_with_images(messages, images), tokenize=False)
+        self.processor.apply_chat_template(with_images(messages, images), tokenize=False)
         self.clear()
         self.messages, self._images, self.file = messages, images, path.absolute()
 
@@ -299,7 +299,7 @@ class _Streamer(TextStreamer):
             self.show(text)
 
 
-def _with_images(messages: Messages, images: list[Image.Image]) -> Messages:
+def with_images(messages: Sequence[dict[str, Any]], images: Iterable[Image.Image]) -> Messages:
     """The messages with opened images in place of their paths and URLs."""
     rest = iter(images)
     return [

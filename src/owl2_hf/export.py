@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .modeling.scoring_mplug_owl2 import gather_levels, level_values
+
 # Largest difference that rounding explains, of the largest value.
 TOLERANCE = 1e-4
 _MAX_BYTES = int(1.5 * 2**30)  # of weights in one file; protobuf ends at 2 GB
@@ -88,10 +90,9 @@ class _ScorerGraph(nn.Module):
     def __init__(self, model: Any, prompt: Tensor, ids: list[list[int]], preset: Any) -> None:
         super().__init__()
         self.model, self.config = model, model.config
-        self.ids, self.temperature = ids, preset.temperature
-        low, high = preset.scale
+        self.ids, self.preset = ids, preset
         self.register_buffer("prompt", prompt, persistent=False)
-        values = low + (high - low) * torch.tensor(preset.values)
+        values = level_values(torch.zeros(0), preset)
         self.register_buffer("values", values, persistent=False)
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
@@ -102,7 +103,7 @@ class _ScorerGraph(nn.Module):
         logits = self.model(
             input_ids=prompts, pixel_values=pixel_values, logits_to_keep=1, use_cache=False
         ).logits[:, -1]
-        levels = torch.stack([logits[:, own].mean(-1) for own in self.ids], -1) / self.temperature
+        levels = gather_levels(logits, self.ids, self.preset)
         return {"scores": levels.softmax(-1) @ self.values, "level_logits": levels}
 
 

@@ -34,12 +34,6 @@ class Terminal:
         import struct
         import termios
 
-        def prepare():
-            # Ctrl-C becomes a signal if the terminal is that of the session, and if the tests,
-            # which may run in the background of a shell, did not pass on that they ignore it.
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
         self.master, child = pty.openpty()
         fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 250, 0, 0))
         self.seen = ""
@@ -51,8 +45,9 @@ class Terminal:
             stderr=child,
             # A dumb terminal gets no codes that move the cursor.
             env={**os.environ, "TERM": "dumb"},
+            # So that Ctrl-C becomes a signal, the terminal has to be the one of the session.
             start_new_session=True,
-            preexec_fn=prepare,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(child)
 

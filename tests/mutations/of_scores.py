@@ -135,6 +135,11 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("modeling/scoring_mplug_owl2.py", "tests/scoring/test_scorer.py"): [
         (
+            "return low + (high - low) * levels.new_tensor(preset.values)",
+            "return low + high * levels.new_tensor(preset.values)",
+            "test_a_score_is_the_expected_value_of_the_levels",
+        ),
+        (
             "mean = float(probs @ values)",
             "mean = float(probs @ values.flip(0))",
             "test_a_score_is_the_expected_value_of_the_levels",
@@ -159,8 +164,8 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "test_pixels_are_within_pils_rounding_of_the_image_processors",
         ),
         (
-            "return levels.softmax(-1) @ (low + (high - low)",
-            "return levels.softmax(-1) @ (low + high",
+            "return levels.softmax(-1) @ level_values(levels, scorer.preset)",
+            "return levels.sigmoid() @ level_values(levels, scorer.preset)",
             "test_scores_are_the_scorers",
         ),
     ],

@@ -115,9 +115,9 @@ def analyze(
     check_target(out, overwrite)
 
     def analyze_loaded(name: str | None, answer: str | None) -> Any:
-        loaded, processor = load(name)
+        loaded, processor = load(name, device)
         return analyze_model(
-            loaded.to(device) if device else loaded,
+            loaded,
             processor,
             image,
             question,

@@ -71,9 +71,9 @@ def chat(
     # Opening images takes no weights: a wrong path is found before they load.
     processor = load_processor(name)
     opened = [OpenedImage.open(image, processor) for image in images or []]
-    loaded, processor = load(model)
+    loaded, processor = load(model, device)
     conversation = Conversation(
-        loaded.to(device) if device else loaded,
+        loaded,
         processor,
         system,
         max_new_tokens,

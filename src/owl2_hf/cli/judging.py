@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..naming import naming_model
 from .app import app, report_mistakes, say, say_json
-from .loading import load, place
+from .loading import load, preset_of
 from .options import JSON, AllowOutside, Debug, Device, Levels, OriginalReading, Preset, Prompt
 
 # Options without a meaning for questions.
@@ -112,12 +111,11 @@ def evaluate_scores(
     qbench, report the accuracy of the answers. Images that cannot be scored are named on stderr and
     left out, and the exit code is 1.
     """
-    from ..scoring import Scorer, custom_preset, evaluate, load_opinions
+    from ..scoring import Scorer, evaluate, load_opinions
     from ..scoring.benchmarks import read_benchmark
     from ..scoring.card import check_new, write_score_card
     from ..scoring.eval_results import TASKS, check_eval_results, write_eval_results
     from ..scoring.judging import check_plot
-    from ..scoring.presets import preset_for
 
     if as_json and as_csv:
         say("owl2-hf: give one of --json and --csv, not both", err=True)
@@ -142,11 +140,8 @@ def evaluate_scores(
     tasks = hub_task or TASKS
     if hub_benchmark is not None:
         check_eval_results(model, hub_benchmark, tasks, list(opinions.by_dataset()))
-    with naming_model(model):
-        own = preset_for(place(model), preset)
-    chosen = custom_preset(own, task, prompt, levels.split(",") if levels else None)
-    loaded, processor = load(model)
-    loaded = loaded.to(device) if device else loaded
+    chosen = preset_of(model, preset, task, prompt, levels)
+    loaded, processor = load(model, device)
     scorer = Scorer(
         loaded, processor, chosen, batch_size=batch_size, original_reading=original_reading
     )
@@ -207,8 +202,7 @@ def _evaluate_qbench(
     from ..evaluation.qbench import evaluate_qbench, load_questions
 
     questions = load_questions(root, split)
-    loaded, processor = load(model)
-    loaded = loaded.to(device) if device else loaded
+    loaded, processor = load(model, device)
 
     def show_progress(asked: int) -> None:
         if asked % 100 < batch_size:

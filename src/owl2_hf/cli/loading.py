@@ -6,8 +6,8 @@ from ..naming import DEFAULT_MODEL, naming_model
 from ..naming import place as place_of
 
 
-def load(model: str | None) -> tuple[Any, Any]:
-    """Load a model and its processor."""
+def load(model: str | None, device: str | None = None) -> tuple[Any, Any]:
+    """Load a model, to a device if one is given, and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
@@ -17,7 +17,8 @@ def load(model: str | None) -> tuple[Any, Any]:
         logging.disable_progress_bar()  # a model inside the package takes no time
     with naming_model(model):
         loaded = AutoModelForImageTextToText.from_pretrained(source)
-        return loaded, AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source)
+    return (loaded.to(device) if device else loaded), processor
 
 
 def load_processor(model: str) -> Any:
@@ -30,3 +31,18 @@ def load_processor(model: str) -> Any:
 def place(model: str | None) -> str:
     """Return the folder or Hub id of a model's name, for `from_pretrained`."""
     return place_of(DEFAULT_MODEL if model is None else model)
+
+
+def preset_of(
+    model: str, name: str | None, task: str, prompt: str | None, levels: str | None
+) -> Any:
+    """Return the preset of a model's name, changed by the options of a command.
+
+    Args:
+        name, task, prompt, levels: The options; levels are separated by commas.
+    """
+    from ..scoring.presets import custom_preset, preset_for
+
+    with naming_model(model):
+        own = preset_for(place(model), name)
+    return custom_preset(own, task, prompt, levels.split(",") if levels else None)

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..naming import DEFAULT_SCORER, naming_model
+from ..naming import DEFAULT_SCORER
 from ..printing import printable
 from .app import app, report_mistakes, say, say_json
-from .loading import load, place
+from .loading import load, preset_of
 from .options import AllowOutside, Debug, Device, Levels, OriginalReading, Preset, Prompt
 
 
@@ -127,9 +127,8 @@ def score(
     With --out, several processes can share the rows: torchrun --nproc-per-node N -m owl2_hf score
     ...
     """
-    from ..scoring import Scorer, custom_preset, score_paths
+    from ..scoring import Scorer, score_paths
     from ..scoring.parts import check_kind
-    from ..scoring.presets import preset_for
 
     if as_json and as_csv:
         say("owl2-hf: give one of --json and --csv, not both", err=True)
@@ -155,16 +154,13 @@ def score(
         check_kind(out)
         if as_json or as_csv:
             raise ValueError("the name of --out tells the format: leave out --json and --csv.")
-    with naming_model(model):
-        own = preset_for(place(model), preset)
-    chosen = custom_preset(own, task, prompt, levels.split(",") if levels else None)
+    chosen = preset_of(model, preset, task, prompt, levels)
     bounds = None if scale is None else tuple(float(bound) for bound in scale.value.split("-"))
-    loaded, processor = load(model)
     if out is not None:
         from ..scoring.dataset import local_device
 
         device = device or local_device()
-    loaded = loaded.to(device) if device else loaded
+    loaded, processor = load(model, device)
     scorer = Scorer(loaded, processor, chosen, bounds, batch_size, crops, original_reading)  # type: ignore[arg-type]
     if out is not None:
         _score_dataset(scorer, images, out, task, options)

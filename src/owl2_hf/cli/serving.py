@@ -67,9 +67,8 @@ def serve(
     with bind(host, port) as sock:
         with naming_model(model or DEFAULT_MODEL):
             preset = preset_for(place(model))
-        loaded, processor = load(model)
+        loaded, processor = load(model, device)
         name = model or DEFAULT_MODEL
-        loaded = loaded.to(device) if device else loaded
         served = build_app(name, loaded, processor, settings, preset)
         run(served, sock, lambda url: say(f"serving {name} at {url}"))
 
@@ -108,7 +107,7 @@ def demo(
     limits = {"max_image_pixels": max_image_pixels, "max_new_tokens": max_new_tokens}
     settings = DemoSettings(**{name: limit for name, limit in limits.items() if limit is not None})
     with bind(host, port) as sock:
-        loaded, processor = load(model)
+        loaded, processor = load(model, device)
         name = model or DEFAULT_MODEL
-        page = build_page(loaded.to(device) if device else loaded, processor, name, settings)
+        page = build_page(loaded, processor, name, settings)
         show(page, sock, share, lambda url: say(f"showing {name} at {url}"))

@@ -31,9 +31,8 @@ def load_default_scorer(**kwargs: Any) -> Scorer:
     from ..modeling import MplugOwl2ForConditionalGeneration
     from ..processing import MplugOwl2Processor
     from ..scoring import Scorer
-    from ..scoring.presets import preset_for
 
     folder = str(default_scorer_dir())
     model = MplugOwl2ForConditionalGeneration.from_pretrained(folder).eval()
     processor = MplugOwl2Processor.from_pretrained(folder)
-    return Scorer(model, processor, preset_for(folder), **kwargs)
+    return Scorer(model, processor, **kwargs)  # asks as scorer.json in the folder says

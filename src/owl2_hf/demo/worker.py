@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import TextIteratorStreamer
 
 from ..analysis import analyze
+from ..conversation import with_images
 from ..limits import Context, open_pictures
 from ..modeling import MplugOwl2ForConditionalGeneration
 from ..processing.image_processing_mplug_owl2 import MAX_IMAGE_PIXELS
@@ -225,16 +226,12 @@ class ModelWorker:
         self.context.check(
             len(paths), sum(len(part["text"]) for part in parts if part["type"] == "text")
         )
-        pictures = iter(self._open(paths))
-        opened: list[dict[str, Any]] = []
-        for message in messages:
-            content = [
-                {**part, "image": next(pictures)} if "image" in part else part
-                for part in message["content"]
-            ]
-            opened.append({**message, "content": content})
         inputs = self.processor.apply_chat_template(
-            opened, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            with_images(messages, self._open(paths)),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
         )
         return inputs.to(self.model.device)
 

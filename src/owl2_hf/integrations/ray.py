@@ -11,9 +11,8 @@ import ray
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import owl2_hf
-
-from ..naming import DEFAULT_MODEL, naming_model
+from ..naming import naming_model
+from ..naming import place as named
 from ..scoring import Scorer, custom_preset
 from ..scoring.batches import BatchScorer, as_columns, output_names
 from ..scoring.prefix import with_prefix
@@ -109,8 +108,7 @@ class Actor:
     ):
         self.column, self.place = column, place
         with naming_model(model):
-            if model == DEFAULT_MODEL:
-                model = str(owl2_hf.default.default_dir())
+            model = named(model)
             own = custom_preset(preset_for(model, preset), task, prompt, levels)
             loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval()
             processor = AutoProcessor.from_pretrained(model)

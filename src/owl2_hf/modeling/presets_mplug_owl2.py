@@ -60,6 +60,11 @@ class Preset:
                     f"the prompt of task {task!r} must hold {IMAGE_TOKEN} {times}, got {prompt!r}."
                 )
 
+    def task_named(self, task: str) -> str:
+        """Return a task's name here. "aesthetic", pyiqa's word, means "aesthetics"."""
+        is_pyiqas = task == "aesthetic" and task not in self.prompts
+        return "aesthetics" if is_pyiqas else task
+
     def to_json(self) -> str:
         """Return the preset as JSON, for a file that `load_preset` reads."""
         return json.dumps(asdict(self), indent=2) + "\n"

@@ -142,6 +142,17 @@ def level_inputs(
     ).to(model.device)
 
 
+def gather_levels(logits: Tensor, ids: Sequence[Sequence[int]], preset: Preset) -> Tensor:
+    """(B, V) logits -> (B, K) of the levels, each the mean of its words, over the temperature."""
+    return torch.stack([logits[:, own].mean(-1) for own in ids], -1) / preset.temperature
+
+
+def level_values(levels: Tensor, preset: Preset) -> Tensor:
+    """(K,) what each level is worth on the preset's scale, with dtype and device of `levels`."""
+    low, high = preset.scale
+    return low + (high - low) * levels.new_tensor(preset.values)
+
+
 def level_logits(logits: Tensor, ids: Sequence[Sequence[int]], preset: Preset) -> Tensor:
     """(B, V) logits of the next token -> (B, K) of the levels, over the temperature.
 
@@ -149,7 +160,7 @@ def level_logits(logits: Tensor, ids: Sequence[Sequence[int]], preset: Preset) -
         ValueError: If the model gives NaN.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    levels = torch.stack([logits[:, own].mean(-1) for own in ids], -1) / preset.temperature
+    levels = gather_levels(logits, ids, preset)
     if not levels.isfinite().all():
         raise ValueError(
             f"the model's logits are not finite ({levels.tolist()}): try another dtype, or verify "
@@ -179,8 +190,7 @@ def expected_score(levels: Tensor, preset: Preset) -> tuple[float, float, Tensor
     and probabilities.
     """
     probs = levels.softmax(-1)
-    low, high = preset.scale
-    values = low + (high - low) * torch.tensor(preset.values)
+    values = level_values(probs, preset)
     mean = float(probs @ values)
     return mean, math.sqrt(max(0.0, float(probs @ (values - mean) ** 2))), probs
 
@@ -298,8 +308,7 @@ def _prompt(preset: Preset, task: str, kind: str) -> str:
         )
     if kind == "video" and task == "quality":
         return preset.prompts["video"]
-    if task == "aesthetic" and task not in preset.prompts:  # pyiqa's word
-        task = "aesthetics"
+    task = preset.task_named(task)
     tasks = {name: prompt for name, prompt in preset.prompts.items() if name != "video"}
     if task not in tasks:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Squares that cover an image."""
 
 import math
+from typing import Any
 
 
 def crop_boxes(width: int, height: int, side: int) -> list[tuple[int, int, int, int]]:
@@ -25,3 +26,9 @@ def crop_boxes(width: int, height: int, side: int) -> list[tuple[int, int, int, 
         for top in starts(height)
         for left in starts(width)
     ]
+
+
+def side_of(image_processor: Any) -> int:
+    """The side of the model's square, in pixels."""
+    size = dict(image_processor.size)
+    return size.get("height") or size["shortest_edge"]

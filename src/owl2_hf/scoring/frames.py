@@ -124,11 +124,17 @@ def expand_paths(paths: Sequence[str], is_video: bool = False) -> tuple[list[str
     return names, sources
 
 
+def image_suffixes() -> tuple[str, ...]:
+    """The suffixes of all image files that are read, sorted."""
+    extensions = Image.registered_extensions().items()
+    return tuple(sorted(suffix for suffix, kind in extensions if kind in FORMATS))
+
+
 def _pictures(folder: Path) -> list[Path]:
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    suffixes = image_suffixes()
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
     if not files:
         raise ValueError(
-            f"{folder} holds no images: expected files named {', '.join(sorted(suffixes)[:6])}, ..."
+            f"{folder} holds no images: expected files named {', '.join(suffixes[:6])}, ..."
         )
     return files

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..training.data import JsonLines, read_rows
+from ..training.data import JsonLines, import_datasets, is_saved, read_rows
 from ..training.messages import Place
 from .opinion import IMAGE_KEYS, MOS_KEYS, Row
 from .tables import read_csv, read_parquet
@@ -107,14 +107,7 @@ def _rows_of_datasets(path: Path, source: str) -> Any:
     """All parts of a data set that `datasets` saved or finds on the Hub."""
     if not path.is_dir() and (path.suffix or source.count("/") > 1 or path.is_absolute()):
         raise ValueError(f"there is no file or folder {source!r}.")
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"{source} needs the package datasets: pip install 'owl2_hf[train]'."
-        ) from None
-    if any(
-        (path / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json")
-    ):
+    datasets = import_datasets(source)
+    if is_saved(path):
         return datasets.load_from_disk(str(path))
     return datasets.load_dataset(source)

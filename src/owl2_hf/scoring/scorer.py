@@ -27,7 +27,7 @@ from ..modeling.scoring_mplug_owl2 import (
     read_levels,
 )
 from ..processing.image_processing_mplug_owl2 import is_many
-from .crops import crop_boxes
+from .crops import crop_boxes, side_of
 from .frames import is_video_path, read_frames
 from .tensors import score_tensor
 
@@ -181,8 +181,7 @@ class Scorer:
         Raises:
             ValueError: If the preset has no such task, or crops of videos are asked for.
         """
-        if task == "aesthetic" and task not in self.preset.prompts:  # pyiqa's word
-            task = "aesthetics"
+        task = self.preset.task_named(task)
         if task not in self.preset.prompts:
             raise ValueError(f"expected a task of {', '.join(self.preset.prompts)}, got {task!r}.")
         if self.crops and task == "video":
@@ -204,8 +203,7 @@ class Scorer:
     def _score_crops(self, image: Any, prompt: str) -> Score:
         """The score by the mean of all crops' probabilities."""
         image = self.open_image(image)
-        size = dict(self.processor.image_processor.size)
-        boxes = crop_boxes(image.width, image.height, size.get("height") or size["shortest_edge"])
+        boxes = crop_boxes(image.width, image.height, side_of(self.processor.image_processor))
         probs = []  # (K,) each
         for start in range(0, len(boxes), self.batch_size):
             batch = [image.crop(box) for box in boxes[start : start + self.batch_size]]

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from ..processing.image_processing_mplug_owl2 import FORMATS, MAX_FILE_BYTES
+from ..processing.image_processing_mplug_owl2 import MAX_FILE_BYTES
+from ..training.data import import_datasets
 from ..training.messages import Place, locate_picture
-from .frames import VIDEO_SUFFIXES, is_video_path
+from .frames import VIDEO_SUFFIXES, image_suffixes, is_video_path
 from .tables import csv_columns, import_parquet, read_csv, read_parquet
 
 LISTS = (".csv", ".parquet")
@@ -91,7 +90,7 @@ class Files(Source):
 
     def __init__(self, path: str, is_video: bool):
         self.path = path
-        self.suffixes = VIDEO_SUFFIXES if is_video else _image_suffixes()
+        self.suffixes = VIDEO_SUFFIXES if is_video else image_suffixes()
         what = "videos" if is_video else "images"
         if Path(path).is_dir():
             if next(iter(self), None) is None:
@@ -211,7 +210,7 @@ class Tar(Source):
     """The images of a tar file, as WebDataset has them: `shard.tar/000123.jpg`."""
 
     def __init__(self, path: str):
-        self.path, self.suffixes = path, _image_suffixes()
+        self.path, self.suffixes = path, image_suffixes()
 
     def __iter__(self) -> Iterator[Row]:
         try:
@@ -312,7 +311,7 @@ def _matches(name: str) -> list[str]:
         if not (found := sorted(glob.glob(name, recursive=True))):  # noqa: PTH207
             raise ValueError(f"no file matches {name}.")
         return found
-    known = (*LISTS, *TARS, *_image_suffixes(), *VIDEO_SUFFIXES)
+    known = (*LISTS, *TARS, *image_suffixes(), *VIDEO_SUFFIXES)
     if not _HUB_ID.fullmatch(name) or name.lower().endswith(known):
         raise ValueError(f"there is no file or folder {name!r}.")
     return [name]
@@ -324,12 +323,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def _load(name: str, split: str | None) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"{name} needs the package datasets: pip install 'owl2_hf[train]'."
-        ) from None
+    datasets = import_datasets(name)
     if Path(name).exists():
         return datasets.load_from_disk(name)
     try:
@@ -391,12 +385,6 @@ def _check_end(file: tarfile.TarFile) -> None:
     file.fileobj.seek(file.offset)
     if file.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
         raise tarfile.ReadError(f"there is no header at byte {file.offset:,}")
-
-
-def _image_suffixes() -> tuple[str, ...]:
-    return tuple(
-        sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
-    )
 
 
 def _raise(error: OSError) -> None:

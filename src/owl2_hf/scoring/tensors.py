@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .crops import crop_boxes
+from ..modeling.scoring_mplug_owl2 import level_values
+from .crops import crop_boxes, side_of
 from .presets import Preset
 
 # What PIL and torch both resample with, where torch can smooth while it shrinks.
@@ -91,7 +92,7 @@ def pixel_values(image_processor: Any, images: Tensor, image_aspect_ratio: str) 
 def _to_square(image_processor: Any, images: Tensor, image_aspect_ratio: str) -> Tensor:
     """(T, 3, H, W) -> (T, 3, S, S), by the steps of `MplugOwl2ImageProcessor`."""
     height, width = images.shape[-2:]
-    side, max_pixels = _side(image_processor), image_processor.max_image_pixels
+    side, max_pixels = side_of(image_processor), image_processor.max_image_pixels
     if height * width > max_pixels:
         raise ValueError(
             f"an image has {width} x {height} pixels, at most {max_pixels:,} are taken: "
@@ -149,11 +150,6 @@ def _resize(images: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return images
 
 
-def _side(image_processor: Any) -> int:
-    size = dict(image_processor.size)
-    return size.get("height") or size["shortest_edge"]
-
-
 def _levels(scorer: ReadsLevels, items: list[Tensor], prompt: str) -> Tensor:
     """B times (T, 3, H, W) -> (B, K) logits of the levels, over the temperature."""
     device, processor = scorer.model.device, scorer.processor
@@ -172,7 +168,7 @@ def _levels(scorer: ReadsLevels, items: list[Tensor], prompt: str) -> Tensor:
 
 def _crop_levels(scorer: ReadsLevels, image: Tensor, prompt: str) -> Tensor:
     """(1, 3, H, W) -> (1, K) logarithms of the mean of all crops' probabilities."""
-    side = _side(scorer.processor.image_processor)
+    side = side_of(scorer.processor.image_processor)
     boxes = crop_boxes(image.shape[-1], image.shape[-2], side)
     crops = [image[..., top:bottom, left:right] for left, top, right, bottom in boxes]
     probs = [
@@ -184,8 +180,7 @@ def _crop_levels(scorer: ReadsLevels, image: Tensor, prompt: str) -> Tensor:
 
 def _expected(scorer: ReadsLevels, levels: Tensor) -> Tensor:
     """(B, K) logits of the levels -> (B,) expected values on the scale."""
-    low, high = scorer.preset.scale
-    return levels.softmax(-1) @ (low + (high - low) * levels.new_tensor(scorer.preset.values))
+    return levels.softmax(-1) @ level_values(levels, scorer.preset)
 
 
 def _to_items(images: Any, is_video: bool) -> list[Tensor]:

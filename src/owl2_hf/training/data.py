@@ -235,21 +235,36 @@ def read_rows(path: Path) -> Sequence[Row]:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
+def import_datasets(needed_for: str | Path) -> Any:
+    """The package `datasets`.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"{needed_for} needs the package datasets: pip install 'owl2_hf[train]'."
+        ) from None
+    return datasets
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `datasets` saved this folder."""
+    return any(
+        (path / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json")
+    )
+
+
 def _load_datasets(source: str | Path, split: str, streaming: bool) -> Any:
     path = Path(source)
     if not path.is_dir() and (
         path.suffix in (".json", ".jsonl") or str(source).count("/") > 1 or path.is_absolute()
     ):
         raise ValueError(f"there is no file or folder {str(source)!r}.")
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"{source} needs the package datasets: pip install 'owl2_hf[train]'."
-        ) from None
-    if not any(
-        (path / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json")
-    ):
+    datasets = import_datasets(source)
+    if not is_saved(path):
         return datasets.load_dataset(str(source), split=split, streaming=streaming)
     loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, Mapping):

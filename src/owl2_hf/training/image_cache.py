@@ -23,6 +23,8 @@ import PIL
 from PIL import Image
 from transformers.utils import logging
 
+from ..scoring.crops import side_of
+
 logger = logging.get_logger(__name__)
 
 MARK = "image-cache.json"
@@ -53,8 +55,7 @@ class ImageCache:
                 "makes crops, or does not resize: leave it out."
             )
         self._processor = image_processor
-        size = dict(image_processor.size)
-        self._side: int = size.get("height") or size["shortest_edge"]
+        self._side = side_of(image_processor)
         # Another release may resample in another way.
         releases = {"pillow": PIL.__version__, "owl2_hf": version("owl2_hf")}
         settings = json.dumps(
