@@ -154,7 +154,8 @@ def test_lines_come_back_errors_are_one_line_and_ctrl_d_ends(tmp_path):
         assert terminal.ask("/clear") == "new conversation.\n"
         assert terminal.ask(f"/image {BANANA}") == f"{BANANA} goes with your next message.\n"
         terminal.type("half a line")
-        terminal.read_until("half a line")  # readline listens for Ctrl-C by now
+        terminal.read_until("half a line")
+        time.sleep(1)  # a signal just before readline waits for a key is seen at the next key
         terminal.type("\x03")
         terminal.read_until("\n> ")
         assert terminal.ask("What is this?") == "banana\n"
