@@ -94,7 +94,11 @@ def plot(found: dict[str, Any], path: Path) -> None:
                 label={"llama": "LlamaModel"}.get(name, name),
             )
             axis.plot(n, a + b * n / 1000 + c * (n / 1000) ** 2, "-", color=color, linewidth=1)
-        axis.set(xlabel="positions", ylabel="prefill, ms", title=f"more {what}")
+        axis.set(
+            xlabel="positions",
+            ylabel="prefill, ms",
+            title=f"more {what}".replace("pictures", "images"),
+        )
         axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -38,6 +38,29 @@ def ratio(result: dict[str, float]) -> str:
     return f"{result['ratio']:.3f} ({result['low']:.3f} to {result['high']:.3f})"
 
 
+# The names in the results -> those in the tables. Where there are none, both are the same.
+GENERATION = {
+    "dynamic cache": "48 tokens, dynamic cache",
+    "static cache": "48 tokens, static cache",
+    "compiled": "48 tokens, static cache, compiled",
+    "one by one": "8 prompts, one after the other",
+    "one batch": "8 prompts in one batch",
+    "greedy": "64 tokens, greedy",
+    "prompt lookup": "64 tokens, prompt lookup",
+    "assisted by itself": "64 tokens, assisted by the model itself",
+    "all positions": "prompt of 512, logits at all positions",
+    "last position": "prompt of 512, logits at the last position",
+}
+VISION = {
+    "eager": "one image, eager attention",
+    "sdpa": "one image, sdpa attention",
+    "one by one": "4 images, one after the other",
+    "one call": "4 images in one call",
+    "encoded again": "later turn, image encoded again",
+    "features kept": "later turn, features kept",
+}
+
+
 def milliseconds(result: dict[str, float]) -> str:
     return f"{1000 * result['seconds']:,.1f} ms"
 
@@ -55,14 +78,19 @@ def decoder() -> str:
             *(f"{one['ours'] / one['llama']:.3f}" for one in memory),
         ]
     )
-    return table(["", "at most", *found], rows)
+    return table(["ratio of", "limit", *found], rows)
 
 
-def times_of(found: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
+def times_of(
+    found: dict[str, dict[str, dict[str, float]]], labels: dict[str, str]
+) -> list[list[str]]:
     """One row for each thing that was timed, with its dtypes side by side; `found` by dtype."""
     names = next(iter(found.values()))
     return [
-        [name, *(f"{milliseconds(one[name])}, {ratio(one[name])}" for one in found.values())]
+        [
+            labels[name],
+            *(f"{milliseconds(one[name])}, {ratio(one[name])}" for one in found.values()),
+        ]
         for name in names
     ]
 
@@ -81,16 +109,17 @@ def generation() -> str:
     found = read("generation")
     rows = []
     for part in next(iter(found.values())):
-        rows += times_of({dtype: parts[part]["times"] for dtype, parts in found.items()})
-    return table(["", *found], rows)
+        times = {dtype: parts[part]["times"] for dtype, parts in found.items()}
+        rows += times_of(times, GENERATION)
+    return table(["what is timed", *(f"{dtype}: time, ratio" for dtype in found)], rows)
 
 
 def vision() -> str:
     found = read("vision")
     rows = []
     for part in next(iter(found.values())):
-        rows += times_of({dtype: parts[part] for dtype, parts in found.items()})
-    return table(["", *found], rows)
+        rows += times_of({dtype: parts[part] for dtype, parts in found.items()}, VISION)
+    return table(["what is timed", *(f"{dtype}: time, ratio" for dtype in found)], rows)
 
 
 def growth() -> str:
@@ -99,8 +128,9 @@ def growth() -> str:
     for what in ("pictures", "positions"):
         for count, times in found[what]["times"].items():
             both = [milliseconds(times["llama"]), milliseconds(times["ours"])]
-            rows.append([f"{count} {what}", *both, ratio(times["ours"])])
-    return table(["prompt", "LlamaModel", "ours", "ratio"], rows)
+            shown = {"pictures": "image" if count == "1" else "images"}.get(what, what)
+            rows.append([f"{count} {shown}", *both, ratio(times["ours"])])
+    return table(["prompt", "LlamaModel, time", "ours, time", "ratio"], rows)
 
 
 def fits() -> str:
@@ -110,11 +140,12 @@ def fits() -> str:
         for name, (a, b, c) in found[what]["fits"].items():
             rows.append(
                 [
-                    f"more {what}, {'LlamaModel' if name == 'llama' else name}",
+                    f"more {'images' if what == 'pictures' else what}, "
+                    f"{'LlamaModel' if name == 'llama' else name}",
                     *(f"{x:.0f}" for x in (a, b, c)),
                 ]
             )
-    return table(["ms, n in thousands of positions", "a", "b n", "c n²"], rows)
+    return table(["fit in ms, n in thousands of positions", "a", "b", "c"], rows)
 
 
 def processor() -> str:
@@ -133,11 +164,10 @@ def processor() -> str:
     memory = found["memory, MB"]
     both = [f"{memory[name]:,.0f} MB" for name in ("CLIPImageProcessor", "ours")]
     rows.append(
-        ["memory of 12000 x 9000", *both, f"{memory['ours'] / memory['CLIPImageProcessor']:.2f}"]
+        ["memory for 12000 x 9000", *both, f"{memory['ours'] / memory['CLIPImageProcessor']:.2f}"]
     )
-    return table(
-        ["picture", "CLIPImageProcessor, a second", "ours, a second", "time or memory, ratio"], rows
-    )
+    speeds = [f"{name}, images per second" for name in ("CLIPImageProcessor", "ours")]
+    return table(["image size", *speeds, "ratio of times, or of memory"], rows)
 
 
 def prompts() -> str:
@@ -145,14 +175,14 @@ def prompts() -> str:
         [name, f"{found['seconds']:.2f} s", ratio(found)]
         for name, found in read("processor")["prompts"].items()
     ]
-    return table(["10,000 prompts", "time", "ratio"], rows)
+    return table(["processor", "time for 10,000 prompts", "ratio to the tokenizer"], rows)
 
 
 def gradients() -> str:
     found = read("gradients")
     ways = next(iter(found.values()))
     rows = [[way, *(f"{one[way]:,.0f} MB" for one in found.values())] for way in ways]
-    return table(["", *found], rows)
+    return table(["score computed with", *(f"peak memory, {dtype}" for dtype in found)], rows)
 
 
 def quantized() -> str:
@@ -162,7 +192,7 @@ def quantized() -> str:
     for name, size in speed["bytes"].items():
         times = [ratio(speed[how][name]) for how in ("eager", "compiled")]
         rows.append([name, f"{size / 1e6:.0f} MB", *times])
-    return table(["", "linear weights", "answer, eager", "answer, compiled"], rows)
+    return table(["type", "linear weights", "time, eager", "time, compiled"], rows)
 
 
 def agreement() -> str:
@@ -175,7 +205,8 @@ def agreement() -> str:
                 for key in ("logit error", "mean logit error", "largest logit error")
             ]
             rows.append([f"{what}, {name}", *shares, *errors])
-    return table(["", "same answer", "same token", "error of logits", "mean", "largest"], rows)
+    errors = ["logit error / norm", "mean error / std", "largest error / std"]
+    return table(["model, type", "same answers", "same tokens", *errors], rows)
 
 
 def compressed() -> str:
@@ -197,8 +228,9 @@ def compressed() -> str:
                     f"{answers['same answers']} of {answers['answers']}",
                 ]
             )
-    head = ["", "scorer", "SRCC, known", "SRCC, others", "largest change of a score"]
-    return table([*head, "same answers"], rows)
+    parts = [f"SRCC before → after, {kind} degradations" for kind in ("trained", "other")]
+    head = ["type, package", "scorer's weights", *parts, "largest change of a score"]
+    return table([*head, "same answers of the chat model"], rows)
 
 
 def start() -> str:
@@ -208,7 +240,7 @@ def start() -> str:
         for name, one in found.items()
     ]
     ratios = [f"{one['wall']['ratio']:.2f}" for one in found.values()]
-    head = ["", "wall clock", "CPU", "wall clock over `import transformers`"]
+    head = ["command", "wall-clock time", "CPU time", "wall clock / `import transformers`"]
     return table(head, [[*row, one] for row, one in zip(clocks, ratios, strict=True)])
 
 
@@ -230,10 +262,14 @@ def loading() -> str:
 
 def score_dataset() -> str:
     rows = [
-        [name, f"{one['images per second']:.1f}", ratio(one)]
+        [
+            name.replace("1 worker processes", "1 worker process"),
+            f"{one['images per second']:.1f}",
+            ratio(one),
+        ]
         for name, one in read("score_dataset")["ways"].items()
     ]
-    return table(["", "images a second", "time, ratio"], rows)
+    return table(["method", "images per second", "ratio of times"], rows)
 
 
 def prefix() -> str:
@@ -241,7 +277,7 @@ def prefix() -> str:
         [f"batch of {batch}", milliseconds(one["whole prompt"]), ratio(one["prefix kept"])]
         for batch, one in read("score_dataset")["prefix"].items()
     ]
-    return table(["", "whole prompt", "kept, ratio"], rows)
+    return table(["batch", "whole prompt, time", "text kept, ratio"], rows)
 
 
 def full_size() -> str:
@@ -269,10 +305,10 @@ def image_cache() -> str:
     for what, found in read("image_cache").items():
         for name in ("filling", "with"):
             if name in found:
-                shown = {"filling": "while it is filled", "with": "with the cache"}[name]
+                shown = {"filling": "filling the cache", "with": "with the cache"}[name]
                 times = [f"{found[one]['seconds']:.2f} s" for one in ("without", name)]
                 rows.append([f"{what}, {shown}", *times, ratio(found[name])])
-    return table(["", "without", "time", "ratio"], rows)
+    return table(["what is timed", "time without the cache", "time", "ratio"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
