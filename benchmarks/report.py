@@ -78,7 +78,7 @@ def decoder() -> str:
             *(f"{one['ours'] / one['llama']:.3f}" for one in memory),
         ]
     )
-    return table(["ratio of", "limit", *found], rows)
+    return table(["ratio ours / LlamaModel", "limit", *found], rows)
 
 
 def times_of(
@@ -130,7 +130,7 @@ def growth() -> str:
             both = [milliseconds(times["llama"]), milliseconds(times["ours"])]
             shown = {"pictures": "image" if count == "1" else "images"}.get(what, what)
             rows.append([f"{count} {shown}", *both, ratio(times["ours"])])
-    return table(["prompt", "LlamaModel, time", "ours, time", "ratio"], rows)
+    return table(["prompt", "LlamaModel, time", "ours, time", "ratio of times"], rows)
 
 
 def fits() -> str:
@@ -181,7 +181,13 @@ def prompts() -> str:
 def gradients() -> str:
     found = read("gradients")
     ways = next(iter(found.values()))
-    rows = [[way, *(f"{one[way]:,.0f} MB" for one in found.values())] for way in ways]
+    rows = [
+        [
+            way.replace("with checkpointing", "gradients, checkpointing"),
+            *(f"{one[way]:,.0f} MB" for one in found.values()),
+        ]
+        for way in ways
+    ]
     return table(["score computed with", *(f"peak memory, {dtype}" for dtype in found)], rows)
 
 
@@ -192,7 +198,7 @@ def quantized() -> str:
     for name, size in speed["bytes"].items():
         times = [ratio(speed[how][name]) for how in ("eager", "compiled")]
         rows.append([name, f"{size / 1e6:.0f} MB", *times])
-    return table(["type", "linear weights", "time, eager", "time, compiled"], rows)
+    return table(["type", "linear weights", "ratio of times, eager", "ratio, compiled"], rows)
 
 
 def agreement() -> str:
@@ -204,7 +210,7 @@ def agreement() -> str:
                 f"{values[key]:.4f}"
                 for key in ("logit error", "mean logit error", "largest logit error")
             ]
-            rows.append([f"{what}, {name}", *shares, *errors])
+            rows.append([f"{what.replace('default', 'bundled')}, {name}", *shares, *errors])
     errors = ["logit error / norm", "mean error / std", "largest error / std"]
     return table(["model, type", "same answers", "same tokens", *errors], rows)
 

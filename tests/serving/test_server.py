@@ -312,7 +312,7 @@ def test_the_python_of_the_documentation_runs(server, tmp_path, monkeypatch, cap
     (tmp_path / "photo.png").write_bytes(owl2_hf.default_pictures()["emoji-banana"].read_bytes())
     monkeypatch.chdir(tmp_path)
     own = code.replace("http://127.0.0.1:8000/v1", server).replace(
-        "the key, or anything where there is none", KEY
+        "your key, or any text without --api-key", KEY
     )
     assert own.count(server) == own.count(f'"{KEY}"') == 1
     exec(own, {})
