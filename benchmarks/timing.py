@@ -23,26 +23,32 @@ def seconds(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(runs: Mapping[str, Run], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def in_turns(
+    runs: Mapping[str, Run], rounds: int, warmup: int = 1, clock: Callable[[Run], float] = seconds
+) -> dict[str, list[float]]:
     """Name -> seconds of each of its runs, which take turns, so that a busy moment strikes all
     alike.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(warmup + rounds):
         for name, run in runs.items():
-            taken = seconds(run)
+            taken = clock(run)
             if turn >= warmup:
                 times[name].append(taken)
     return times
 
 
 def compare(
-    runs: Mapping[str, Run], base: str, rounds: int, warmup: int = 1
+    runs: Mapping[str, Run],
+    base: str,
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[Run], float] = seconds,
 ) -> dict[str, dict[str, float]]:
     """Name -> median seconds, and median and quartiles of its time over that of `base` in the same
     turn.
     """
-    times = in_turns(runs, rounds, warmup)
+    times = in_turns(runs, rounds, warmup, clock)
     return {name: summarize(taken, times[base]) for name, taken in times.items()}
 
 
@@ -95,20 +101,22 @@ def write(path: Path | None, args: argparse.Namespace, results: Any) -> None:
         for name, value in vars(args).items()
         if name in ("threads", "rounds", "repeats")
     }
-    machine = {
-        **settings,
-        "processor": _processor(),
+    content = {"machine": {**settings, **machine()}, "results": results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """What this process runs on."""
+    return {
+        "processor": processor(),
         "cores": os.cpu_count(),
         "torch": version("torch"),
         "transformers": version("transformers"),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps({"machine": machine, "results": results}, indent=1) + "\n", encoding="utf-8"
-    )
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,0 +1,113 @@
+"""All measurements on a GPU, with one command:
+
+    python -m benchmarks.gpu
+
+It takes at most 8 minutes on an H100 and downloads nothing. The models have the published shape and
+random weights, made on the device. Each result is in the JSON file as soon as it is there; the same
+command again runs what is missing, and what ended in an error. `--device cpu --tiny` tries all steps
+on small shapes.
+
+The numbers of the original code (golden sets) are looked for in the folder that OWL2_HF_GOLDEN
+names, then in `shared/golden` inside the repository or beside it, then in `tests/golden`.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from .outcomes import ERROR, read, table
+from .watch import LOST, watch
+
+HERE = Path(__file__).parent
+# What tells most comes first.
+ORDER = ("parity", "decoder", "scoring", "generation", "training")
+PARTS = tuple(name for name in ORDER if (HERE / f"{name}.py").is_file())
+JSON = HERE.parent / "results" / "gpu.json"
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--minutes", type=float, default=8, help="time for all steps (default: 8)")
+    parser.add_argument("--json", type=Path, default=JSON, help="file of the results")
+    parser.add_argument("--device", default="cuda", help="default: cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, for a try on a CPU")
+    # What the process that measures is told.
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--retry", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if unknown := sorted(set(args.parts) - set(PARTS)):
+        parser.error(f"expected parts of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    args.parts = args.parts or list(PARTS)
+    return parser, args
+
+
+def main() -> int:
+    parser, args = parse()
+    if args.work:
+        return work(args)
+    if args.device == "cpu" and not args.tiny:
+        parser.error("the published shape is too large for a CPU: add --tiny")
+    try:
+        read(args.json)
+    except ValueError as error:
+        parser.error(str(error))
+    command = [sys.executable, "-m", "benchmarks.gpu", "--work", *args.parts]
+    command += ["--json", str(args.json), "--device", args.device, *["--tiny"][: args.tiny]]
+    status = watch(command, args.json, args.minutes)
+    if (content := read(args.json)) is None:
+        return status
+    results = {part: content["results"].get(part, {}) for part in args.parts}
+    print(f"\n{content['machine']['device']}, results in {args.json}\n{table(results)}")
+    failed = any(ERROR in one for steps in results.values() for one in steps.values())
+    return status or int(failed)
+
+
+def work(args: argparse.Namespace) -> int:
+    """Run the steps in this process."""
+    import torch
+
+    from . import frame
+
+    try:
+        device = torch.zeros(1, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        print(
+            f"benchmarks.gpu: device {args.device!r} cannot be used ({reason}); on a machine "
+            "without a GPU try the steps with --device cpu --tiny",
+            file=sys.stderr,
+        )
+        return 2
+    parts = {part: steps_of(part) for part in args.parts}
+    try:
+        setting = frame.Setting(device, args.tiny)
+        frame.run(parts, setting, args.minutes, args.json, args.retry)
+    except frame.DeviceLost as lost:
+        print(f"the device is lost after {lost}: a new process goes on", flush=True)
+        return LOST
+    return 0
+
+
+def steps_of(part: str) -> list:
+    """The steps of a part; one that fails and says why if its module cannot be imported."""
+    from . import frame
+
+    try:
+        return importlib.import_module(f"{__package__}.{part}").STEPS
+    except Exception as error:
+        failure = error
+
+    def fail(setting: frame.Setting) -> dict:
+        raise failure
+
+    return [frame.Step("import", fail, minutes=0)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
