@@ -1,9 +1,14 @@
-"""The original's inputs in this package's terms: one `-200` marker there is a run of placeholders
-here.
+"""The original's numbers, and its inputs in this package's terms: one `-200` marker there is a run of
+placeholders here.
 """
 
+import json
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+
+from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
 
 MARKER = -200
 
@@ -48,3 +53,39 @@ def pad(
     if labels is not None:
         batch["labels"] = torch.tensor([fill(row, -100) for row in labels])
     return batch
+
+
+class GoldenSet:
+    """A golden set with its model.
+
+    Args:
+        folder: The set, with cases.json and cases.safetensors.
+        weights: Folder of the model, converted or as the original wrote it.
+        kwargs: As for `from_pretrained`.
+    """
+
+    def __init__(self, folder, weights, device="cpu", **kwargs):
+        self.model = MplugOwl2ForConditionalGeneration.from_pretrained(weights, **kwargs)
+        self.model = self.model.eval().to(device)
+        self.config = self.model.config
+        self.name = folder.name
+        self.tensors = load_file(folder / "cases.safetensors", device=str(device))
+        self.cases = json.loads((folder / "cases.json").read_text())["cases"]
+
+    def case(self, name):
+        prefix = name + "/"
+        return {
+            key.removeprefix(prefix): value
+            for key, value in self.tensors.items()
+            if key.startswith(prefix)
+        }
+
+    def inputs(self, case, **kwargs):
+        inputs = expand_markers(
+            case["input_ids"], self.config, case.get("labels"), case.get("attention_mask"), **kwargs
+        )
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        if "images" in case and (inputs["input_ids"] == self.config.image_token_id).any():
+            images = case["images"].reshape(-1, *case["images"].shape[-3:])
+            inputs["pixel_values"] = images.to(self.model.dtype)
+        return inputs

@@ -10,14 +10,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from owl2_hf.conversion import convert
-from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
 from owl2_hf.modeling.conversion_mplug_owl2 import to_ours
 
 from .conftest import find_golden
-from .original import expand_markers
+from .original import GoldenSet
 
 SETS = ["A", "B", "C", "C2", "S", "H1", "Q1"]
 TOLERANCE = 1e-5  # largest error over the largest number
@@ -44,33 +42,6 @@ def cases(*names):
     return pytest.mark.parametrize(("golden", "name"), pairs, indirect=["golden"], ids=ids)
 
 
-class GoldenSet:
-    def __init__(self, folder, converted, attn_implementation):
-        self.model = MplugOwl2ForConditionalGeneration.from_pretrained(
-            converted, attn_implementation=attn_implementation
-        ).eval()
-        self.config = self.model.config
-        self.name = folder.name
-        self.tensors = load_file(folder / "cases.safetensors")
-        self.cases = json.loads((folder / "cases.json").read_text())["cases"]
-
-    def case(self, name):
-        prefix = name + "/"
-        return {
-            key.removeprefix(prefix): value
-            for key, value in self.tensors.items()
-            if key.startswith(prefix)
-        }
-
-    def inputs(self, case, **kwargs):
-        inputs = expand_markers(
-            case["input_ids"], self.config, case.get("labels"), case.get("attention_mask"), **kwargs
-        )
-        if "images" in case and (inputs["input_ids"] == self.config.image_token_id).any():
-            inputs["pixel_values"] = case["images"].reshape(-1, *case["images"].shape[-3:])
-        return inputs
-
-
 @pytest.fixture(scope="module")
 def converted_sets(tmp_path_factory, golden_dir):
     folders = {}
@@ -94,7 +65,7 @@ def converted_sets(tmp_path_factory, golden_dir):
 @pytest.fixture(scope="module")
 def golden(request, converted_sets):
     name, attn_implementation = request.param
-    return GoldenSet(*converted_sets(name), attn_implementation)
+    return GoldenSet(*converted_sets(name), attn_implementation=attn_implementation)
 
 
 def assert_close(actual, expected, floor=0.0):

@@ -71,9 +71,12 @@ def main() -> int:
 def work(args: argparse.Namespace) -> int:
     """Run the steps in this process."""
     import torch
+    from transformers.utils import logging
 
     from . import frame
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:

@@ -19,6 +19,8 @@ from .. import timing
 from ..timing import Run
 from .outcomes import BEGUN, ERROR, NOT_RUN, RESULT, lines_of, read, write
 
+SHORT = 0.3  # minutes
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -115,7 +117,7 @@ def run(
     path: Path,
     retry: bool = True,
 ) -> dict[str, Any]:
-    """Run the steps that the file does not have yet, one after the other.
+    """Run the steps that the file does not have yet, one after the other, `in_order`.
 
     A step's error is its result, and the next one runs.
 
@@ -132,23 +134,31 @@ def run(
     """
     end = time.monotonic() + 60 * minutes
     results = Results(path, machine(setting), parts if retry else ())
-    for part, steps in parts.items():
-        for step in steps:
-            if results.is_done(part, step.name):
-                continue
-            left = (end - time.monotonic()) / 60
-            if (why := _cannot(step, setting, left)) is not None:
-                results.put(part, step.name, {NOT_RUN: why})
-                continue
-            print(f"{part}: {step.name} ...", flush=True)
-            results.put(part, step.name, {BEGUN: time.time(), "minutes": step.minutes})
-            outcome = attempt(step, setting)
-            results.put(part, step.name, outcome)
-            print("\n".join(f"  {line}" for line in lines_of(outcome)), flush=True)
-            if ERROR in outcome and not _answers(setting):
-                raise DeviceLost(f"{part}: {step.name}")
-        release(setting)
+    before = None
+    for part, step in in_order(parts):
+        if results.is_done(part, step.name):
+            continue
+        left = (end - time.monotonic()) / 60
+        if (why := _cannot(step, setting, left)) is not None:
+            results.put(part, step.name, {NOT_RUN: why})
+            continue
+        if before not in (None, part):
+            release(setting)
+        before = part
+        print(f"{part}: {step.name} ...", flush=True)
+        results.put(part, step.name, {BEGUN: time.time(), "minutes": _expected(step, setting)})
+        outcome = attempt(step, setting)
+        results.put(part, step.name, outcome)
+        print("\n".join(f"  {line}" for line in lines_of(outcome)), flush=True)
+        if ERROR in outcome and not _answers(setting):
+            raise DeviceLost(f"{part}: {step.name}")
     return results.content
+
+
+def in_order(parts: Mapping[str, list[Step]]) -> list[tuple[str, Step]]:
+    """The short steps of all parts as they are listed, then the long ones, the shortest first."""
+    steps = [(part, step) for part, listed in parts.items() for step in listed]
+    return sorted(steps, key=lambda one: one[1].minutes if one[1].minutes > SHORT else 0.0)
 
 
 class DeviceLost(RuntimeError):
@@ -162,6 +172,11 @@ def _cannot(step: Step, setting: Setting, left: float) -> str | None:
         return step.needs(setting)
     except Exception as error:  # a question about what is installed may fail itself
         return f"it could not be told whether it can run: {in_words(error)}"
+
+
+def _expected(step: Step, setting: Setting) -> float:
+    """Minutes; nobody knows them of another device."""
+    return step.minutes if setting.device.type == "cuda" else max(step.minutes, 10.0)
 
 
 def attempt(step: Step, setting: Setting) -> dict[str, Any]:
