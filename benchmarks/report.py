@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .decoder import LIMITS, MEMORY_LIMIT
+from .gpu import outcomes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -317,7 +318,43 @@ def image_cache() -> str:
     return table(["what is timed", "time without the cache", "time", "ratio"], rows)
 
 
+NO_GPU = "No run on a GPU exists yet. `python -m benchmarks.gpu` makes one.\n"
+
+
+def gpu() -> str:
+    """The machine, and a table for each part."""
+    content = outcomes.read(RESULTS / "gpu.json")
+    if content is None:
+        return NO_GPU
+    machine = content["machine"]
+    text = (
+        f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"{machine['dtype']}. Its memory moves {machine['bandwidth'] / 1e9:,.0f} GB/s, and a large "
+        f"matrix product runs at {machine['matmul rate'] / 1e12:,.0f} TFLOP/s.\n"
+    )
+    for part, steps in content["results"].items():
+        rows = [row for step, outcome in steps.items() for row in gpu_rows(step, outcome)]
+        head = ["step", "measured", "value", "aim", "reached"]
+        text += f"\n**{part.capitalize()}**\n\n{table(head, rows)}"
+    return text
+
+
+def gpu_rows(step: str, outcome: dict[str, Any]) -> list[list[str]]:
+    """A row for each aim of a step; one that says why there is none."""
+    result = outcome.get(outcomes.RESULT)
+    if result is None:
+        [line] = outcomes.lines_of(outcome)
+        return [[step, line.replace("|", "\\|"), "", "", ""]]
+    rows = [
+        [name, f"{one['value']:.4g}", outcomes.limit_of(one), "yes" if one["reached"] else "no"]
+        for name, one in result.get("aims", {}).items()
+    ]
+    rows = rows or [[f"measured in {outcome['seconds']:.0f} s, no aim", "", "", ""]]
+    return [[step, *rows[0]], *(["", *row] for row in rows[1:])]
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "gpu": gpu,
     "decoder": decoder,
     "compiled": compiled,
     "generation": generation,

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 ORDER = ("parity", "decoder", "scoring", "generation", "training")
 PARTS = tuple(name for name in ORDER if (HERE / f"{name}.py").is_file())
 JSON = HERE.parent / "results" / "gpu.json"
+TRY = HERE.parents[1] / "build" / "gpu-tiny.json"
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -34,7 +35,12 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--minutes", type=float, default=8, help="time for all steps (default: 8)")
-    parser.add_argument("--json", type=Path, default=JSON, help="file of the results")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help=f"file of the results (default: {JSON.relative_to(HERE.parents[1])}, with --tiny "
+        f"{TRY.relative_to(HERE.parents[1])})",
+    )
     parser.add_argument("--device", default="cuda", help="default: cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a try on a CPU")
     # What the process that measures is told.
@@ -44,6 +50,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     if unknown := sorted(set(args.parts) - set(PARTS)):
         parser.error(f"expected parts of {', '.join(PARTS)}, got {', '.join(unknown)}")
     args.parts = args.parts or list(PARTS)
+    args.json = args.json or (TRY if args.tiny else JSON)
     return parser, args
 
 

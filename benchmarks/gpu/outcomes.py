@@ -46,6 +46,8 @@ def lines_of(outcome: dict[str, Any]) -> list[str]:
     for key in (NOT_RUN, ERROR):
         if key in outcome:
             return [f"{key}: {outcome[key]}"]
+    if BEGUN in outcome:
+        return ["begun, and not ended"]
     aims = outcome.get(RESULT, {}).get("aims", {})
     lines = [f"{name}: {in_numbers(one)}" for name, one in aims.items()]
     return lines or [f"done in {outcome.get('seconds', 0)} s"]
