@@ -12,8 +12,11 @@ names, then in `shared/golden` inside the repository or beside it, then in `test
 """
 
 import argparse
-import importlib
+import importlib.util
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 from .outcomes import ERROR, read, table
@@ -45,6 +48,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a try on a CPU")
     # What the process that measures is told.
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--retry", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := sorted(set(args.parts) - set(PARTS)):
@@ -66,6 +70,11 @@ def main() -> int:
         parser.error(str(error))
     command = [sys.executable, "-m", "benchmarks.gpu", "--work", *args.parts]
     command += ["--json", str(args.json), "--device", args.device, *["--tiny"][: args.tiny]]
+    if importlib.util.find_spec("owl2_hf") is None:  # a checkout alone
+        paths = [str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    # The process that measures ends with this one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     status = watch(command, args.json, args.minutes)
     if (content := read(args.json)) is None:
         return status
@@ -97,7 +106,8 @@ def work(args: argparse.Namespace) -> int:
     parts = {part: steps_of(part) for part in args.parts}
     try:
         setting = frame.Setting(device, args.tiny)
-        frame.run(parts, setting, args.minutes, args.json, args.retry)
+        minutes = (args.until - time.time()) / 60
+        frame.run(parts, setting, minutes, args.json, args.retry)
     except frame.DeviceLost as lost:
         print(f"the device is lost after {lost}: a new process goes on", flush=True)
         return LOST

@@ -101,7 +101,9 @@ def build(kind: Any, config: Any, setting: Setting, **kwargs: Any) -> Any:
     """A fresh model of a class, its weights made on the device, in eval mode."""
     torch.manual_seed(0)
     with setting.device:
-        return kind._from_config(config, dtype=setting.dtype, **kwargs).eval()
+        model = kind._from_config(config, dtype=setting.dtype, **kwargs)
+    # Tables that NumPy computes are on the CPU.
+    return model.to(setting.device).eval()
 
 
 def forget() -> None:

@@ -20,32 +20,33 @@ def watch(command: list[str], path: Path, minutes: float) -> int:
     A process that dies, or hangs in a step, is replaced; that step's outcome is an error.
 
     Args:
-        command: Runs the steps that the file does not have. `--minutes N` is added, and for the
-            first process `--retry`: it also runs what ended in an error before.
+        command: Runs the steps that the file does not have. `--until T` is added, the end
+            in seconds as `time.time` tells it, and for the first process `--retry`: it also runs
+            what ended in an error before.
 
     Returns:
         The exit status of the last process.
     """
-    end = time.monotonic() + 60 * minutes
+    end = time.time() + 60 * minutes
     retry = ["--retry"]
     while True:
-        left = max(end - time.monotonic(), 0.0)
+        limit = end + GRACE if end > time.time() else float("inf")
         process = subprocess.Popen(
-            [*command, *retry, "--minutes", f"{left / 60:.3f}"], start_new_session=True
+            [*command, *retry, "--until", f"{end:.3f}"], start_new_session=True
         )
-        retry = []
+        retry, start = [], time.time()
         try:
-            reason = _wait(process, path, end + GRACE if left else float("inf"))
+            reason = _wait(process, path, start, limit)
         finally:
             _kill(process)
         if process.returncode == 0:
             return 0
-        failed = _give_up(path, reason or f"the process ended with status {process.returncode}")
-        if not failed and process.returncode != LOST:
+        reason = reason or f"the process ended with status {process.returncode}"
+        if not _give_up(path, start, reason) and process.returncode != LOST:
             return process.returncode
 
 
-def _wait(process: "subprocess.Popen[bytes]", path: Path, end: float) -> str:
+def _wait(process: "subprocess.Popen[bytes]", path: Path, start: float, end: float) -> str:
     """Wait for the end of a process. Returns why it must be stopped, or nothing."""
     while True:
         try:
@@ -53,31 +54,32 @@ def _wait(process: "subprocess.Popen[bytes]", path: Path, end: float) -> str:
             return ""
         except subprocess.TimeoutExpired:
             pass
-        for _, _, begun in _begun(path):
+        if time.time() > end:
+            return "it was stopped: the time for all steps was over"
+        for _, _, begun in _begun(path, start):
             allowed = 3 * begun["minutes"] + 1.5
-            if time.monotonic() > end:
-                return "it was stopped: the time for all steps was over"
             if time.time() - begun[BEGUN] > 60 * allowed:
                 return f"it was stopped: no end after {allowed:.1f} minutes"
 
 
-def _begun(path: Path) -> Iterator[tuple[str, str, dict[str, float]]]:
+def _begun(path: Path, start: float) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """Part, step and outcome of what was begun since `start`, not by a run that was killed."""
     content = read(path) or {"results": {}}
     for part, steps in content["results"].items():
         for name, outcome in steps.items():
-            if BEGUN in outcome:
+            if outcome.get(BEGUN, 0.0) >= start:
                 yield part, name, outcome
 
 
-def _give_up(path: Path, reason: str) -> list[str]:
-    """Record the step that was running as an error. Returns its name."""
-    failed = list(_begun(path))
+def _give_up(path: Path, start: float, reason: str) -> bool:
+    """Record the step that was running as an error. Returns whether there was one."""
+    failed = list(_begun(path, start))
+    content = read(path) or {"results": {}}
+    for part, name, _ in failed:
+        content["results"][part][name] = {ERROR: reason}
     if failed:
-        content = read(path) or {}
-        for part, name, _ in failed:
-            content["results"][part][name] = {ERROR: reason}
         write(path, content)
-    return [name for _, name, _ in failed]
+    return bool(failed)
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import report
 from benchmarks.gpu import decoder, frame, golden, models, outcomes, parity, watch
 from benchmarks.gpu.frame import Setting, Step, aim
 
+ROOT = Path(__file__).parents[2]
 TINY = Setting(torch.device("cpu"), tiny=True)
 
 
@@ -85,6 +85,12 @@ def test_decoders_are_compared_eager_and_compiled(full_run):
     assert whole["time over reading"] == pytest.approx(
         whole["ours"]["seconds"] / decoder.TOKENS / whole["seconds of reading"]
     )
+
+
+def test_weights_and_tables_are_made_on_the_device():
+    config = models.config(Setting(torch.device("meta"), tiny=True))
+    made = models.build(type(models.owl2(TINY)), config, Setting(torch.device("meta"), tiny=True))
+    assert all(one.is_meta for one in [*made.parameters(), *made.buffers()])
 
 
 def test_a_second_run_repeats_nothing(full_run):
@@ -180,13 +186,14 @@ DIES = """
 import os, sys, time
 from pathlib import Path
 from benchmarks.gpu.outcomes import BEGUN, RESULT, read, write
-path, begun = Path(sys.argv[1]), float(sys.argv[2])
-content = read(path) or {"machine": {}, "results": {"one": {}}}
+path, minutes = Path(sys.argv[1]), float(sys.argv[2])
+content = read(path)
 steps = content["results"]["one"]
 if "first" not in steps:
-    steps["first"] = {BEGUN: time.time() - begun, "minutes": 0.1}
+    time.sleep(1)  # what an earlier run began is older than this process
+    steps["first"] = {BEGUN: time.time(), "minutes": minutes}
     write(path, content)
-    if begun:
+    if minutes < 0:
         time.sleep(60)
     os.abort()
 assert "--retry" not in sys.argv
@@ -196,16 +203,19 @@ write(path, content)
 
 
 @pytest.mark.parametrize(
-    ("age", "reason"),
-    [(0, "the process ended with status -6"), (1000, "it was stopped: no end after 1.8 minutes")],
+    ("minutes", "reason"),
+    [(1, "the process ended with status -6"), (-0.5, "it was stopped: no end after 0.0 minutes")],
     ids=["it dies", "it hangs"],
 )
-def test_a_process_that_is_lost_costs_one_step(tmp_path, age, reason):
+def test_a_process_that_is_lost_costs_one_step(tmp_path, minutes, reason):
     path = tmp_path / "gpu.json"
+    killed = {"begun": 0.0, "minutes": 0.1}
+    outcomes.write(path, {"machine": {}, "results": {"one": {}, "two": {"before": killed}}})
     start = time.monotonic()
-    worker = [sys.executable, "-c", DIES, str(path), str(age)]
+    worker = [sys.executable, "-c", DIES, str(path), str(minutes)]
     assert watch.watch(worker, path, minutes=1) == 0
     assert results(path)["one"] == {"first": {"error": reason}, "last": {"result": {}}}
+    assert results(path)["two"] == {"before": killed}
     assert time.monotonic() - start < 50
 
 
