@@ -1,9 +1,12 @@
 """Recipes: files, settings and mistakes in them."""
 
+import dataclasses
 import re
+from typing import Any
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from owl2_hf.training.adapters import LORA_PRESETS
 from owl2_hf.training.components import TRAINABLE
@@ -136,3 +139,20 @@ def test_unknown_recipes_and_settings_are_named():
 def test_a_recipe_of_nothing_is_valid_until_it_runs():
     assert Recipe().trains == "instruct"
     assert yaml.safe_load(Recipe().to_yaml())["data"]["max_length"] == 2048
+
+
+def test_checkpointing_has_the_name_that_the_installed_transformers_knows(monkeypatch):
+    names = {"activation_checkpointing", "gradient_checkpointing"}
+    older = dataclasses.make_dataclass(
+        "TrainingArguments",
+        [
+            (one.name, Any, dataclasses.field(default=None))
+            for one in dataclasses.fields(TrainingArguments)
+            if one.name != "activation_checkpointing"
+        ],
+    )
+    monkeypatch.setattr("owl2_hf.training.recipe.TrainingArguments", older)
+    trainer = load_recipe("lora").trainer
+    assert {name: trainer[name] for name in names & trainer.keys()} == {
+        "gradient_checkpointing": True
+    }

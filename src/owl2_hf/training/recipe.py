@@ -190,6 +190,10 @@ class Recipe:
         _check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         _check_choice("quantization", self.quantization, (None, "4bit", "8bit"))
         known = {one.name: one.default for one in dataclasses.fields(TrainingArguments)}
+        # Its name in older releases of transformers, which newer ones still read.
+        if "activation_checkpointing" not in known:
+            renamed = {"activation_checkpointing": "gradient_checkpointing"}
+            self.trainer = {renamed.get(name, name): it for name, it in self.trainer.items()}
         _check_known(
             "trainer", self.trainer, known.keys() - {"output_dir", "resume_from_checkpoint"}
         )
