@@ -18,7 +18,7 @@ from transformers.processing_utils import ProcessorMixin
 import owl2_hf
 from owl2_hf.default import default_dir
 from owl2_hf.processing import MplugOwl2ImageProcessor, MplugOwl2Processor
-from owl2_hf.processing.processing_mplug_owl2 import ESCAPE, NO_PREFIX
+from owl2_hf.processing.processing_mplug_owl2 import ESCAPE, NO_PREFIX, _unexpand
 from owl2_hf.processing.tokenization_mplug_owl2 import load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -119,6 +119,27 @@ def test_assistant_masks_cover_the_answers(processor):
     learned = out["input_ids"][0][out["assistant_masks"][0].bool()]
     assert processor.tokenizer.decode(learned) == "A dog.</s> a </s> cat</s>"
     assert (learned == processor.tokenizer.eos_token_id).sum() == 2
+
+
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_assistant_masks_cover_answers_of_any_length(num_images):
+    processor = make()
+    processor.num_image_tokens = 30
+    for length in range(1, 40):
+        answer = " ".join(["a"] * length)
+        turns = [user(*[picture(RED)] * num_images, "q"), {"role": "assistant", "content": answer}]
+        options = {"add_generation_prompt": False, "return_assistant_tokens_mask": True}
+        out = encode(processor, 2 * turns, **options)
+        learned = out["input_ids"][0][out["assistant_masks"][0].bool()]
+        assert processor.tokenizer.decode(learned) == f"{answer}</s> {answer}</s>"
+
+
+def test_tokens_of_an_image_stand_in_its_placeholder():
+    # "<s>" and "a<|image|>b<|image|>c", each image two placeholders of 9 characters.
+    tokens = [(0, 0), (0, 1), (1, 10), (10, 19), (19, 20), (20, 29), (29, 38), (38, 39)]
+    images = [{"span": (1, 10), "new_span": (1, 19)}, {"span": (11, 20), "new_span": (20, 38)}]
+    spans = [(-1, -1), (0, 1), (1, 10), (10, 10), (10, 11), (11, 20), (20, 20), (20, 21)]
+    assert _unexpand(tokens, images) == spans
 
 
 def test_assistant_masks_need_no_help_from_the_template():

@@ -685,18 +685,17 @@ def _unexpand(offsets: Iterable[Any], replacements: list[dict[str, Any]]) -> lis
     each image.
     """
     ends = [replacement["new_span"][1] for replacement in replacements]
-    gains = [
-        0,
-        *(
-            end - replacement["span"][1]
-            for end, replacement in zip(ends, replacements, strict=True)
-        ),
-    ]
+    limits = [replacement["span"][1] for replacement in replacements]
+    gains = [0, *(end - limit for end, limit in zip(ends, limits, strict=True))]
     spans, last = [], -1
     for start, end in offsets:
-        shift = gains[bisect.bisect_right(ends, start)]
+        image = bisect.bisect_right(ends, start)  # the next one
+        # Tokens of an image all stand in its placeholder, so that spans never go back:
+        # transformers searches them by halves.
+        limit = limits[image] if image < len(limits) else int(end)
+        first, behind = (min(int(at) - gains[image], limit) for at in (start, end))
         # Padding and `<s>` have no width: they stand behind what is in front of them.
-        spans.append((last, last) if start == end else (int(start) - shift, int(end) - shift))
+        spans.append((last, last) if start == end else (first, behind))
         last = spans[-1][1]
     return spans
 
