@@ -340,7 +340,7 @@ def gpu() -> str:
 
 
 def gpu_rows(step: str, outcome: dict[str, Any]) -> list[list[str]]:
-    """A row for each aim of a step; one that says why there is none."""
+    """A row for each aim and each shown number of a step; one that says why there is none."""
     result = outcome.get(outcomes.RESULT)
     if result is None:
         [line] = outcomes.lines_of(outcome)
@@ -349,6 +349,7 @@ def gpu_rows(step: str, outcome: dict[str, Any]) -> list[list[str]]:
         [name, f"{one['value']:.4g}", outcomes.limit_of(one), "yes" if one["reached"] else "no"]
         for name, one in result.get("aims", {}).items()
     ]
+    rows += [[name, f"{value:,.4g}", "", ""] for name, value in result.get("shown", {}).items()]
     rows = rows or [[f"measured in {outcome['seconds']:.0f} s, no aim", "", "", ""]]
     return [[step, *rows[0]], *(["", *row] for row in rows[1:])]
 

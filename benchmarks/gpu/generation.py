@@ -45,7 +45,7 @@ def check_length(answer: str, expected: int) -> None:
         raise RuntimeError(f"expected {expected} words, got {found}: {answer!r}")
 
 
-def speed(answer: Callable[[int], object], num_answers: int, setting: Setting) -> dict[str, float]:
+def speed(answer: Callable[[int], object], num_answers: int, setting: Setting) -> dict[str, Any]:
     """What answers of one token and of several take.
 
     Args:
@@ -56,13 +56,16 @@ def speed(answer: Callable[[int], object], num_answers: int, setting: Setting) -
         time_of(lambda length=length: answer(length), setting, ROUNDS, 1)
         for length in (1, 1 + count)
     )
+    # What follows the first token is decoding alone.
+    shown = {
+        "seconds to the first token": first,
+        "tokens per second": num_answers * count / (whole - first),
+    }
     return {
         "answers": num_answers,
         "tokens of an answer": 1 + count,
-        "seconds to the first token": first,
         "seconds of the whole": whole,
-        # What follows the first token is decoding alone.
-        "tokens per second": num_answers * count / (whole - first),
+        "shown": shown,
     }
 
 
@@ -204,24 +207,24 @@ def served(setting: Setting) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         [file] = make_files(Path(folder) / "files", 1, setting)
         image = "data:image/jpeg;base64," + base64.b64encode(file.read_bytes()).decode()
-    found: dict[str, Any] = {"tokens of an answer": length}
+    found: dict[str, Any] = {"tokens of an answer": length, "shown": {}}
     with serving(load(setting)) as place:
         chat(place, image, length)
         for num_clients in (1, NUM_CLIENTS):
             answers, taken = at_once(lambda: chat(place, image, length), num_clients)
             firsts = [one.first for one in answers]
-            found[f"chats, {num_clients} at a time"] = {
+            numbers = {
                 "requests per second": num_clients / taken,
                 "tokens per second": sum(one.tokens for one in answers) / taken,
-                "seconds to the first token": {
-                    "median": statistics.median(firsts),
-                    "largest": max(firsts),
-                },
+                "seconds to the first token, median": statistics.median(firsts),
+                "seconds to the first token, largest": max(firsts),
             }
+            kind = f"{num_clients} at a time"
+            found["shown"] |= {f"chats, {kind}: {name}": one for name, one in numbers.items()}
         score(place, image)
         count = NUM_CLIENTS * (1 if setting.tiny else SCORES_OF_A_CLIENT)
         _, taken = at_once(lambda: score(place, image), count)
-        found[f"scores, {NUM_CLIENTS} at a time"] = {"requests per second": count / taken}
+        found["shown"][f"scores, {NUM_CLIENTS} at a time: requests per second"] = count / taken
     return found
 
 

@@ -3,7 +3,7 @@
     {"machine": {...}, "results": {part: {step: outcome}}}
 
 An outcome has one of these keys: "result" (what was measured), "error", "not run" (why), or "begun"
-while the step runs.
+while the step runs. Of a result, "aims" and the numbers in "shown" (name -> number) are printed.
 """
 
 import json
@@ -48,8 +48,9 @@ def lines_of(outcome: dict[str, Any]) -> list[str]:
             return [f"{key}: {outcome[key]}"]
     if BEGUN in outcome:
         return ["begun, and not ended"]
-    aims = outcome.get(RESULT, {}).get("aims", {})
-    lines = [f"{name}: {in_numbers(one)}" for name, one in aims.items()]
+    result = outcome.get(RESULT, {})
+    lines = [f"{name}: {in_numbers(one)}" for name, one in result.get("aims", {}).items()]
+    lines += [f"{name}: {value:,.4g}" for name, value in result.get("shown", {}).items()]
     return lines or [f"done in {outcome.get('seconds', 0)} s"]
 
 

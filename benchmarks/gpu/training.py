@@ -1,10 +1,9 @@
 """Training steps: LoRA, QLoRA, the visual branch and stage 2, with and without gradient
 checkpointing.
 
-Each model is made ready as the shipped recipe of that name says (what trains, dtype of the weights,
-adapter), and steps as the Trainer does: a forward under bfloat16 autocast, a backward, clipped
-gradients, and fused AdamW. A row has 2,048 positions, 4 x 65 of them visual. QLoRA needs
-bitsandbytes.
+Each model is made ready as the shipped recipe says (what trains, dtype of the weights, adapter), and
+steps as the Trainer does. A row has 2,048 positions, 4 x 65 of them visual. QLoRA needs
+bitsandbytes. One more step runs LoRA through `Owl2Trainer` itself.
 
 LoRA takes turns with the same LoRA on `LlamaForCausalLM` of the same shape. LLaMA has no vision
 encoder, so the aim is for a step whose images were encoded before; the whole step is told beside
@@ -17,126 +16,26 @@ and the memory is measured, with 1 and 2 decoder layers; each further layer adds
 32 layers do not fit, "decoder layers" says how many were trained.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from peft import get_peft_model, prepare_model_for_kbit_training
-from torch import nn
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
-from owl2_hf.modeling.loading_mplug_owl2 import UNQUANTIZED
-from owl2_hf.training.adapters import LORA_PRESETS, lora_config
-from owl2_hf.training.components import freeze_all_but
 from owl2_hf.training.recipe import Recipe, load_recipe
 
 from ..timing import Run
 from . import models, operations
 from .frame import Setting, Step, aim, compare, matmul_rate, peak_memory, release
+from .trained import NUM_IMAGES, Training, encode, llama, num_positions, ours
+from .trainer import through_the_trainer
 
-NUM_IMAGES = 4
 LIMIT = 1.06  # of the time over LLaMA's
 ROUNDS, WARMUP = 5, 2
 USABLE = 0.9  # share of the free memory; the rest is lost between allocations
-MAX_GRAD_NORM = 1.0  # the Trainer's default
 OURS, LLAMA, ENCODED = "ours", "LLaMA", "ours, images encoded before"
-
-
-class Training:
-    """A model that trains on one batch, again and again."""
-
-    def __init__(self, model: nn.Module, batch: Mapping[str, Any], setting: Setting):
-        self.model, self.batch, self.device = model.train(), batch, setting.device
-        self.parameters = [one for one in model.parameters() if one.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
-
-    def step(self, **inputs: Any) -> None:
-        """One optimizer step.
-
-        Args:
-            inputs: In the place of those of the batch; `None` leaves one out.
-        """
-        with torch.autocast(self.device.type, torch.bfloat16):
-            loss = self.model(**{**self.batch, **inputs}).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def checkpoint(self) -> None:
-        """Keep no activations but those between layers, from now on."""
-        base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        # Older releases of transformers have the second name alone, newer ones warn about it.
-        enable = getattr(base, "activation_checkpointing_enable", None)
-        (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def num_positions(setting: Setting) -> int:
-    return 64 if setting.tiny else 2048
-
-
-def ours(recipe: Recipe, setting: Setting, num_layers: int | None = None) -> Training:
-    """The model as `owl2_hf.training.run` makes it ready, with random weights."""
-    config = models.config(setting, num_layers)
-    model = models.build(MplugOwl2ForConditionalGeneration, config, setting)
-    if recipe.quantization is not None:
-        quantise(model, setting)
-    else:
-        model = model.to(getattr(torch, recipe.dtype))
-    if recipe.adapter is not None:
-        model = get_peft_model(model, lora_config(**dataclasses.asdict(recipe.adapter)))
-    freeze_all_but(model, recipe.trains if recipe.adapter is None else "adapters")
-    model.config.use_cache = False
-    num_text = num_positions(setting) - NUM_IMAGES * config.num_image_tokens
-    batch = models.inputs(setting, 1, num_text, NUM_IMAGES)
-    return Training(model, with_labels(batch), setting)
-
-
-def llama(recipe: Recipe, setting: Setting, num_layers: int | None = None) -> Training:
-    """LLaMA of the same shape with the same adapter, and as many positions of text."""
-    assert recipe.adapter is not None
-    model = models.build(LlamaForCausalLM, models.llama_config(setting, num_layers), setting)
-    adapter = lora_config(**dataclasses.asdict(recipe.adapter))
-    adapter.target_modules = set(LORA_PRESETS[recipe.adapter.preset].leaves)
-    model = get_peft_model(model.to(getattr(torch, recipe.dtype)), adapter)
-    model.config.use_cache = False
-    batch = models.inputs(setting, 1, num_positions(setting), 0)
-    return Training(model, with_labels({"input_ids": batch["input_ids"]}), setting)
-
-
-def with_labels(batch: dict[str, Any]) -> dict[str, Any]:
-    """Every position is learned from; the model itself leaves the visual ones out."""
-    ids = batch["input_ids"]
-    return {**batch, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-
-def quantise(model: nn.Module, setting: Setting) -> None:
-    """Quantise in place what `from_pretrained` would, and make the rest ready as
-    `owl2_hf.training.run` does.
-    """
-    from bitsandbytes.nn import Linear4bit, Params4bit
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    weights = dict(model.named_parameters())
-    replace_with_bnb_linear(model, UNQUANTIZED, config)  # by modules without data
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            whole = weights[f"{name}.weight"].data
-            settings = {**vars(module.weight), "requires_grad": False}
-            module.weight = Params4bit(whole, **settings).to(setting.device)
-    model.is_loaded_in_4bit = True
-    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 @dataclass(frozen=True)
@@ -250,7 +149,7 @@ def measure_layers(
         other, others_peak = begin(llama)
         runs |= {LLAMA: other.step, ENCODED: partial(training.step, **encode(training))}
     times = compare(runs, OURS if base is None else LLAMA, setting, ROUNDS, WARMUP)
-    found = {
+    found: dict[str, Any] = {
         "decoder layers": num_layers,
         "positions": num_positions(setting),
         "images": NUM_IMAGES,
@@ -258,6 +157,10 @@ def measure_layers(
         "counted by": operations.COUNTED_BY,
         **report(training, times[OURS]["seconds"], needs.flops_of(num_layers), peak, setting),
     }
+    names = ("decoder layers", "tokens per second", "MFU")
+    found["shown"] = {name: found[name] for name in names}
+    if peak is not None:
+        found["shown"]["peak memory, GB"] = peak / 1e9
     if base is not None:
         seconds, ratio = times[LLAMA]["seconds"], times[ENCODED]["ratio"]
         found[LLAMA] = report(other, seconds, base.flops_of(num_layers), others_peak, setting)
@@ -266,18 +169,15 @@ def measure_layers(
     return found
 
 
-@torch.no_grad()
-def encode(training: Training) -> dict[str, Any]:
-    """What a step takes in the place of pixels."""
-    with torch.autocast(training.device.type, torch.bfloat16):
-        model = training.model.get_base_model()
-        features = model.get_image_features(training.batch["pixel_values"])
-    return {"pixel_values": None, "mm_encoder_outputs": {"image": features}}
-
-
 def lacks_bitsandbytes(setting: Setting) -> str | None:
     if find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed: pip install 'owl2_hf[qlora]'"
+    return None
+
+
+def lacks_accelerate(setting: Setting) -> str | None:
+    if find_spec("accelerate") is None:
+        return "accelerate is not installed: pip install 'owl2_hf[train]'"
     return None
 
 
@@ -289,8 +189,9 @@ def _step(title: str, recipe: str, checkpointing: bool, minutes: float) -> Step:
 
 
 STEPS = [
-    _step("LoRA", "lora", True, 0.35),
-    _step("LoRA", "lora", False, 0.35),
+    _step("LoRA", "lora", True, 0.3),
+    _step("LoRA", "lora", False, 0.3),
+    Step("LoRA through the Trainer", through_the_trainer, 0.3, needs=lacks_accelerate),
     _step("stage 2", "instruct", True, 0.3),
     _step("visual branch", "visual-branch", True, 0.3),
     _step("QLoRA", "qlora", True, 0.35),
