@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from owl2_hf import load_default
 from owl2_hf.cli import app
+from owl2_hf.memory import Memory
 from owl2_hf.printing import printable
 
 
@@ -54,6 +55,43 @@ def test_info_shows_the_bundled_model():
     assert set(parameters) >= {"vision_tower", "visual_abstractor", "language_model"}
     assert facts["preprocessing"] == "resize"
     assert f"{parameters['total']:,}" in run("info").stdout
+
+
+def test_info_computes_the_memory_of_each_task(tmp_path):
+    size = ("--batch-size", 2, "--length", 40, "--images", 1)
+    found = json.loads(run("info", "--memory", *size, "--json").stdout)["memory"]
+    assert {"inference, int8", "qlora", "lora, no checkpointing", "instruct"} < set(found)
+    for parts in found.values():
+        total, card = parts.pop("total"), parts.pop("card")
+        assert total == sum(parts.values()) > 0 and card == 16
+    assert found["instruct"]["optimizer"] > found["lora"]["optimizer"] > 0
+
+
+def test_info_prints_the_memory_as_a_table(monkeypatch):
+    tasks = {"one": Memory(15 * 10**9, cache=10**6), "two": Memory(10**9, optimizer=200 * 10**9)}
+    sizes = []
+
+    def computed(config, **size):
+        sizes.append(size)
+        return iter(tasks.items())
+
+    monkeypatch.setattr("owl2_hf.memory.memory_of_tasks", computed)
+    title, head, *rows = run("info", "--memory", "--batch-size", 2).stdout.splitlines()[-4:]
+    assert sizes == [{"batch_size": 2}]
+    assert title == "GB of a GPU, batch size 2, 2,048 positions and 1 image(s) a row:"
+    assert head.split()[:2] == ["weights", "cache"] and head.endswith("smallest card")
+    assert rows[0].split() == ["one", "15.000", "0.001", *3 * ["0.000"], "15.001", "24", "GB"]
+    assert rows[1].endswith("over 141 GB")
+
+
+def test_info_refuses_sizes_that_cannot_be():
+    for arguments, message in (
+        (("--length", 5), "--length is for --memory: give both, or leave --length out."),
+        (("--memory", "--length", 9999), "length: expected at most the model's 2048, got 9999"),
+        (("--memory", "--length", 9), "images: 1 take 9 positions, but a row has 9"),
+    ):
+        refused = run("info", *arguments)
+        assert refused.exit_code == 1 and message in refused.stderr
 
 
 def test_convert_and_info_of_an_original_checkpoint(golden_dir, tmp_path):

@@ -52,6 +52,8 @@ def silence_start_up() -> None:
     """Hide the warnings that other libraries print during import. Keep their errors."""
     # What is wrong with an image is in the error.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    # PEFT asks by a name that transformers has renamed.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -1,6 +1,7 @@
 """Inspect a model, and check its results."""
 
 import json
+from dataclasses import asdict, fields
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,23 @@ def info(
             help="Folder or Hub id of a model. Default: the small model in the package."
         ),
     ] = None,
+    memory: Annotated[
+        bool,
+        typer.Option("--memory", help="Also compute how much memory of a GPU each task needs."),
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(help="With --memory: rows at a time. Default: 1.")
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="With --memory: positions of a row, with images and answer. Default: 2048, or the "
+            "model's context length if that is shorter."
+        ),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(help="With --memory: images (or crops) of a row. Default: 1.")
+    ] = None,
     as_json: JSON = False,
     debug: Debug = False,
 ) -> None:
@@ -28,9 +46,14 @@ def info(
     Print the parameters of each component, the tokens of an image or crop, the preprocessing and
     the dtype. The weights are not loaded.
     """
-    facts = _facts(place(folder))
+    given = {"batch_size": batch_size, "length": length, "images": images}
+    size = {name: value for name, value in given.items() if value is not None}
+    if size and not memory:
+        option = f"--{next(iter(size)).replace('_', '-')}"
+        raise ValueError(f"{option} is for --memory: give both, or leave {option} out.")
+    config, facts = _facts(place(folder))
     if as_json:
-        say_json(facts)
+        say_json({**facts, "memory": _memory(config, size)} if memory else facts)
         return
     for name, value in facts.items():
         if isinstance(value, dict):
@@ -38,9 +61,37 @@ def info(
                 say(f"{name + ': ' + component:32} {count:>14,}")
         else:
             say(f"{name:32} {value if isinstance(value, str) else format(value, ','):>14}")
+    if memory:
+        _say_memory(config, size)
 
 
-def _facts(folder: str) -> dict[str, Any]:
+def _memory(config: Any, size: dict[str, int]) -> dict[str, Any]:
+    """Task -> bytes by what holds them, their total, and GB of the smallest card with room."""
+    from ..memory import memory_of_tasks, smallest_card
+
+    return {
+        task: {**asdict(found), "total": found.total, "card": smallest_card(found.total)}
+        for task, found in memory_of_tasks(config, **size)
+    }
+
+
+def _say_memory(config: Any, size: dict[str, int]) -> None:
+    from ..memory import CARDS, Memory, memory_of_tasks, smallest_card, usual_length
+
+    rows, images = size.get("batch_size", 1), size.get("images", 1)
+    length = size.get("length", usual_length(config))
+    say("")
+    say(f"GB of a GPU, batch size {rows}, {length:,} positions and {images} image(s) a row:")
+    names = [*(one.name for one in fields(Memory)), "total", "smallest card"]
+    say(f"{'':26} {' '.join(f'{name:>11}' for name in names)}")
+    for task, found in memory_of_tasks(config, **size):
+        card = smallest_card(found.total)
+        shown = [f"{value / 1e9:11.3f}" for value in (*asdict(found).values(), found.total)]
+        shown.append(f"{f'{card} GB' if card else f'over {CARDS[-1]} GB':>13}")
+        say(f"{task:26} {' '.join(shown)}")
+
+
+def _facts(folder: str) -> tuple[Any, dict[str, Any]]:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -65,7 +116,7 @@ def _facts(folder: str) -> dict[str, Any]:
         preprocessing = "no processor in this folder"
         is_cropped = config.connector_type == "h_reducer"
     square = "crop" if is_cropped else "image"
-    return {
+    facts = {
         "model": folder,
         "parameters": {**parameters, "total": sum(parameters.values())},
         f"tokens per {square}": config.num_image_tokens,
@@ -74,6 +125,7 @@ def _facts(folder: str) -> dict[str, Any]:
         "context length": config.text_config.max_position_embeddings,
         "dtype": str(config.dtype).removeprefix("torch."),
     }
+    return config, facts
 
 
 @app.command()

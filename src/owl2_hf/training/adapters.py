@@ -5,7 +5,7 @@ Every preset is a regular expression that matches only layers of the language mo
 connector.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from ..modeling.adapters_mplug_owl2 import check_adapter as _check_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+
+    from .recipe import AdapterRecipe
 
 _TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _VISUAL_ATTENTION = ("visual_q_proj", "visual_k_proj", "visual_v_proj")
@@ -118,6 +120,19 @@ def lora_config(
         lora_dropout=lora_dropout,
         **{"task_type": "CAUSAL_LM", **kwargs},
     )
+
+
+def add_adapter(model: nn.Module, adapter: "AdapterRecipe", is_quantized: bool) -> "PeftModel":
+    """Add a new adapter to a model, as a recipe describes it.
+
+    Args:
+        is_quantized: bitsandbytes quantised the model: its other weights become float32.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if is_quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, lora_config(**asdict(adapter)))
 
 
 def load_adapter(

@@ -5,8 +5,30 @@ import copy
 from torch import nn
 
 from ..conversion.stock_vision import resize_position_table
-from ..modeling import MplugOwl2ForConditionalGeneration
+from ..modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration
 from ..processing import MplugOwl2Processor
+
+
+def with_image_size(config: MplugOwl2Config, image_size: int) -> MplugOwl2Config:
+    """The configuration of the same model for images of another size.
+
+    Args:
+        image_size: Side of an image in pixels.
+
+    Raises:
+        ValueError: If it is no multiple of the patch size.
+    """
+    patch_size = config.vision_config.patch_size
+    if image_size < patch_size or image_size % patch_size:
+        raise ValueError(
+            f"expected an image_size in whole patches of {patch_size} pixels, got {image_size}."
+        )
+    values = copy.deepcopy(config.to_dict())
+    values["vision_config"]["image_size"] = image_size
+    for name in ("abstractor_config", "h_reducer_config"):
+        if values.get(name):
+            values[name]["grid_size"] = image_size // patch_size
+    return type(config).from_dict(values)
 
 
 def set_image_size(
@@ -26,17 +48,7 @@ def set_image_size(
     own = model.config.vision_config
     if image_size == own.image_size:
         return model
-    if image_size < own.patch_size or image_size % own.patch_size:
-        raise ValueError(
-            f"expected an image_size in whole patches of {own.patch_size} pixels, got {image_size}."
-        )
-    values = copy.deepcopy(model.config.to_dict())
-    grid_size = image_size // own.patch_size
-    values["vision_config"]["image_size"] = image_size
-    for name in ("abstractor_config", "h_reducer_config"):
-        if values.get(name):
-            values[name]["grid_size"] = grid_size
-    config = type(model.config).from_dict(values)
+    config = with_image_size(model.config, image_size)
     state = {
         name: value
         for name, value in model.state_dict().items()
@@ -44,7 +56,9 @@ def set_image_size(
     }
     table = "model.vision_tower.embeddings.position_embedding"
     if own.use_cls_token:
-        state[table] = resize_position_table(state[table], own.grid_size, grid_size)
+        state[table] = resize_position_table(
+            state[table], own.grid_size, config.vision_config.grid_size
+        )
     resized = type(model)._from_config(config, dtype=model.dtype)
     result: nn.modules.module._IncompatibleKeys = resized.load_state_dict(state, strict=False)
     if (

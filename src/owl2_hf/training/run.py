@@ -7,7 +7,6 @@ a plot of it.
 One file because the steps of a run follow each other.
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -32,7 +31,7 @@ from transformers.utils import logging
 
 from ..naming import naming_model, place
 from ..scoring.decision import scorer_files
-from .adapters import lora_config
+from .adapters import add_adapter
 from .checkpoints import STATE, VERSIONS, is_finished, last_checkpoint, num_processes, steps_of
 from .collator import Collator
 from .components import Parameters, count_parameters, freeze_all_but
@@ -293,7 +292,7 @@ def load_for_training(recipe: Recipe) -> tuple[Any, Any]:
     if recipe.image_size is not None:
         model = set_image_size(model, processor, recipe.image_size)
     if recipe.adapter is not None:
-        model = _with_adapter(model, recipe)
+        model = add_adapter(model, recipe.adapter, recipe.quantization is not None)
     freeze_all_but(model, recipe.trains if recipe.adapter is None else "adapters")
     model.config.use_cache = False
     return model, processor
@@ -317,16 +316,6 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return {"quantization_config": settings}
-
-
-def _with_adapter(model: Any, recipe: Recipe) -> Any:
-    from peft import get_peft_model, prepare_model_for_kbit_training
-
-    adapter = recipe.adapter
-    assert adapter is not None
-    if recipe.quantization is not None:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, lora_config(**dataclasses.asdict(adapter)))
 
 
 def _output(recipe: Recipe, resume: bool) -> tuple[Path, Path | None]:
