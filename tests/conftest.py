@@ -24,6 +24,22 @@ def find_golden(name: str) -> Path | None:
     )
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` need one."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip(f"needs a CUDA device, and torch {torch.__version__} finds none")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test of tests/gpu runs: each on the CPU, and on a GPU with the mark `gpu`."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Callable[[str], Path]:
     """As `find_golden`; a set that is not here skips the test."""
