@@ -1,5 +1,5 @@
-"""Writes the tables of docs/performance.md and docs/compressed.md from the JSON files in
-benchmarks/results.
+"""Writes the tables of docs/performance.md, docs/compressed.md and docs/memory.md from the JSON files
+in benchmarks/results.
 
     python -m benchmarks.report
 
@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from owl2_hf.memory import CARDS, Memory, smallest_card
+
 from .decoder import LIMITS, MEMORY_LIMIT
 from .gpu import outcomes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
-PAGES = (PAGE, ROOT / "docs" / "compressed.md")
+PAGES = (PAGE, ROOT / "docs" / "compressed.md", ROOT / "docs" / "memory.md")
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -354,6 +356,47 @@ def gpu_rows(step: str, outcome: dict[str, Any]) -> list[list[str]]:
     return [[step, *rows[0]], *(["", *row] for row in rows[1:])]
 
 
+_TASKS = {
+    "inference, bf16": "ask, 16 bits",
+    "inference, int8": "ask, int8",
+    "inference, int4": "ask, int4",
+    "qlora": "train `qlora`",
+    "qlora, no checkpointing": "train `qlora`, no checkpointing",
+    "lora": "train `lora`",
+    "lora, no checkpointing": "train `lora`, no checkpointing",
+    "instruct": "train `instruct`, all weights",
+    "instruct, no checkpointing": "train `instruct`, no checkpointing",
+}
+
+
+def cards() -> str:
+    """Which cards have room for which task."""
+    rows = []
+    for name, parts in read("memory")["tasks"].items():
+        total = Memory(**parts).total
+        card = smallest_card(total)
+        fits = ["yes" if card is not None and card <= one else "no" for one in CARDS]
+        rows.append([_TASKS[name], f"{total / 1e9:.1f} GB", *fits])
+    return table(["task", "needs", *(f"{one} GB" for one in CARDS)], rows)
+
+
+def memory() -> str:
+    """Task by task, what holds the memory."""
+    rows = []
+    for name, parts in read("memory")["tasks"].items():
+        shown = [f"{value / 1e9:.2f}" if value else "" for value in parts.values()]
+        rows.append([_TASKS[name], *shown])
+    return table(["GB", *next(iter(read("memory")["tasks"].values()))], rows)
+
+
+def memory_sizes() -> str:
+    """Other batches, lengths and numbers of images."""
+    found = read("memory")["sizes"]
+    names = list(next(iter(found.values())))
+    rows = [[size, *(f"{one[name] / 1e9:.1f} GB" for name in names)] for size, one in found.items()]
+    return table(["rows", *(_TASKS[name] for name in names)], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "gpu": gpu,
     "decoder": decoder,
@@ -374,6 +417,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "full_size": full_size,
     "score_dataset": score_dataset,
     "prefix": prefix,
+    "cards": cards,
+    "memory": memory,
+    "memory_sizes": memory_sizes,
 }
 
 
