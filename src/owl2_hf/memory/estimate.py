@@ -152,8 +152,11 @@ def training_memory(
     with without_data() as found:
         materialize(model)
         follow_gpu(model)
-        is_checkpointed = settings.get("activation_checkpointing", False)
-        if is_checkpointed if checkpointing is None else checkpointing:
+        if checkpointing is None:
+            # Its second name is the one of older releases of transformers.
+            names = ("activation_checkpointing", "gradient_checkpointing")
+            checkpointing = any(settings.get(name) for name in names)
+        if checkpointing:
             _checkpoint(model)
         trained = [one for one in model.parameters() if one.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
