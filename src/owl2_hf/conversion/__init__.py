@@ -1,9 +1,11 @@
 """Convert checkpoints from and to the original format, and make new models from pretrained ones."""
 
-from .convert import ConversionReport, convert, open_source
+from .convert import convert
 from .initialize import InitReport, initialize
+from .layouts import open_source
 from .lora import load_non_lora
 from .reading import ConversionError
+from .report import ConversionReport
 from .verify import verify
 
 __all__ = [

@@ -15,7 +15,7 @@ from ..modeling.presets_mplug_owl2 import PRESET_FILE
 from ..modeling.scoring_mplug_owl2 import level_ids
 from ..processing import MplugOwl2Processor
 from ..scoring.decision import check_scorer
-from .convert import open_source
+from .layouts import open_source
 from .reading import ConversionError, is_finite
 from .sources import HuggingFaceSource, Source, expected_tensors, model_class, read_config
 

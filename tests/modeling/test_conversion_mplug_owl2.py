@@ -1,0 +1,68 @@
+"""The table of names, and how fused projections are taken apart."""
+
+import json
+
+import pytest
+import torch
+
+from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration
+from owl2_hf.modeling.conversion_mplug_owl2 import (
+    FUSED,
+    RENAMED,
+    merge_query_key_value,
+    original_key,
+    split_query_key_value,
+    to_original,
+    to_ours,
+)
+
+
+def test_the_table_is_one_to_one():
+    targets = [target for target in RENAMED.values() if target is not None]
+    targets += [target for triple in FUSED.values() for target in triple]
+    assert len(targets) == len(set(targets))
+    assert not set(RENAMED) & set(FUSED)
+
+
+def test_the_table_covers_the_published_model(golden_dir):
+    """Every tensor of the published 7B model has its place, by name and shape, every place is
+    filled, and back.
+    """
+    keys = golden_dir("A").parents[1] / "spec" / "keys" / "owl2.json"
+    if not keys.is_file():
+        pytest.skip("the key list of the published model is not here")
+    config = MplugOwl2Config()
+    with torch.device("meta"):
+        expected = {
+            key: value.shape
+            for key, value in MplugOwl2ForConditionalGeneration(config).state_dict().items()
+        }
+        published = {
+            key: torch.Size(shape) for key, (shape, _) in json.loads(keys.read_text()).items()
+        }
+        converted = {}
+        for key, shape in published.items():
+            converted.update(to_ours(key, torch.empty(shape), config))
+    assert {name: value.shape for name, value in converted.items()} == expected
+    back = {}
+    for name in converted:
+        key, parts = original_key(name)
+        back[key] = to_original(key, {part: converted[part] for part in parts}, config).shape
+    assert back == {key: shape for key, shape in published.items() if "inv_freq" not in key}
+
+
+def test_fused_projections_are_interleaved_head_by_head():
+    heads, head_dim, width = 3, 2, 6
+    labels = torch.tensor(
+        [
+            [head * 100 + part * 10 + d for d in range(head_dim)]
+            for head in range(heads)
+            for part in range(3)
+        ]
+    )
+    fused = labels.reshape(-1, 1).expand(-1, width)
+    query, key, value = split_query_key_value(fused, heads)
+    assert query[:, 0].tolist() == [0, 1, 100, 101, 200, 201]
+    assert key[:, 0].tolist() == [10, 11, 110, 111, 210, 211]
+    assert value[:, 0].tolist() == [20, 21, 120, 121, 220, 221]
+    assert torch.equal(merge_query_key_value([query, key, value], heads), fused)
