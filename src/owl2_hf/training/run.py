@@ -3,114 +3,36 @@
 The target folder holds checkpoints on the way, and at the end the trained model (or adapter) with
 its processor, the recipe as it was run, the versions it was run with, the history of the losses and
 a plot of it.
-
-One file because the steps of a run follow each other.
 """
 
-import importlib.metadata
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch.utils.data import ConcatDataset
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
-from ..naming import naming_model, place
 from ..scoring.decision import scorer_files
-from .adapters import add_adapter
+from .arguments import training_arguments
 from .checkpoints import STATE, VERSIONS, is_finished, last_checkpoint, num_processes, steps_of
 from .collator import Collator
-from .components import Parameters, count_parameters, freeze_all_but
+from .components import Parameters, count_parameters
 from .data import load_rows, look_over
+from .loading import load_for_training
 from .recipe import DataRecipe, Recipe, ScoreRecipe
-from .resolution import set_image_size
+from .report import TrainReport, plot_losses, versions_json
 from .score_trainer import ScoreTrainer
 from .scores import ScoreCollator, answer_ids, checked_score_rows, preset_of
 from .trainer import Owl2Trainer, RunRecord
 
-# What this package needs of the Trainer; a recipe may not say otherwise.
-_FIXED: dict[str, Any] = {
-    "remove_unused_columns": False,
-    "prediction_loss_only": True,
-    # A batch of an IterableDataset cannot be cut between ranks row by row: images have rows of
-    # their own.
-    "accelerator_config": {"dispatch_batches": False, "split_batches": False},
-    "logging_nan_inf_filter": False,
-}
 logger = logging.get_logger(__name__)
 
 MAX_LOOKING = 8  # processes that look over the rows
-_PACKAGES = (
-    "owl2_hf",
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "tokenizers",
-    "numpy",
-    "pillow",
-)
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What a run came to.
-
-    Args:
-        output_dir: Where the trained model is.
-        steps: Optimizer steps in all, those before resuming included.
-        loss: Mean training loss of the steps of this call.
-        resumed_from: Checkpoint that the run went on from.
-        parameters: Components, what trained of them, and how fast.
-        counts: Rows in all, rows that were cut at `max_length`, that had no label left, and bad
-            ones that were skipped.
-        eval_loss: Loss on the rows to evaluate on, after the last step.
-        eval_srcc: Of a scorer, SRCC on these rows; the mean over data sets.
-        was_finished: The run that should go on had all its steps and its model, so nothing was
-            done.
-    """
-
-    output_dir: str
-    steps: int
-    loss: float | None
-    resumed_from: str | None
-    parameters: list[Parameters] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
-    eval_loss: float | None = None
-    eval_srcc: float | None = None
-    was_finished: bool = False
-
-    def summary(self) -> str:
-        """The run in one line."""
-        if self.was_finished:
-            return f"all {self.steps} steps were finished before; nothing was changed"
-        parts = [f"{self.steps} steps"]
-        parts += [] if self.loss is None else [f"training loss {self.loss:.4f}"]
-        parts += [] if self.eval_loss is None else [f"evaluation loss {self.eval_loss:.4f}"]
-        parts += [] if self.eval_srcc is None else [f"evaluation SRCC {self.eval_srcc:.4f}"]
-        names = {
-            "truncated": "cut at max_length",
-            "without_labels": "without a label left",
-            "skipped": "skipped",
-        }
-        parts += [
-            f"{self.counts[key]} rows {name}" for key, name in names.items() if self.counts.get(key)
-        ]
-        return ", ".join(parts)
 
 
 def train(
@@ -159,7 +81,7 @@ def train(
             f"{trainer.args.world_size}: random numbers and the order of rows are not those that "
             "an uninterrupted run would have."
         )
-    versions = _versions(trainer.args.world_size)
+    versions = versions_json(trainer.args.world_size)
     files = {"recipe.yaml": recipe.to_yaml(), VERSIONS: versions}
     if recipe.scores is not None:
         processor = trainer.processing_class
@@ -176,7 +98,7 @@ def train(
     trainer.save_state()
     if trainer.is_world_process_zero():
         record.write(output_dir)
-        _plot_losses(trainer.state.log_history, output_dir / "loss.png")
+        plot_losses(trainer.state.log_history, output_dir / "loss.png")
     return TrainReport(
         str(output_dir),
         trainer.state.global_step,
@@ -206,7 +128,7 @@ def _naming_rows() -> Iterator[None]:
 
 
 def _trainer(recipe: Recipe) -> Owl2Trainer:
-    arguments = _arguments(recipe)
+    arguments = training_arguments(recipe)
     if recipe.scores is not None:
         return _score_trainer(recipe, recipe.scores, arguments)
     if recipe.data.bad_rows == "stop":
@@ -273,51 +195,6 @@ def _score_trainer(
         raise ValueError(f"trainer: {error}") from error
 
 
-def load_for_training(recipe: Recipe) -> tuple[Any, Any]:
-    """The model of a recipe, with its adapter and with what it says frozen, and the processor."""
-    source = place(recipe.model)
-    if not source:
-        raise ValueError(
-            "the recipe names no model: set model to a folder or Hub id, or to default."
-        )
-    quantization = _quantization(recipe)
-    with naming_model(source):
-        processor = AutoProcessor.from_pretrained(source)
-        model = AutoModelForImageTextToText.from_pretrained(
-            source,
-            dtype=getattr(torch, recipe.dtype),
-            attn_implementation=recipe.attn_implementation,
-            **quantization,
-        )
-    if recipe.image_size is not None:
-        model = set_image_size(model, processor, recipe.image_size)
-    if recipe.adapter is not None:
-        model = add_adapter(model, recipe.adapter, recipe.quantization is not None)
-    freeze_all_but(model, recipe.trains if recipe.adapter is None else "adapters")
-    model.config.use_cache = False
-    return model, processor
-
-
-def _quantization(recipe: Recipe) -> dict[str, Any]:
-    if recipe.quantization is None:
-        return {}
-    if find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"quantization: {recipe.quantization} needs bitsandbytes: pip install "
-            "'owl2_hf[qlora]', or train the recipe lora, which keeps the weights as they are."
-        )
-    if recipe.quantization == "8bit":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    # QLoRA (arXiv:2305.14314): NF4, doubly quantised.
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return {"quantization_config": settings}
-
-
 def _output(recipe: Recipe, resume: bool) -> tuple[Path, Path | None]:
     """The output folder, and the checkpoint to go on from."""
     if not recipe.output_dir:
@@ -347,34 +224,6 @@ def _checkpoint(folder: Path) -> Path | None:
         instead = "" if found is None else f"; going on from {found.name}"
         logger.warning(f"{folder}: not whole is {', '.join(damaged)}{instead}.")
     return found
-
-
-def _arguments(recipe: Recipe) -> TrainingArguments:
-    # YAML reads a bare `no` as False.
-    given = {
-        key: "no" if key.endswith("_strategy") and value is False else value
-        for key, value in recipe.trainer.items()
-    }
-    fixed = {**_FIXED, "prediction_loss_only": recipe.scores is None}
-    for name, value in fixed.items():
-        if given.get(name, value) != value:
-            raise ValueError(f"trainer.{name} has to be {value} here, got {given[name]}.")
-    if given.get("deepspeed") in ("zero2", "zero3"):
-        given["deepspeed"] = str(Path(__file__).parent / "deepspeed" / f"{given['deepspeed']}.json")
-    defaults = {
-        "report_to": "none",
-        "logging_first_step": True,
-        "use_cpu": not torch.accelerator.is_available(),
-    }
-    try:
-        arguments = TrainingArguments(
-            output_dir=recipe.output_dir, **{**defaults, **given, **fixed}
-        )
-        if recipe.data.streaming and arguments.max_steps <= 0:
-            raise ValueError("data.streaming has no length, so the recipe has to name max_steps.")
-    except (TypeError, ValueError, ImportError) as error:
-        raise ValueError(f"trainer: {error}") from None
-    return arguments
 
 
 def _check_files(data: DataRecipe, arguments: TrainingArguments) -> None:
@@ -426,23 +275,4 @@ def _rows(data: DataRecipe, sources: str | list[str]) -> Any:
     return ConcatDataset(loaded)
 
 
-def _versions(processes: int) -> str:
-    versions: dict[str, str | int] = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return json.dumps({**versions, "processes": processes}, indent=2) + "\n"
-
-
-def _plot_losses(history: list[dict[str, float]], file: Path) -> None:
-    """Training and evaluation losses by step; no plot where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
-        points = [(row["step"], row[key]) for row in history if key in row]
-        axes.plot([step for step, _ in points], [loss for _, loss in points], ".-", label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.legend()
-    figure.savefig(file, dpi=120)
+__all__ = ["MAX_LOOKING", "TrainReport", "load_for_training", "train"]

@@ -1,0 +1,58 @@
+"""Load the model of a recipe, quantized, with its adapter, and with what it says frozen."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+from ..naming import naming_model, place
+from .adapters import add_adapter
+from .components import freeze_all_but
+from .recipe import Recipe
+from .resolution import set_image_size
+
+
+def load_for_training(recipe: Recipe) -> tuple[Any, Any]:
+    """The model of a recipe, with its adapter and with what it says frozen, and the processor."""
+    source = place(recipe.model)
+    if not source:
+        raise ValueError(
+            "the recipe names no model: set model to a folder or Hub id, or to default."
+        )
+    quantization = _quantization(recipe)
+    with naming_model(source):
+        processor = AutoProcessor.from_pretrained(source)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=getattr(torch, recipe.dtype),
+            attn_implementation=recipe.attn_implementation,
+            **quantization,
+        )
+    if recipe.image_size is not None:
+        model = set_image_size(model, processor, recipe.image_size)
+    if recipe.adapter is not None:
+        model = add_adapter(model, recipe.adapter, recipe.quantization is not None)
+    freeze_all_but(model, recipe.trains if recipe.adapter is None else "adapters")
+    model.config.use_cache = False
+    return model, processor
+
+
+def _quantization(recipe: Recipe) -> dict[str, Any]:
+    if recipe.quantization is None:
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"quantization: {recipe.quantization} needs bitsandbytes: pip install "
+            "'owl2_hf[qlora]', or train the recipe lora, which keeps the weights as they are."
+        )
+    if recipe.quantization == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    # QLoRA (arXiv:2305.14314): NF4, doubly quantised.
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": settings}
