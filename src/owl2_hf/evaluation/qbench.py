@@ -14,8 +14,8 @@ import numpy as np
 
 from ..limits import Context
 from ..scoring.statistics import bootstrap_interval
-from ..training.data import read_rows
 from ..training.messages import Place, locate_picture
+from ..training.rows import read_rows
 from .settings import EVALUATIONS
 
 LETTERS = "ABCD"

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..training.data import JsonLines, import_datasets, is_saved, read_rows
+from ..training.data import import_datasets, is_saved
 from ..training.messages import Place
+from ..training.rows import JsonLines, read_rows
 from .opinion import IMAGE_KEYS, MOS_KEYS, Row
 from .tables import read_csv, read_parquet
 

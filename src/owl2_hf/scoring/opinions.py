@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from ..processing.image_processing_mplug_owl2 import open_image
-from ..training.data import BadRow
+from ..training.bad_rows import BadRow
 from ..training.messages import to_messages
 from .benchmarks import BENCHMARKS, benchmark_rows, read_benchmark
 from .frames import is_video_path, read_frames

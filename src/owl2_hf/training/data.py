@@ -1,162 +1,15 @@
-"""Read rows of training data from files and the `datasets` library, and check them.
+"""Load rows of training data from a file, a folder, the Hub or memory, and check them."""
 
-This is one file because rows are found, read and checked by the same rules.
-"""
-
-import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
+from torch.utils.data import IterableDataset
 
-from ..processing.image_processing_mplug_owl2 import FORMATS, MAX_IMAGE_PIXELS, open_image
-from .messages import ORIGIN, UNREADABLE, pictures_of, to_messages
-
-Row = dict[str, Any]
-
-ROWS_OF_A_WORKER = 256
-
-
-class JsonLines(Sequence[Row]):
-    """Rows of a file with one JSON object a line; only the places of the lines are kept in
-    memory.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    @cached_property
-    def _places(self) -> np.ndarray:
-        """(rows, 2) line number and first byte of each row."""
-        return np.fromiter((place for *place, _ in self._lines()), dtype=np.dtype((np.int64, 2)))
-
-    def _lines(self) -> Iterator[tuple[int, int, bytes]]:
-        """Number, counted from 1, first byte and content of every line that is not blank."""
-        start = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, start, line
-                start += len(line)
-
-    def numbered(self) -> Iterator[tuple[int, Row | ValueError]]:
-        """Line number and row, or what is wrong with it."""
-        for number, _, line in self._lines():
-            try:
-                yield number, _parse(line)
-            except ValueError as error:
-                yield number, error
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def number_of(self, index: int) -> int:
-        """The line of a row, counted from 1."""
-        return int(self._places[index, 0])
-
-    def __iter__(self) -> Iterator[Row]:
-        for number, row in self.numbered():
-            if isinstance(row, ValueError):
-                raise ValueError(f"{self.path}, line {number}: {row}") from None
-            yield row
-
-    def __getitem__(self, index: Any) -> Any:
-        number, start = self._places[index]
-        with self.path.open("rb") as file:
-            file.seek(start)
-            line = file.readline()
-        try:
-            return _parse(line)
-        except ValueError as error:
-            raise ValueError(f"{self.path}, line {number}: {error}") from None
-
-
-def _parse(line: bytes) -> Row:
-    try:
-        return json.loads(line.rstrip())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON at column {error.colno}: {error.msg}.") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}.") from None
-
-
-class Rows(Dataset[Row]):
-    """Rows by index, each with where it and its images come from.
-
-    Args:
-        name: Of the source, for messages about a row.
-        skip_bad: A row that cannot be read stays, as one that `to_messages` refuses.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        place: Row | None = None,
-        name: str | None = None,
-        skip_bad: bool = False,
-    ):
-        self.rows, self.place, self.name, self.skip_bad = rows, place, name, skip_bad
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Row:
-        try:
-            row = self.rows[index]
-        except (ValueError, OSError) as error:
-            if not self.skip_bad:
-                raise
-            row = {UNREADABLE: str(error)}
-        return _with_place(row, self.place, self.name, self.number_of(index))
-
-    def number_of(self, index: int) -> int:
-        """What a row is called in messages, counted from 1: its line in a file of lines."""
-        return (
-            self.rows.number_of(index)
-            if isinstance(self.rows, JsonLines)
-            else range(len(self))[index] + 1
-        )
-
-
-class RowStream(IterableDataset[Row]):
-    """Rows one after another, as `Rows` has them; the workers of a DataLoader share them out."""
-
-    def __init__(
-        self,
-        rows: Iterable[Row],
-        place: Row | None = None,
-        name: str | None = None,
-        skip_bad: bool = False,
-    ):
-        self.rows, self.place, self.name, self.skip_bad = rows, place, name, skip_bad
-
-    def __iter__(self) -> Iterator[Row]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        rows = itertools.islice(self._numbered(), first, None, step)
-        return (_with_place(row, self.place, self.name, number) for number, row in rows)
-
-    def _numbered(self) -> Iterator[tuple[int, Row]]:
-        if not isinstance(self.rows, JsonLines) or not self.skip_bad:
-            yield from enumerate(self.rows, 1)
-            return
-        for number, row in self.rows.numbered():
-            yield number, {UNREADABLE: str(row)} if isinstance(row, ValueError) else row
-
-
-def _with_place(
-    row: Row, place: Row | None, name: str | None = None, number: int | None = None
-) -> Row:
-    if place is None or not isinstance(row, Mapping):
-        return row
-    return {**row, **place} if name is None else {**row, **place, ORIGIN: f"{name}: row {number}"}
+from .bad_rows import BadRow, bad_row, look_over, open_all
+from .messages import pictures_of, to_messages
+from .rows import JsonLines, Rows, RowStream, read_rows, with_place
 
 
 def load_rows(
@@ -209,7 +62,7 @@ def load_rows(
         )
     # Of `datasets`, which shares itself out to workers.
     if isinstance(rows, IterableDataset) and hasattr(rows, "map"):
-        return rows if place is None else rows.map(_with_place, fn_kwargs={"place": place})
+        return rows if place is None else rows.map(with_place, fn_kwargs={"place": place})
     if streaming or not hasattr(rows, "__getitem__"):
         return RowStream(rows, place, name, skip_bad)
     if not len(rows):
@@ -217,22 +70,6 @@ def load_rows(
             f"{source if isinstance(source, (str, Path)) else 'the data set'} holds no rows."
         )
     return Rows(rows, place, name, skip_bad)
-
-
-def read_rows(path: Path) -> Sequence[Row]:
-    """One JSON list, or one object a line; the first character tells which."""
-    with path.open("rb") as file:
-        first = next((line for line in file if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t\r\n")[
-            :1
-        ]
-    if path.suffix == ".jsonl" or first == b"{":
-        return JsonLines(path)
-    if first != b"[":
-        raise ValueError(f"{path}: expected a JSON list of rows, or one JSON object a line.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 def import_datasets(needed_for: str | Path) -> Any:
@@ -272,17 +109,6 @@ def _load_datasets(source: str | Path, split: str, streaming: bool) -> Any:
             raise ValueError(f"{path} has no split {split!r}, only {', '.join(map(repr, loaded))}.")
         loaded = loaded[split]
     return loaded.to_iterable_dataset() if streaming else loaded
-
-
-@dataclass
-class BadRow:
-    """A row that cannot be learned from: its number, counted from 1 (of a file of lines the line),
-    its id and why.
-    """
-
-    row: int
-    id: str | None
-    reason: str
 
 
 @dataclass
@@ -365,10 +191,10 @@ def check_rows(
                 collator.truncate(encoded)
                 lengths.append(len(encoded))
             elif open_images:
-                _open(messages)
+                open_all(messages)
             report.add(messages)
         except (ValueError, OSError) as error:
-            report.bad.append(_bad_row(number, row, error))
+            report.bad.append(bad_row(number, row, error))
         if on_row is not None:
             on_row(report.rows)
     if collator is not None:
@@ -382,82 +208,12 @@ def check_rows(
     return report
 
 
-def look_over(
-    rows: Any, num_workers: int = 0, first: int = 0, step: int = 1, decode: bool = False
-) -> list[BadRow]:
-    """Rows that cannot be learned from, as far as the headers of their images tell.
-
-    Args:
-        rows: `Rows`, or others by index that tell the `number_of` each.
-        num_workers: Processes that look; none for a few rows.
-        first, step: Look at every `step`-th row from index `first` on.
-        decode: Decode every image, which takes longer and finds all that is wrong with it.
-    """
-    share = Subset(_Verdicts(rows, decode), range(first, len(rows), step))
-    num_workers = min(num_workers, len(share) // ROWS_OF_A_WORKER)
-    loader = DataLoader(
-        share, batch_size=ROWS_OF_A_WORKER, num_workers=num_workers, collate_fn=list
-    )
-    return [verdict for batch in loader for verdict in batch if verdict is not None]
-
-
-class _Verdicts(Dataset[Any]):
-    """What is wrong with each row, `None` where nothing is."""
-
-    def __init__(self, rows: Any, decode: bool):
-        self.rows, self.decode = rows, decode
-
-    def __getitem__(self, index: int) -> BadRow | None:
-        row: Any = {}
-        try:
-            row = self.rows[index]
-            messages = to_messages(row)
-            if self.decode:
-                _open(messages)
-            for picture in pictures_of(messages):
-                _look_at(picture)
-        except (ValueError, OSError) as error:
-            return _bad_row(self.rows.number_of(index), row, error)
-        return None
-
-
-def _look_at(picture: Any) -> None:
-    """Refuse an image whose header alone says that it cannot be opened; nothing is fetched."""
-    if isinstance(picture, Image.Image) or (
-        isinstance(picture, str) and picture.startswith("http")
-    ):
-        return
-    if isinstance(picture, bytes) or not picture.startswith("data:"):
-        try:
-            with Image.open(
-                BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS
-            ) as opened:
-                if opened.width * opened.height <= MAX_IMAGE_PIXELS:
-                    return
-        except Exception:  # a damaged file makes decoders raise almost anything; below it is named
-            pass
-    open_image(picture)
-
-
-def _bad_row(number: int, row: Any, error: Exception) -> BadRow:
-    identity = row.get("id") if isinstance(row, Mapping) else None
-    return BadRow(number, None if identity is None else str(identity), str(error))
-
-
-def _open(messages: list[dict[str, Any]]) -> None:
-    for picture in pictures_of(messages):
-        if isinstance(picture, Image.Image):
-            picture.load()
-        else:
-            open_image(picture)
-
-
 def _numbered(rows: Any) -> Iterator[tuple[int, Any]]:
     """Number, counted from 1, and row, or the error that reading it gives."""
     content = getattr(rows, "rows", rows)
     if isinstance(content, JsonLines):
         for number, row in content.numbered():
-            yield number, _with_place(row, rows.place)  # type: ignore[arg-type]
+            yield number, with_place(row, rows.place)  # type: ignore[arg-type]
     elif isinstance(rows, Rows):
         for index in range(len(rows)):
             try:

@@ -19,10 +19,11 @@ from transformers.utils import logging
 
 from ..scoring.decision import scorer_files
 from .arguments import training_arguments
+from .bad_rows import look_over
 from .checkpoints import STATE, VERSIONS, is_finished, last_checkpoint, num_processes, steps_of
 from .collator import Collator
 from .components import Parameters, count_parameters
-from .data import load_rows, look_over
+from .data import load_rows
 from .loading import load_for_training
 from .recipe import DataRecipe, Recipe, ScoreRecipe
 from .report import TrainReport, plot_losses, versions_json

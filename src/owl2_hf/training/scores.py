@@ -18,10 +18,11 @@ from ..scoring.frames import is_video_path
 from ..scoring.labels import hard_level, soft_label
 from ..scoring.opinions import Opinion, load_opinions
 from ..scoring.scorer import level_id
+from .bad_rows import look_over
 from .collator import IGNORED, Collator
-from .data import Row, look_over
 from .messages import ORIGIN
 from .recipe import Recipe, ScoreRecipe
+from .rows import Row
 
 _PARTS = ("level_probs", "mos", "mos_stds", "datasets")
 
