@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from owl2_hf.modeling import MplugOwl2Config, MplugOwl2ForConditionalGeneration
-from owl2_hf.modeling.configuration_mplug_owl2 import padded_vocab_size
+from owl2_hf.modeling.configuration_mplug_owl2 import MplugOwl2TextConfig, padded_vocab_size
 
 FLAT = {
     "architectures": ["MPLUGOwl2LlamaForCausalLM"],
@@ -193,6 +193,8 @@ def test_sizes_shared_with_neighbours_are_taken_from_them():
             {"visual_config": {"visual_model": 3, "visual_abstractor": {}}},
             "must be a dictionary, got int",
         ),
+        ({"vision_config": MplugOwl2TextConfig()}, "Field 'vision_config' with value"),
+        ({"text_config": "llama"}, "Field 'text_config' with value 'llama'"),
     ],
 )
 def test_numbers_that_disagree_are_both_named(values, message):

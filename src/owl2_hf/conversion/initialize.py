@@ -198,7 +198,7 @@ def _build(
     abstractor, vision = _visual_side(abstractor_config, tower, seed, language.dtype)
     model.model.visual_abstractor, model.model.vision_tower = abstractor, vision
     _copy_language(language, model)
-    for part in (config, config.vision_config, config.abstractor_config, config.text_config):
+    for part in (config, config.vision_config, config.connector_config, config.text_config):
         part.dtype = language.dtype
     model.generation_config = _generation_config(language.generation_config, processor.tokenizer)
     report.parameters = _count(model)

@@ -156,7 +156,7 @@ def _qwen_fields(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def _visual_config(config: MplugOwl2Config) -> dict[str, Any]:
-    vision, abstractor = config.vision_config.to_dict(), config.abstractor_config.to_dict()
+    vision, abstractor = config.vision_config.to_dict(), config.connector_config.to_dict()
     return {
         "visual_model": _component("mplug_owl_vision_model", {key: vision[key] for key in _VISION}),
         "visual_abstractor": _component(
@@ -171,7 +171,7 @@ def _visual_config(config: MplugOwl2Config) -> dict[str, Any]:
 
 
 def _docowl_visual_config(config: MplugOwl2Config) -> dict[str, Any]:
-    vision, reducer = config.vision_config.to_dict(), config.h_reducer_config.to_dict()
+    vision, reducer = config.vision_config.to_dict(), config.connector_config.to_dict()
     return {
         "visual_model": _component(
             "mplug_owl_vision_model",

@@ -121,7 +121,9 @@ class WeightConversion:
                 if name in self.plan:
                     yield name, self._checked_cast(piece.where, name, tensor)
         for name in self.report.rebuilt:
-            yield name, _TABLES[name.rpartition(".")[2]](self.config.abstractor_config)
+            abstractor = self.config.abstractor_config
+            assert abstractor is not None  # an H-Reducer has no tables
+            yield name, _TABLES[name.rpartition(".")[2]](abstractor)
 
     def _checked_cast(self, where: str, name: str, tensor: Tensor) -> Tensor:
         was_finite = is_finite(tensor)

@@ -7,7 +7,7 @@ This is one file because the configurations of all parts refer to each other.
 """
 
 from dataclasses import field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -302,11 +302,18 @@ class MplugOwl2Config(ComposedConfig):
     ]
     attribute_map = {"image_token_index": "image_token_id"}
 
-    # Dictionaries on the way in, configurations from then on.
-    vision_config: Any = None
-    abstractor_config: Any = None
-    h_reducer_config: Any = None
-    text_config: Any = None
+    # What comes in may be a dictionary or nothing, and `strict` checks it at each assignment. After
+    # `__post_init__` it is a configuration, and code that reads it may count on that.
+    if TYPE_CHECKING:
+        vision_config: MplugOwl2VisionConfig
+        abstractor_config: MplugOwl2AbstractorConfig | None
+        h_reducer_config: MplugOwl2HReducerConfig | None
+        text_config: MplugOwl2TextConfig
+    else:
+        vision_config: MplugOwl2VisionConfig | dict[str, Any] | None = None
+        abstractor_config: MplugOwl2AbstractorConfig | dict[str, Any] | None = None
+        h_reducer_config: MplugOwl2HReducerConfig | dict[str, Any] | None = None
+        text_config: MplugOwl2TextConfig | dict[str, Any] | None = None
     connector_type: str = "abstractor"
     image_token_id: int = 32000
     output_vocab_size: int | None = None
@@ -373,7 +380,8 @@ class MplugOwl2Config(ComposedConfig):
     def _read_original_form(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Split the original's flat fields into the sub-configurations; returns what is left."""
         visual_config = kwargs.pop("visual_config")
-        vision = self._read_visual_config(visual_config)
+        self.connector_type, connector, vision = self._read_visual_config(visual_config)
+        setattr(self, f"{self.connector_type}_config", connector)
         if kwargs.get("model_type") == MplugOwl21Config.model_type:
             kwargs = _from_qwen(kwargs)
         text_fields = (_own_fields(MplugOwl2TextConfig) | {"rope_theta", "rope_scaling"}) - {
@@ -381,9 +389,10 @@ class MplugOwl2Config(ComposedConfig):
         }
         text = {key: kwargs.pop(key) for key in list(kwargs) if key in text_fields}
         num_text_tokens = text.get("vocab_size", 32000)
-        self.text_config = {**text, "vocab_size": padded_vocab_size(num_text_tokens)}
+        text["vocab_size"] = padded_vocab_size(num_text_tokens)
+        self.text_config = MplugOwl2TextConfig(**text)
         self.image_token_id = self.output_vocab_size = num_text_tokens
-        self.vision_config = _known_fields(MplugOwl2VisionConfig, vision)
+        self.vision_config = MplugOwl2VisionConfig(**_known_fields(MplugOwl2VisionConfig, vision))
         if "deepmlp_hidden_dims" in kwargs:
             # Upstream: Q-Scorer has one score, and does not say so.
             kwargs.setdefault("num_labels", 1)
@@ -391,8 +400,10 @@ class MplugOwl2Config(ComposedConfig):
         self.architectures: list[str] | None = None
         return kwargs
 
-    def _read_visual_config(self, visual_config: Any) -> dict[str, Any]:
-        """Take the connector from the original's vision side; returns its vision encoder."""
+    def _read_visual_config(self, visual_config: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """Read the original's vision side: type and fields of its connector, and those of its
+        vision encoder.
+        """
         found = (
             sorted(visual_config)
             if isinstance(visual_config, dict)
@@ -404,18 +415,15 @@ class MplugOwl2Config(ComposedConfig):
                 "documents' models DocOwl 1.5 is."
             )
         if {"visual_model", "visual_hreducer"} <= set(found):
-            self.connector_type = "h_reducer"
-            self.h_reducer_config = _h_reducer_fields(visual_config["visual_hreducer"])
+            connector = _h_reducer_fields(visual_config["visual_hreducer"])
             # Upstream: DocOwl's vision encoder has no switches; it has these whatever its
             # configuration says.
             fixed = {"use_cls_token": True, "use_post_layernorm": True, "hidden_act": "quick_gelu"}
-            return {**_as_dict(MplugOwl2VisionConfig, visual_config["visual_model"]), **fixed}
+            vision = _as_dict(MplugOwl2VisionConfig, visual_config["visual_model"])
+            return "h_reducer", connector, {**vision, **fixed}
         if {"visual_model", "visual_abstractor"} <= set(found):
-            self.connector_type = "abstractor"
-            self.abstractor_config = _known_fields(
-                MplugOwl2AbstractorConfig, visual_config["visual_abstractor"]
-            )
-            return visual_config["visual_model"]
+            connector = _known_fields(MplugOwl2AbstractorConfig, visual_config["visual_abstractor"])
+            return "abstractor", connector, visual_config["visual_model"]
         raise ValueError(
             "visual_config must hold 'visual_model' and 'visual_abstractor', the components of "
             "mPLUG-Owl2, or 'visual_model' and 'visual_hreducer', those of DocOwl 1.5; got "
