@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import TextStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .modeling import MplugOwl2ForConditionalGeneration
 from .processing import MplugOwl2Processor
@@ -288,7 +289,7 @@ class Conversation:
 class _Streamer(TextStreamer):
     """Hands each piece of the answer on, and keeps the whole."""
 
-    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.show, self.text = show, ""
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
+from .modeling.presets_mplug_owl2 import Preset
 from .modeling.scoring_mplug_owl2 import gather_levels, level_values
 
 # Largest difference that rounding explains, of the largest value.
@@ -21,7 +23,7 @@ _MAX_BYTES = int(1.5 * 2**30)  # of weights in one file; protobuf ends at 2 GB
 
 
 class _VisionSide(nn.Module):
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: MplugOwl2ForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
 
@@ -87,7 +89,13 @@ class _ScorerGraph(nn.Module):
     prompt: Tensor  # (1, L)
     values: Tensor  # (K,)
 
-    def __init__(self, model: Any, prompt: Tensor, ids: list[list[int]], preset: Any) -> None:
+    def __init__(
+        self,
+        model: MplugOwl2ForConditionalGeneration,
+        prompt: Tensor,
+        ids: list[list[int]],
+        preset: Preset,
+    ) -> None:
         super().__init__()
         self.model, self.config = model, model.config
         self.ids, self.preset = ids, preset

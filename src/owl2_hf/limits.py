@@ -3,12 +3,13 @@
 import socket
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 from PIL import Image
 
 from .modeling.generation_mplug_owl2 import room_for_answer
+from .modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from .processing.image_processing_mplug_owl2 import open_image
+from .processing.processing_mplug_owl2 import MplugOwl2Processor
 
 
 def open_pictures(
@@ -46,7 +47,9 @@ class Context:
         processor: Its processor.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(
+        self, model: MplugOwl2ForConditionalGeneration, processor: MplugOwl2Processor
+    ) -> None:
         self._config = model.config
         self.size = model.config.get_text_config().max_position_embeddings
         self.num_image_tokens = processor.num_image_tokens

@@ -66,3 +66,9 @@ def test_fused_projections_are_interleaved_head_by_head():
     assert key[:, 0].tolist() == [10, 11, 110, 111, 210, 211]
     assert value[:, 0].tolist() == [20, 21, 120, 121, 220, 221]
     assert torch.equal(merge_query_key_value([query, key, value], heads), fused)
+
+
+def test_a_table_whose_ids_may_all_be_predicted_goes_back_whole():
+    config = MplugOwl2Config(output_vocab_size=None, text_config={})
+    table = torch.ones(5, 2)
+    assert torch.equal(to_original("lm_head.weight", {"lm_head.weight": table}, config), table)

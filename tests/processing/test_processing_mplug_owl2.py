@@ -587,3 +587,8 @@ def test_a_tokenizer_without_placeholder_is_refused():
     processor = make()
     with pytest.raises(ValueError, match="has no token '<frame>'"):
         MplugOwl2Processor(processor.image_processor, processor.tokenizer, image_token="<frame>")
+
+
+def test_a_processor_without_a_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="expected a tokenizer, got none"):
+        MplugOwl2Processor(MplugOwl2ImageProcessor())

@@ -18,6 +18,10 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..limits import Context
+from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
+from ..processing.image_processing_mplug_owl2 import MplugOwl2ImageProcessor
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from .attention import attention_mass, query_maps, uniform_attention
 from .findings import Findings, Run
 from .recording import DecoderRecorder, branch_weights
@@ -66,8 +70,8 @@ class Analysis(Findings):
 
 
 def analyze(
-    model: Any,
-    processor: Any,
+    model: MplugOwl2ForConditionalGeneration,
+    processor: MplugOwl2Processor,
     image: Any,
     question: str,
     *,
@@ -147,7 +151,13 @@ def check_target(folder: str | Path, overwrite: bool = False) -> None:
 class _Reader:
     """One model in front of one image and question."""
 
-    def __init__(self, model: Any, processor: Any, image: Any, question: str):
+    def __init__(
+        self,
+        model: MplugOwl2ForConditionalGeneration,
+        processor: MplugOwl2Processor,
+        image: Any,
+        question: str,
+    ):
         self.model, self.processor = model, processor
         self.image, self.picture = image, None if image is None else _open(processor, image)
         parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
@@ -239,7 +249,7 @@ class _Reader:
 
 
 @contextmanager
-def _prepared(model: Any) -> Iterator[None]:
+def _prepared(model: MplugOwl2ForConditionalGeneration) -> Iterator[None]:
     """Evaluation mode, no gradients, and eager attention where weights are read; afterwards
     everything as it was.
     """
@@ -260,7 +270,9 @@ def _prepared(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def _check(model: Any, answer: str | None, max_new_tokens: int) -> None:
+def _check(
+    model: MplugOwl2ForConditionalGeneration, answer: str | None, max_new_tokens: int
+) -> None:
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in MODEL_TYPES or not hasattr(model, "lm_head"):
         raise ValueError(
@@ -275,7 +287,7 @@ def _check(model: Any, answer: str | None, max_new_tokens: int) -> None:
         raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}.")
 
 
-def _notes(config: Any) -> list[str]:
+def _notes(config: MplugOwl2Config) -> list[str]:
     notes = []
     if config.connector_type != "abstractor":
         notes.append("This model's H-Reducer has no learnable queries: there are no maps of them.")
@@ -316,13 +328,13 @@ def _common_length(prompt: Tensor, whole: Tensor) -> int:
     return int(differs[0]) if len(differs) else length
 
 
-def _open(processor: Any, image: Any) -> Image.Image:
+def _open(processor: MplugOwl2Processor, image: Any) -> Image.Image:
     if isinstance(image, (list, tuple)):
         raise ValueError(f"expected one image, got {len(image)} of them in a list.")
     return processor.image_processor.process_image(image)
 
 
-def _as_seen(pixel_values: Tensor, image_processor: Any) -> np.ndarray:
+def _as_seen(pixel_values: Tensor, image_processor: MplugOwl2ImageProcessor) -> np.ndarray:
     """(N, 3, S, S) model inputs -> (N, S, S, 3) uint8, the normalisation undone."""
     pixels = pixel_values.float().cpu().permute(0, 2, 3, 1)
     if image_processor.do_normalize:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers.utils
@@ -112,7 +113,7 @@ def attention_checks() -> list[tuple[str, Callable[[Subject], Found]]]:
     return [(name, partial(attention, name)) for name in names]
 
 
-def _attention(subject: Subject) -> dict[str, str]:
+def _attention(subject: Subject) -> dict[str, Any]:
     return {"attn_implementation": subject.model.config._attn_implementation}
 
 

@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from .. import __version__, default, registration
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..naming import naming_model, place
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from . import consistency
 from .report import FAILED, OK, SKIPPED, Check, Report
 from .speed import speed
@@ -155,7 +157,7 @@ def _load(
     model: str | os.PathLike[str] | None,
     dtype: torch.dtype | None,
     attention: str | None,
-) -> tuple[Any, Any]:
+) -> tuple[MplugOwl2ForConditionalGeneration, MplugOwl2Processor]:
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
         if model is None:

@@ -2,10 +2,10 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from .subject import Found, Subject, num_bytes
 
 NUM_TOKENS = 32
@@ -25,7 +25,7 @@ def speed(subject: Subject) -> Found:
     return Found(None, None, detail=f"{tokens:.1f} tokens a second, {memory}")
 
 
-def bytes_per_token(model: Any) -> int:
+def bytes_per_token(model: MplugOwl2ForConditionalGeneration) -> int:
     """Bytes of the weights that a decoded token reads: text branch, last norm and head."""
     decoder = model.model.language_model
     read = [*decoder.norm.parameters(), *model.lm_head.parameters()]

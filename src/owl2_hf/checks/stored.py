@@ -4,13 +4,15 @@
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import BatchFeature
 
 from ..default import default_pictures
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from .subject import Found, Subject
 
 FILE = Path(__file__).with_name("expected.safetensors")
@@ -44,7 +46,7 @@ ABSOLUTE = {torch.float32: 5e-5, torch.bfloat16: 0.25, torch.float16: 0.03}
 MARGIN = 0.2
 
 
-def encode(processor: Any, case: Case) -> Any:
+def encode(processor: MplugOwl2Processor, case: Case) -> BatchFeature:
     """The model's inputs of a case, as a chat makes them."""
     pictures = default_pictures()
     parts: list[dict[str, str]] = []

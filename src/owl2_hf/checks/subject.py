@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..default import default_pictures
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 
 NUM_NEW = 12  # tokens of an answer: enough to see that a cache is lost
 
@@ -56,8 +58,8 @@ class Found(NamedTuple):
 class Subject:
     """A model, its processor, and a folder for what the checks write."""
 
-    model: Any
-    processor: Any
+    model: MplugOwl2ForConditionalGeneration
+    processor: MplugOwl2Processor
     scratch: Path
     _saved: Path | None = field(default=None, init=False)
 

@@ -1,12 +1,19 @@
 """Load models by the names that a user gives."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..naming import DEFAULT_MODEL, naming_model
 from ..naming import place as place_of
 
+if TYPE_CHECKING:  # torch and transformers take seconds to import
+    from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
+    from ..modeling.presets_mplug_owl2 import Preset
+    from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 
-def load(model: str | None, device: str | None = None) -> tuple[Any, Any]:
+
+def load(
+    model: str | None, device: str | None = None
+) -> "tuple[MplugOwl2ForConditionalGeneration, MplugOwl2Processor]":
     """Load a model, to a device if one is given, and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
@@ -21,7 +28,7 @@ def load(model: str | None, device: str | None = None) -> tuple[Any, Any]:
     return (loaded.to(device) if device else loaded), processor
 
 
-def load_processor(model: str) -> Any:
+def load_processor(model: str) -> "MplugOwl2Processor":
     from transformers import AutoProcessor
 
     with naming_model(model):
@@ -35,7 +42,7 @@ def place(model: str | None) -> str:
 
 def preset_of(
     model: str, name: str | None, task: str, prompt: str | None, levels: str | None
-) -> Any:
+) -> "Preset":
     """Return the preset of a model's name, changed by the options of a command.
 
     Args:

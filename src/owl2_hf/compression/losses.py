@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from ..scoring import Scorer
 from ..scoring.frames import expand_paths
 from ..scoring.judging import evaluate
@@ -102,7 +104,7 @@ class Trial:
 
     def __init__(
         self,
-        model: Any,
+        model: MplugOwl2ForConditionalGeneration,
         opinions: Opinions | None = None,
         images: Sequence[str] = (),
         questions: Sequence[str] = QUESTIONS,
@@ -133,7 +135,9 @@ class Trial:
         asked = "" if self.preset is not None else f", {len(self.questions)} questions about each"
         return f"{len(self.images):,} {kind}{asked}"
 
-    def __call__(self, model: Any, processor: Any) -> Findings:
+    def __call__(
+        self, model: MplugOwl2ForConditionalGeneration, processor: MplugOwl2Processor
+    ) -> Findings:
         """What a model says.
 
         Raises:
@@ -157,7 +161,9 @@ class Trial:
         }
         return Findings([score.score for _, score in report.scored], statistics)
 
-    def _ask(self, model: Any, processor: Any, image: str) -> list[str]:
+    def _ask(
+        self, model: MplugOwl2ForConditionalGeneration, processor: MplugOwl2Processor, image: str
+    ) -> list[str]:
         """Greedy answers to all questions about one image."""
         answers = []
         for question in self.questions:

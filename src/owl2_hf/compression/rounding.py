@@ -22,6 +22,7 @@ from ..modeling.adapters_mplug_owl2 import find_file, read_settings
 from ..modeling.loading_mplug_owl2 import UNQUANTIZED
 from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..naming import naming_model, place
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from ..scoring.opinions import load_opinions
 from .card import write_compressed_card
 from .losses import QUESTIONS, Losses, Trial
@@ -184,7 +185,9 @@ def _check_free(target: Path, overwrite: bool) -> None:
         )
 
 
-def _load(source: str, device: str | None, is_rounded: bool = False) -> Any:
+def _load(
+    source: str, device: str | None, is_rounded: bool = False
+) -> MplugOwl2ForConditionalGeneration:
     """A model that writes text, in evaluation mode.
 
     Raises:
@@ -200,7 +203,7 @@ def _load(source: str, device: str | None, is_rounded: bool = False) -> Any:
     return (model.to(device) if device else model).eval()
 
 
-def _matrices(model: Any) -> dict[str, nn.Linear]:
+def _matrices(model: MplugOwl2ForConditionalGeneration) -> dict[str, nn.Linear]:
     """Those that are rounded, by name."""
     return {
         name: module
@@ -227,7 +230,9 @@ def _group_size(matrices: dict[str, nn.Linear], given: int | None) -> int:
     raise ValueError(f"expected a group size that divides its {found}, got {given}.")
 
 
-def _round_by_torchao(source: str, to: str, group: int | None, dtype: torch.dtype) -> Any:
+def _round_by_torchao(
+    source: str, to: str, group: int | None, dtype: torch.dtype
+) -> MplugOwl2ForConditionalGeneration:
     from torchao.quantization import (
         Float8WeightOnlyConfig,
         Int8WeightOnlyConfig,
@@ -246,7 +251,9 @@ def _round_by_torchao(source: str, to: str, group: int | None, dtype: torch.dtyp
     )
 
 
-def _round_by_llmcompressor(source: str, to: str, group: int | None, dtype: torch.dtype) -> Any:
+def _round_by_llmcompressor(
+    source: str, to: str, group: int | None, dtype: torch.dtype
+) -> MplugOwl2ForConditionalGeneration:
     from compressed_tensors.offload import remove_dispatch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor import oneshot
@@ -274,7 +281,13 @@ def _round_by_llmcompressor(source: str, to: str, group: int | None, dtype: torc
     return model
 
 
-def _save(model: Any, processor: Any, source: str, folder: Path, by: str) -> None:
+def _save(
+    model: MplugOwl2ForConditionalGeneration,
+    processor: MplugOwl2Processor,
+    source: str,
+    folder: Path,
+    by: str,
+) -> None:
     """The model, its processor, and the files that its licence asks to keep."""
     if by == "llmcompressor":
         # Otherwise it copies the source's config.json, with its dtype and layout.
@@ -291,7 +304,9 @@ def _save(model: Any, processor: Any, source: str, folder: Path, by: str) -> Non
 
 
 @torch.no_grad()
-def _logits(model: Any, processor: Any, image: str) -> Tensor:
+def _logits(
+    model: MplugOwl2ForConditionalGeneration, processor: MplugOwl2Processor, image: str
+) -> Tensor:
     """(1, L, V) logits of a prompt with an image, on the CPU."""
     inputs = processor(
         images=[[image]], text=["USER: <|image|>What is this? ASSISTANT:"], return_tensors="pt"

@@ -121,7 +121,9 @@ def read_vision(source: str | Path, image_size: int | None) -> StockVision:
     return _resized(tower, image_size)
 
 
-def _vision_config(source: str | Path, config: Any, **kwargs: Any) -> MplugOwl2VisionConfig:
+def _vision_config(
+    source: str | Path, config: PreTrainedConfig, **kwargs: Any
+) -> MplugOwl2VisionConfig:
     """Ours, from the fields that CLIP and DINOv2 share."""
     if config.num_channels != 3:
         raise ValueError(
@@ -147,7 +149,7 @@ def _side(source: str | Path, name: str, value: Any) -> int:
     return sides.pop()
 
 
-def _read_clip(source: str | Path, config: Any) -> StockVision:
+def _read_clip(source: str | Path, config: PreTrainedConfig) -> StockVision:
     ours = _vision_config(
         source,
         config,
@@ -162,7 +164,7 @@ def _read_clip(source: str | Path, config: Any) -> StockVision:
     return StockVision(ours, state)
 
 
-def _read_dinov2(source: str | Path, config: Any) -> StockVision:
+def _read_dinov2(source: str | Path, config: PreTrainedConfig) -> StockVision:
     """DINOv2 without what our tower lacks: scales go into the layers before them, the patch bias
     into positions.
     """

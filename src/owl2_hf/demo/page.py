@@ -15,7 +15,9 @@ from transformers.utils import logging
 
 from ..default import default_pictures
 from ..limits import url_of
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..processing.image_processing_mplug_owl2 import FORMATS, MAX_FILE_BYTES
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from ..scoring import PRESETS, Preset, Score, Scorer, custom_preset
 from ..scoring.presets import own_preset
 from .chat import problem, to_messages
@@ -43,8 +45,8 @@ LAUNCH_OPTIONS: dict[str, Any] = {
 
 
 def build_page(
-    model: Any,
-    processor: Any,
+    model: MplugOwl2ForConditionalGeneration,
+    processor: MplugOwl2Processor,
     name: str,
     settings: DemoSettings | None = None,
     on_device: Callable[[Any], Any] = lambda function: function,

@@ -19,6 +19,7 @@ from ..conversation import with_images
 from ..limits import Context, open_pictures
 from ..modeling import MplugOwl2ForConditionalGeneration
 from ..processing.image_processing_mplug_owl2 import MAX_IMAGE_PIXELS
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from ..scoring import Preset, Score, Scorer
 
 MAX_ANALYZED_TOKENS = 64
@@ -57,7 +58,11 @@ class ModelWorker:
     """
 
     def __init__(
-        self, model: Any, processor: Any, name: str, settings: DemoSettings | None = None
+        self,
+        model: MplugOwl2ForConditionalGeneration,
+        processor: MplugOwl2Processor,
+        name: str,
+        settings: DemoSettings | None = None,
     ) -> None:
         if not isinstance(model, MplugOwl2ForConditionalGeneration):
             raise ValueError(

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..limits import Context
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from ..scoring.statistics import bootstrap_interval
 from ..training.messages import Place, locate_picture
 from ..training.rows import read_rows
@@ -225,8 +227,8 @@ def _named(value: Any, names: Sequence[str]) -> str:
 
 
 def evaluate_qbench(
-    model: Any,
-    processor: Any,
+    model: MplugOwl2ForConditionalGeneration,
+    processor: MplugOwl2Processor,
     questions: Sequence[Question],
     batch_size: int = 8,
     samples: int = 1000,
@@ -270,7 +272,11 @@ def evaluate_qbench(
     return report
 
 
-def _answers(model: Any, processor: Any, batch: Sequence[tuple[Question, Any]]) -> list[str]:
+def _answers(
+    model: MplugOwl2ForConditionalGeneration,
+    processor: MplugOwl2Processor,
+    batch: Sequence[tuple[Question, Any]],
+) -> list[str]:
     inputs = processor(
         text=[question.prompt for question, _ in batch],
         images=[[image] for _, image in batch],

@@ -44,7 +44,7 @@ class Adapter(NamedTuple):
     hub: dict[str, Any]  # where the Hub's copy of the adapter is looked for
 
 
-def find_adapter(source: Any, kwargs: dict[str, Any]) -> Adapter | None:
+def find_adapter(source: str | Path | None, kwargs: dict[str, Any]) -> Adapter | None:
     """What `from_pretrained(source, **kwargs)` names: an adapter, or `None` for a model, also one
     with its own adapter.
 
@@ -151,7 +151,9 @@ def _read_tensors(source: str | Path, name: str, hub: dict[str, Any]) -> dict[st
     return None if path is None else read_weights(path)
 
 
-def check_adapter_keys(source: Any, missing: Collection[str], unexpected: Collection[str]) -> None:
+def check_adapter_keys(
+    source: str | Path | None, missing: Collection[str], unexpected: Collection[str]
+) -> None:
     """An adapter fits where neither it nor the model has a tensor that the other lacks.
 
     Raises:
@@ -190,7 +192,7 @@ class NotPlacedError(ValueError):
 
 
 def place_adapter(
-    source: Any, model: PreTrainedModel, adapter_name: str, saved: dict[str, Tensor]
+    source: str | Path | None, model: PreTrainedModel, adapter_name: str, saved: dict[str, Tensor]
 ) -> None:
     """Check an adapter that transformers has loaded, and let PEFT put in what transformers left
     out.
@@ -210,7 +212,7 @@ def place_adapter(
 
 
 def check_adapter(
-    source: Any, model: PreTrainedModel, adapter_name: str, saved: dict[str, Tensor]
+    source: str | Path | None, model: PreTrainedModel, adapter_name: str, saved: dict[str, Tensor]
 ) -> None:
     """An adapter that is in a model is the one that was saved: all of it, and nothing else.
 
@@ -255,7 +257,7 @@ def _is_same(tensor: Tensor, saved: Tensor) -> bool:
     )
 
 
-def _original_error(source: Any) -> str:
+def _original_error(source: str | Path | None) -> str:
     return (
         f"{source} holds an adapter under the names of the original's code: bring it to this "
         f"package's with `owl2-hf convert {source} TARGET --base BASE_MODEL --to adapter`."

@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
+
+from .configuration_mplug_owl2 import MplugOwl2Config
 
 _LAYER = "model.layers.{}."
 _OUR_LAYER = "model.language_model.layers.{}."
@@ -169,7 +172,7 @@ _OWL2 = _Names({**RENAMED, **Q_SCORER}, FUSED, {}, PADDED)
 _OWL21 = _Names(QWEN_RENAMED, QWEN_FUSED, QWEN_STACKED, QWEN_PADDED)
 
 
-def _names_of(config: Any) -> _Names:
+def _names_of(config: MplugOwl2Config | None) -> _Names:
     return _OWL21 if config is not None and config.is_owl21 else _OWL2
 
 
@@ -216,7 +219,7 @@ def resize_rows(table: Tensor, num_rows: int) -> Tensor:
     return torch.cat([table, table.new_zeros(missing, *table.shape[1:])])
 
 
-def to_ours(key: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor]]:
+def to_ours(key: str, tensor: Tensor, config: MplugOwl2Config) -> Iterator[tuple[str, Tensor]]:
     """One tensor of the original under our names, none where it is dropped on purpose.
 
     Args:
@@ -276,7 +279,7 @@ def owner_of(key: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def original_key(name: str, config: Any = None) -> tuple[str, tuple[str, ...]]:
+def original_key(name: str, config: MplugOwl2Config | None = None) -> tuple[str, tuple[str, ...]]:
     """Where the original keeps one of our parameters: its key, and all of our names that go into
     it.
 
@@ -291,7 +294,7 @@ def original_key(name: str, config: Any = None) -> tuple[str, tuple[str, ...]]:
     return source.format(number), tuple(target.format(number) for target in targets)
 
 
-def to_original(key: str, parts: Mapping[str, Tensor], config: Any) -> Tensor:
+def to_original(key: str, parts: Mapping[str, Tensor], config: MplugOwl2Config) -> Tensor:
     """The original's tensor from ours.
 
     Args:
@@ -307,7 +310,9 @@ def to_original(key: str, parts: Mapping[str, Tensor], config: Any) -> Tensor:
         ordered = [parts[target.format(number)] for target in names.fused[template]]
         return merge_query_key_value(ordered, config.vision_config.num_attention_heads)
     (tensor,) = parts.values()
-    return resize_rows(tensor, config.output_vocab_size) if template in names.padded else tensor
+    if template not in names.padded:
+        return tensor
+    return resize_rows(tensor, config.output_vocab_size or len(tensor))
 
 
 def split_number(key: str) -> tuple[str, str]:
@@ -328,10 +333,10 @@ class SplitQueryKeyValue(ConversionOps):
     @torch.no_grad()
     def convert(
         self,
-        input_dict: Any,
-        source_patterns: Any,
-        target_patterns: Any,
-        config: Any = None,
+        input_dict: dict[str, Tensor | list[Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        config: PreTrainedConfig,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         (fused,) = map(_single, input_dict.values())
@@ -351,10 +356,10 @@ class MergeQueryKeyValue(ConversionOps):
     @torch.no_grad()
     def convert(
         self,
-        input_dict: Any,
-        source_patterns: Any,
-        target_patterns: Any,
-        config: Any = None,
+        input_dict: dict[str, Tensor | list[Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        config: PreTrainedConfig,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         vision = getattr(config, "vision_config", config)
@@ -375,10 +380,10 @@ class PadVocabulary(ConversionOps):
     @torch.no_grad()
     def convert(
         self,
-        input_dict: Any,
-        source_patterns: Any,
-        target_patterns: Any,
-        config: Any = None,
+        input_dict: dict[str, Tensor | list[Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        config: PreTrainedConfig,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         (table,) = map(_single, input_dict.values())
@@ -400,10 +405,10 @@ class TrimVocabulary(ConversionOps):
     @torch.no_grad()
     def convert(
         self,
-        input_dict: Any,
-        source_patterns: Any,
-        target_patterns: Any,
-        config: Any = None,
+        input_dict: dict[str, Tensor | list[Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        config: PreTrainedConfig,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         (table,) = map(_single, input_dict.values())

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .compatibility_mplug_owl2 import (
@@ -105,7 +105,9 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
                     "generate, which takes batches."
                 )
 
-    def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_generated_length(
+        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in transformers, but an answer whose length nobody asked for ends with the context."""
         generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
         num_ids, num_prompt = kwargs["input_ids_length"], kwargs["inputs_tensor"].shape[1]

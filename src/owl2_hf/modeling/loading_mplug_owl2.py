@@ -13,6 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.generation import GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -25,6 +26,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
     logging,
 )
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters_mplug_owl2 import (
     check_adapter_keys,
@@ -38,6 +40,7 @@ from .adapters_mplug_owl2 import (
     whole_dora_names,
 )
 from .compatibility_mplug_owl2 import AdapterMethods
+from .configuration_mplug_owl2 import MplugOwl2Config
 
 # Importing it also teaches transformers the original's layout.
 from .conversion_mplug_owl2 import (
@@ -87,7 +90,7 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: Any,
+        pretrained_model_name_or_path: str | Path | None,
         *args: Any,
         output_loading_info: bool = False,
         **kwargs: Any,
@@ -160,7 +163,11 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(
-        model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any
+        model: PreTrainedModel,
+        state_dict: dict[str, Tensor] | None,
+        checkpoint_files: list[str] | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """As in transformers, which does not look how long a record is before it reads it."""
         for file in checkpoint_files or ():
@@ -233,7 +240,11 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def save_pretrained(
-        self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        *args: Any,
+        save_original_format: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Save the model, by default in this package's layout, also if loaded from the original's.
 
@@ -255,18 +266,18 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
         )
 
 
-def _is_original(source: Any, hub: dict[str, Any]) -> bool:
-    return source is not None and "visual_config" in _read_json(source, CONFIG_NAME, hub)
+def _is_original(source: str | Path | None, hub: dict[str, Any]) -> bool:
+    return "visual_config" in _read_json(source, CONFIG_NAME, hub)
 
 
 def _generation_config(
-    config: Any, given: dict[str, Any], source: Any, hub: dict[str, Any]
+    config: MplugOwl2Config, given: dict[str, Any], source: str | Path | None, hub: dict[str, Any]
 ) -> GenerationConfig:
     """As a converted folder has it: mostly the ids that end and pad."""
     settings = original_generation_config(config, given)
     vocabulary = (
         find_file(source, "qwen.tiktoken", hub)
-        if config.is_owl21 and settings.eos_token_id is None
+        if source is not None and config.is_owl21 and settings.eos_token_id is None
         else None
     )
     if vocabulary is not None:
@@ -277,9 +288,9 @@ def _generation_config(
     return settings
 
 
-def _read_json(source: Any, name: str, hub: dict[str, Any]) -> dict[str, Any]:
+def _read_json(source: str | Path | None, name: str, hub: dict[str, Any]) -> dict[str, Any]:
     """A file's settings; none where there is no such file, or nothing to read in it."""
-    path = find_file(source, name, hub)
+    path = None if source is None else find_file(source, name, hub)
     if path is None:
         return {}
     try:
@@ -290,7 +301,7 @@ def _read_json(source: Any, name: str, hub: dict[str, Any]) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def original_generation_config(config: Any, given: dict[str, Any]) -> GenerationConfig:
+def original_generation_config(config: MplugOwl2Config, given: dict[str, Any]) -> GenerationConfig:
     """How a model in the original's layout generates.
 
     Args:
@@ -315,7 +326,9 @@ def original_generation_config(config: Any, given: dict[str, Any]) -> Generation
     return GenerationConfig(**values)
 
 
-def spare_vision_side(quantization_config: Any) -> Any:
+def spare_vision_side(
+    quantization_config: QuantizationConfigMixin | dict[str, Any],
+) -> QuantizationConfigMixin:
     """The same quantisation, with `UNQUANTIZED` where it says neither what it leaves alone nor what
     it takes.
     """
@@ -332,7 +345,7 @@ def spare_vision_side(quantization_config: Any) -> Any:
     return quantization_config
 
 
-def _check_index(source: Any, hub: dict[str, Any]) -> None:
+def _check_index(source: str | Path | None, hub: dict[str, Any]) -> None:
     """Entries of a local index stay in its folder; transformers would follow them anywhere.
 
     Raises:
@@ -349,7 +362,7 @@ def _check_index(source: Any, hub: dict[str, Any]) -> None:
                 )
 
 
-def _check_files(source: Any, hub: dict[str, Any]) -> None:
+def _check_files(source: str | Path | None, hub: dict[str, Any]) -> None:
     """Look for a broken weight file, where loading has failed: the errors of its readers do not
     name it.
 
@@ -372,7 +385,10 @@ def _check_files(source: Any, hub: dict[str, Any]) -> None:
 
 
 def _check_keys(
-    source: Any, model: PreTrainedModel, missing: Collection[str], unexpected: Collection[str]
+    source: str | Path | None,
+    model: PreTrainedModel,
+    missing: Collection[str],
+    unexpected: Collection[str],
 ) -> None:
     """Each parameter below the head is in the checkpoint, and each tensor of the checkpoint in the
     model.

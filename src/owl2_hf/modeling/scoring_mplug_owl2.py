@@ -12,10 +12,13 @@ and their released code.
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .adapters_mplug_owl2 import find_file
 from .presets_mplug_owl2 import (
@@ -26,6 +29,9 @@ from .presets_mplug_owl2 import (
     Preset,
     read_preset,
 )
+
+if TYPE_CHECKING:  # it imports the Auto classes, which may be in the middle of importing this file
+    from transformers.processing_utils import ProcessorMixin
 
 # Ids of the level words in LLaMA-2's vocabulary, which is told by its size.
 _LLAMA2_SIZE = 32000
@@ -44,7 +50,7 @@ _LLAMA2_IDS = {
 }
 
 
-def own_preset(model: Any) -> Preset | None:
+def own_preset(model: PreTrainedModel) -> Preset | None:
     """Return the preset that is stored with a model's weights or adapter.
 
     Return `None` if there is none.
@@ -56,7 +62,7 @@ def own_preset(model: Any) -> Preset | None:
     return None if file is None else read_preset(file)
 
 
-def _own_files(model: Any, name: str) -> Iterator[Path]:
+def _own_files(model: PreTrainedModel, name: str) -> Iterator[Path]:
     """Files of this name in the folders or repositories that a model was loaded from, the adapter's
     first.
     """
@@ -70,14 +76,14 @@ def _own_files(model: Any, name: str) -> Iterator[Path]:
             yield file
 
 
-def _place(model: Any) -> tuple[str, dict[str, Any]] | None:
+def _place(model: PreTrainedModel) -> tuple[str, dict[str, Any]] | None:
     """Where the weights came from, and of which commit; `None` for a model that was not loaded."""
     name = getattr(model, "name_or_path", None)
     commit = getattr(getattr(model, "config", None), "_commit_hash", None)
     return (str(name), {"revision": commit} if commit else {}) if name else None
 
 
-def level_id(tokenizer: Any, word: str) -> int:
+def level_id(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
     """The token that a word is behind other words, with its space."""
     before = tokenizer("a", add_special_tokens=False).input_ids
     ids = tokenizer(f"a {word}", add_special_tokens=False).input_ids[len(before) :]
@@ -96,7 +102,7 @@ def level_id(tokenizer: Any, word: str) -> int:
     return ids[0]
 
 
-def level_ids(tokenizer: Any, preset: Preset) -> list[list[int]]:
+def level_ids(tokenizer: PreTrainedTokenizerBase, preset: Preset) -> list[list[int]]:
     """The tokens of each level's words.
 
     Raises:
@@ -107,13 +113,13 @@ def level_ids(tokenizer: Any, preset: Preset) -> list[list[int]]:
 
 
 def level_inputs(
-    model: Any,
-    processor: Any,
+    model: PreTrainedModel,
+    processor: "ProcessorMixin",
     preset: Preset,
     frames: Sequence[Sequence[Any]],
     prompt: str,
     **options: Any,
-) -> Any:
+) -> BatchFeature:
     """What the model takes for B images or videos.
 
     Args:
@@ -169,7 +175,9 @@ def level_logits(logits: Tensor, ids: Sequence[Sequence[int]], preset: Preset) -
     return levels
 
 
-def read_levels(model: Any, inputs: Any, ids: Sequence[Sequence[int]], preset: Preset) -> Tensor:
+def read_levels(
+    model: PreTrainedModel, inputs: BatchFeature, ids: Sequence[Sequence[int]], preset: Preset
+) -> Tensor:
     """(B, K) logits of the levels at the place of the answer's first word, without gradients, on
     the CPU.
 
@@ -206,7 +214,7 @@ class ScoresImages:
         task_: str = "quality",
         input_: str = "image",
         *,
-        processor: Any = None,
+        processor: "ProcessorMixin | None" = None,
         batch_size: int = 8,
     ) -> Tensor:
         """Score images or videos.
@@ -246,7 +254,7 @@ class ScoresImages:
                 scores.append(expected_score(levels, preset)[0])
         return torch.tensor(scores, dtype=torch.float32, device=self.device)
 
-    def _own_processor(self) -> Any:
+    def _own_processor(self) -> "ProcessorMixin":
         """The processor beside the weights; loaded once."""
         place = _place(self)
         found, loaded_from = getattr(self, "_scoring_processor", (None, None))

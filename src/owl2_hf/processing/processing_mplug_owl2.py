@@ -25,6 +25,7 @@ from transformers.processing_utils import (
     TextKwargs,
     Unpack,
 )
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file, logging
 
 from .image_processing_mplug_owl2 import MplugOwl2ImageProcessor, flatten_images, is_many
@@ -135,9 +136,9 @@ class MplugOwl2Processor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        chat_template: Any = None,
+        image_processor: MplugOwl2ImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | dict[str, str] | None = None,
         num_image_tokens: int = 65,
         image_token: str = "<|image|>",
         legacy: bool = True,
@@ -146,6 +147,8 @@ class MplugOwl2Processor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.legacy = legacy
+        if tokenizer is None:
+            raise ValueError("expected a tokenizer, got none: a processor needs its tokenizer.")
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(
@@ -633,12 +636,12 @@ def _as_data(value: Any) -> Any:
     return value
 
 
-def _default_template(tokenizer: Any) -> str:
+def _default_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template that begins as the tokenizer begins a text."""
     return CHAT_TEMPLATE if _writes_bos(tokenizer) else PLAIN_CHAT_TEMPLATE
 
 
-def _writes_bos(tokenizer: Any) -> bool:
+def _writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer begins a text with its token for that."""
     return tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 

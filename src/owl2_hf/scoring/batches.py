@@ -16,7 +16,7 @@ from .sources import HubFile, Member, Row
 
 PREFIX = "input_"  # of a column of the data set that has the name of one of the output's own
 # Batches are prepared on the CPU, wherever the model is.
-_NO_MODEL = SimpleNamespace(device="cpu")
+_NO_MODEL: Any = SimpleNamespace(device="cpu")
 
 
 @dataclass(frozen=True)

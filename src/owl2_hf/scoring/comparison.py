@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from .presets import IMAGE_TOKEN, Preset
 from .scorer import Scorer
 
@@ -55,8 +57,8 @@ class Comparator:
 
     def __init__(
         self,
-        model: Any,
-        processor: Any,
+        model: MplugOwl2ForConditionalGeneration,
+        processor: MplugOwl2Processor,
         preset: Preset = COMPARE2SCORE,
         batch_size: int = 4,
         original_reading: bool = False,

@@ -1,7 +1,8 @@
 """Squares that cover an image."""
 
 import math
-from typing import Any
+
+from ..processing.image_processing_mplug_owl2 import MplugOwl2ImageProcessor
 
 
 def crop_boxes(width: int, height: int, side: int) -> list[tuple[int, int, int, int]]:
@@ -28,7 +29,7 @@ def crop_boxes(width: int, height: int, side: int) -> list[tuple[int, int, int, 
     ]
 
 
-def side_of(image_processor: Any) -> int:
+def side_of(image_processor: MplugOwl2ImageProcessor) -> int:
     """The side of the model's square, in pixels."""
     size = dict(image_processor.size)
     return size.get("height") or size["shortest_edge"]

@@ -9,7 +9,6 @@ shifted and stretched. Releases without the pipeline do not look at the files.
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from ..modeling.presets_mplug_owl2 import (
     IMAGE_TOKEN,
@@ -19,6 +18,7 @@ from ..modeling.presets_mplug_owl2 import (
     read_preset,
 )
 from ..modeling.scoring_mplug_owl2 import level_ids
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 
 _, CONFIG_FILE, TEMPLATE_FILE = SCORER_FILES
 
@@ -74,7 +74,7 @@ def decision_files(preset: Preset) -> dict[str, str]:
     return {CONFIG_FILE: json.dumps(config, indent=2) + "\n", TEMPLATE_FILE: template}
 
 
-def scorer_files(preset: Preset, processor: Any = None) -> dict[str, str]:
+def scorer_files(preset: Preset, processor: MplugOwl2Processor | None = None) -> dict[str, str]:
     """Name -> text of all that says how a model scores, for the folder of its weights.
 
     Args:

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..naming import naming_model
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from .presets import PRESETS, Preset
 from .scorer import Scorer
 
@@ -129,8 +131,8 @@ def create_metric(
     as_loss: bool = False,
     device: str | torch.device | None = None,
     *,
-    model: Any = None,
-    processor: Any = None,
+    model: str | Path | MplugOwl2ForConditionalGeneration | None = None,
+    processor: MplugOwl2Processor | None = None,
     original_reading: bool = True,
     batch_size: int = 8,
     loss_reduction: str = "mean",
@@ -181,7 +183,9 @@ def create_metric(
     return Metric(scorer, name, as_loss, loss_reduction, check_input_range)
 
 
-def _load(model: str, processor: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _load(
+    model: str, processor: MplugOwl2Processor | None, kwargs: dict[str, Any]
+) -> tuple[MplugOwl2ForConditionalGeneration, MplugOwl2Processor]:
     """A model with frozen weights, and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

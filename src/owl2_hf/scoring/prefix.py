@@ -3,10 +3,9 @@
 B: images of one batch, L: positions, P: positions in front of the image, V: embedding rows.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 from transformers.cache_utils import DynamicCache
 
 from ..modeling.compatibility_mplug_owl2 import named_cache
@@ -26,7 +25,7 @@ class PrefixScorer(Scorer):
 
     _prefix: tuple[Tensor, KeysAndValues] | None = None
 
-    def _read(self, inputs: Any) -> Tensor:
+    def _read(self, inputs: BatchFeature) -> Tensor:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]  # (B, L)
         length = int(ids[0].eq(self.model.config.image_token_id).nonzero()[0])
         # Behind padding, or without text in front, there is nothing that all images share.

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from .presets import Preset
 from .scorer import Scorer
 
@@ -22,8 +24,8 @@ COLUMNS = ("images", "image")  # TRL's own names
 
 
 def reward(
-    model: Any,
-    processor: Any,
+    model: MplugOwl2ForConditionalGeneration,
+    processor: MplugOwl2Processor,
     style: Literal["trl", "flow_grpo", "ddpo"],
     preset: str | Preset | None = None,
     task: str = "quality",

@@ -7,7 +7,7 @@ Sources: Q-Align (arXiv:2312.17090), Q-Instruct (arXiv:2311.06783), DeQA-Score (
 and their released code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import BatchFeature
 
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..modeling.presets_mplug_owl2 import PRESETS, Preset
 from ..modeling.scoring_mplug_owl2 import (
     expected_score,
@@ -27,6 +29,7 @@ from ..modeling.scoring_mplug_owl2 import (
     read_levels,
 )
 from ..processing.image_processing_mplug_owl2 import is_many
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from .crops import crop_boxes, side_of
 from .frames import is_video_path, read_frames
 from .tensors import score_tensor
@@ -78,8 +81,8 @@ class Scorer:
 
     def __init__(
         self,
-        model: Any,
-        processor: Any,
+        model: MplugOwl2ForConditionalGeneration,
+        processor: MplugOwl2Processor,
         preset: str | Preset | None = None,
         scale: tuple[float, float] | None = None,
         batch_size: int = 8,
@@ -135,7 +138,7 @@ class Scorer:
             scores += [self._score(levels) for levels in self._levels(batch, prompt)]
         return scores
 
-    def prepare(self, images: Sequence[Any], task: str = "quality") -> Any:
+    def prepare(self, images: Sequence[Any], task: str = "quality") -> BatchFeature:
         """Return the model's inputs for B images. Images can be read while the model is busy.
 
         Raises:
@@ -143,7 +146,7 @@ class Scorer:
         """
         return self._inputs([[image] for image in images], self._prompt(task))
 
-    def score_prepared(self, inputs: Any) -> list[Score]:
+    def score_prepared(self, inputs: BatchFeature) -> list[Score]:
         """Return the scores of inputs that `prepare` made, in one forward pass.
 
         Raises:
@@ -215,11 +218,13 @@ class Scorer:
         frames = [list(image) if is_many(image) else [image] for image in images]
         return self._read(self._inputs(frames, prompt))
 
-    def _read(self, inputs: Any) -> Tensor:
+    def _read(self, inputs: BatchFeature) -> Tensor:
         """The model's inputs -> (B, K) logits of the levels, over the temperature."""
         return read_levels(self.model, inputs, self._ids, self.preset)
 
-    def _inputs(self, frames: list[list[Any]], prompt: str, size: Any = None) -> Any:
+    def _inputs(
+        self, frames: list[list[Any]], prompt: str, size: Mapping[str, int] | None = None
+    ) -> BatchFeature:
         """What the model takes for B images or videos.
 
         Args:

@@ -10,7 +10,7 @@ model's square, K: levels, N: images of a whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -19,9 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BatchFeature
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from ..modeling.scoring_mplug_owl2 import level_values
+from ..processing.image_processing_mplug_owl2 import MplugOwl2ImageProcessor
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from .crops import crop_boxes, side_of
 from .presets import Preset
 
@@ -33,15 +37,17 @@ _LARGEST_MEAN = 2.0  # of values from 0 to 1, with room for what a generator ove
 class ReadsLevels(Protocol):
     """What this file uses of a `Scorer`."""
 
-    model: Any
-    processor: Any
+    model: MplugOwl2ForConditionalGeneration
+    processor: MplugOwl2Processor
     preset: Preset
     batch_size: int
     crops: bool
 
     def _prompt(self, task: str) -> str: ...
 
-    def _inputs(self, frames: list[list[Any]], prompt: str, size: Any = None) -> Any: ...
+    def _inputs(
+        self, frames: list[list[Any]], prompt: str, size: Mapping[str, int] | None = None
+    ) -> BatchFeature: ...
 
     def _level_logits(self, logits: Tensor) -> Tensor: ...
 
@@ -61,7 +67,9 @@ def score_tensor(scorer: ReadsLevels, images: Any, task: str = "quality") -> Ten
     return torch.cat(scores)  # (B,)
 
 
-def pixel_values(image_processor: Any, images: Tensor, image_aspect_ratio: str) -> Tensor:
+def pixel_values(
+    image_processor: MplugOwl2ImageProcessor, images: Tensor, image_aspect_ratio: str
+) -> Tensor:
     """Images of one size -> what the image processor makes of them, with gradients.
 
     Args:
@@ -89,7 +97,9 @@ def pixel_values(image_processor: Any, images: Tensor, image_aspect_ratio: str) 
     return images
 
 
-def _to_square(image_processor: Any, images: Tensor, image_aspect_ratio: str) -> Tensor:
+def _to_square(
+    image_processor: MplugOwl2ImageProcessor, images: Tensor, image_aspect_ratio: str
+) -> Tensor:
     """(T, 3, H, W) -> (T, 3, S, S), by the steps of `MplugOwl2ImageProcessor`."""
     height, width = images.shape[-2:]
     side, max_pixels = side_of(image_processor), image_processor.max_image_pixels

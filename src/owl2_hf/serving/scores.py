@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from fastapi import HTTPException, Request
 from starlette.datastructures import UploadFile
+from transformers import BatchFeature
 from transformers.cli.serving.utils import GenerateManager
 from transformers.utils import logging
 
@@ -37,7 +38,7 @@ class _Waiting:
 
     scorer: Scorer
     task: str
-    inputs: Any
+    inputs: BatchFeature
     future: "Future[Score]" = field(default_factory=Future)
 
     def goes_with(self, other: "_Waiting") -> bool:
@@ -56,7 +57,7 @@ class Batcher:
         self._waiting: deque[_Waiting] = deque()
         self._lock = threading.Lock()
 
-    def submit(self, scorer: Scorer, task: str, inputs: Any) -> "asyncio.Future[Score]":
+    def submit(self, scorer: Scorer, task: str, inputs: BatchFeature) -> "asyncio.Future[Score]":
         """The score of one image, once the model is free; not computed if the future is cancelled
         before.
 

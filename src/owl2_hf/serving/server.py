@@ -25,15 +25,18 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..limits import Context, open_pictures, url_of
 from ..modeling import MplugOwl2ForConditionalGeneration
 from ..processing.image_processing_mplug_owl2 import MAX_IMAGE_PIXELS
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from ..scoring import PRESETS, Preset
 from .gate import Gate, error_body
 from .pictures import is_http, read_pictures
@@ -83,7 +86,9 @@ class ServerSettings:
 class PinnedModel(ModelManager):
     """The one model that there is; no request loads or unloads another."""
 
-    def __init__(self, name: str, model: Any, processor: Any) -> None:
+    def __init__(
+        self, name: str, model: MplugOwl2ForConditionalGeneration, processor: MplugOwl2Processor
+    ) -> None:
         super().__init__()
         self.name, self.model, self.processor = name, model, processor
         self.card = {
@@ -108,7 +113,12 @@ class Generator(GenerateManager):
     """
 
     async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+        self,
+        model: MplugOwl2ForConditionalGeneration,
+        processor: MplugOwl2Processor,
+        inputs: Any,
+        gen_config: GenerationConfig,
+        request_id: str,
     ) -> Any:
         text, *rest = await super().generate_non_streaming(
             model, processor, inputs, gen_config, request_id
@@ -117,10 +127,10 @@ class Generator(GenerateManager):
 
     def generate_streaming(
         self,
-        model: Any,
-        processor: Any,
+        model: MplugOwl2ForConditionalGeneration,
+        processor: MplugOwl2Processor,
         inputs: Any,
-        gen_config: Any,
+        gen_config: GenerationConfig,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -150,7 +160,12 @@ class Generator(GenerateManager):
 class Run:
     """What one request generates with: stands for the model in transformers' handlers."""
 
-    def __init__(self, model: Any, tokenizer: Any, seed: int | None) -> None:
+    def __init__(
+        self,
+        model: MplugOwl2ForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int | None,
+    ) -> None:
         self.model, self.config, self.tokenizer, self.seed = model, model.config, tokenizer, seed
         self.is_cancelled = threading.Event()
 
@@ -296,8 +311,8 @@ class ServedModel(Gate):
 
 def build_app(
     name: str,
-    model: Any,
-    processor: Any,
+    model: MplugOwl2ForConditionalGeneration,
+    processor: MplugOwl2Processor,
     settings: ServerSettings | None = None,
     preset: Preset | None = None,
 ) -> ServedModel:

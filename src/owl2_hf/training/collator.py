@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from .image_cache import ImageCache
 from .messages import ORIGIN, pictures_of, to_messages
 
@@ -54,7 +55,7 @@ class Collator:
 
     def __init__(
         self,
-        processor: Any,
+        processor: MplugOwl2Processor,
         max_length: int | None = None,
         image_folder: str | Path | None = None,
         padding_side: str = "right",

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from .bad_rows import BadRow, bad_row, look_over, open_all
 from .messages import pictures_of, to_messages
 from .rows import JsonLines, Rows, RowStream, read_rows, with_place
@@ -154,7 +155,7 @@ class DataReport:
 def check_rows(
     source: Any,
     image_folder: str | Path | None = None,
-    processor: Any = None,
+    processor: MplugOwl2Processor | None = None,
     max_length: int | None = None,
     split: str = "train",
     streaming: bool = False,

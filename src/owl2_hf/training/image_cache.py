@@ -23,6 +23,7 @@ import PIL
 from PIL import Image
 from transformers.utils import logging
 
+from ..processing.image_processing_mplug_owl2 import MplugOwl2ImageProcessor
 from ..scoring.crops import side_of
 
 logger = logging.get_logger(__name__)
@@ -48,7 +49,7 @@ class ImageCache:
             image.
     """
 
-    def __init__(self, folder: str | Path, image_processor: Any):
+    def __init__(self, folder: str | Path, image_processor: MplugOwl2ImageProcessor):
         if image_processor.image_aspect_ratio == "anchors" or not image_processor.do_resize:
             raise ValueError(
                 "image_cache keeps one square of each image, but this model's image processor "

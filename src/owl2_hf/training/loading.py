@@ -1,19 +1,28 @@
 """Load the model of a recipe, quantized, with its adapter, and with what it says frozen."""
 
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from ..naming import naming_model, place
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from .adapters import add_adapter
 from .components import freeze_all_but
 from .recipe import Recipe
 from .resolution import set_image_size
 
+if TYPE_CHECKING:  # only adapters need peft
+    from peft import PeftModel
 
-def load_for_training(recipe: Recipe) -> tuple[Any, Any]:
+
+def load_for_training(recipe: Recipe) -> "tuple[PreTrainedModel | PeftModel, MplugOwl2Processor]":
     """The model of a recipe, with its adapter and with what it says frozen, and the processor."""
     source = place(recipe.model)
     if not source:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..scoring.losses import (
@@ -67,10 +67,10 @@ class ScoreTrainer(Owl2Trainer):
 
     def compute_loss(
         self,
-        model: Any,
+        model: nn.Module,
         inputs: Mapping[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The next-token loss for hard labels; for soft ones those of pairs and single images."""
         opinions = {name: inputs[name] for name in ("level_probs", "mos", "mos_stds")}
@@ -132,10 +132,10 @@ class ScoreTrainer(Owl2Trainer):
 
     def prediction_step(
         self,
-        model: Any,
+        model: nn.Module,
         inputs: Mapping[str, Any],
         prediction_loss_only: bool,
-        ignore_keys: Any = None,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
         """Loss, scores (B, 1), and MOS with the number of the data set (B, 2)."""
         inputs = self._prepare_inputs(inputs)
@@ -146,7 +146,7 @@ class ScoreTrainer(Owl2Trainer):
         known = torch.stack([inputs["mos"].to(scores), inputs["datasets"].to(scores)], -1)
         return loss.detach().mean(), scores[:, None], known
 
-    def _agreement(self, prediction: Any) -> dict[str, float]:
+    def _agreement(self, prediction: EvalPrediction) -> dict[str, float]:
         """SRCC and PLCC (without a fit), the mean over data sets, and those of each where there are
         several.
         """

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from ..scoring import IMAGE_TOKEN, Preset
 from ..scoring.frames import is_video_path
 from ..scoring.labels import hard_level, soft_label
@@ -343,7 +344,7 @@ def answer_ids(collator: Collator, recipe: ScoreRecipe) -> tuple[list[int], list
     return answers[0][:place], ids
 
 
-def preset_of(recipe: ScoreRecipe, processor: Any) -> Preset:
+def preset_of(recipe: ScoreRecipe, processor: MplugOwl2Processor) -> Preset:
     """How the trained model is asked: its first question, up to the level."""
     chat = [{"role": "user", "content": question_parts(recipe.questions[0])}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)

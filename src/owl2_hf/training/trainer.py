@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
 from .checkpoints import last_checkpoint
 from .components import Parameters, count_parameters, parameter_groups
 
@@ -42,7 +43,7 @@ class Owl2Trainer(Trainer):
     """
 
     compute_loss_func: Any
-    control: Any
+    control: TrainerControl
 
     def __init__(
         self,
@@ -197,7 +198,7 @@ class SmoothedLoss:
         factor: Share of the target that all ids have in common.
     """
 
-    def __init__(self, config: Any, factor: float):
+    def __init__(self, config: MplugOwl2Config, factor: float):
         self.config, self.factor = config, factor
 
     def __call__(
@@ -236,17 +237,20 @@ class RunRecord(TrainerCallback):
 
     def on_train_begin(
         self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: Any = None,
-        optimizer: Any = None,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
             self.on_parameters(count_parameters(model, optimizer.param_groups))
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             self.write(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
@@ -263,14 +267,22 @@ class Progress(TrainerCallback):
         self.is_whole = False
         self.saved_step = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.is_whole, self.saved_step = True, state.global_step
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.is_whole = False
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.is_whole = True
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.saved_step = state.global_step
