@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..training.messages import Place, locate_picture
 from .opinion import Opinion, Opinions, opinions_of
+from .tables import open_csv
 
 logger = logging.get_logger(__name__)
 
@@ -283,16 +284,13 @@ def _find(root: Path, name: str, *choices: str) -> Path:
 
 def _csv(path: Path) -> Iterator[tuple[int, Row]]:
     """Line and row of each record."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            for row in reader:
-                yield (
-                    reader.line_num,
-                    {str(key).strip(): str(value).strip() for key, value in row.items()},
-                )
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no CSV in UTF-8: {error}.") from None
+    with open_csv(path) as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            yield (
+                reader.line_num,
+                {str(key).strip(): str(value).strip() for key, value in row.items()},
+            )
 
 
 def _table(path: Path, *names: str) -> Iterator[tuple[int, Row]]:

@@ -19,7 +19,7 @@ from ..processing.image_processing_mplug_owl2 import MAX_FILE_BYTES
 from ..training.data import import_datasets
 from ..training.messages import Place, locate_picture
 from .frames import VIDEO_SUFFIXES, image_suffixes, is_video_path
-from .tables import csv_columns, import_parquet, read_csv, read_parquet
+from .tables import csv_columns, import_parquet, parquet_schema, read_csv, read_parquet
 
 LISTS = (".csv", ".parquet")
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -125,12 +125,7 @@ class Listing(Source):
         if self.path.suffix.lower() == ".csv":
             names: dict[str, Any] = dict.fromkeys(csv_columns(self.path))
         else:
-            pyarrow = import_parquet(path)
-            try:
-                schema = pyarrow.parquet.read_schema(path)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise ValueError(f"{path} is no Parquet file: {error}") from None
-            names = _without_bytes(schema, column)
+            names = _without_bytes(parquet_schema(self.path), column)
         if column not in names:
             raise ValueError(
                 f"{path}: expected the column {column}, got {', '.join(names) or 'none'}; --column "

@@ -2,8 +2,9 @@
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 Numbered = tuple[int, Mapping[str, Any] | ValueError]
 
@@ -27,13 +28,8 @@ def csv_columns(path: Path) -> list[str]:
     Raises:
         ValueError: If the file is not UTF-8, or no CSV.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return [name.strip() for name in next(csv.reader(file, strict=True), [])]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8: save it as UTF-8.") from None
-    except csv.Error as error:
-        raise ValueError(f"{path} is no CSV: {error}.") from None
+    with open_csv(path) as file:
+        return [name.strip() for name in next(csv.reader(file, strict=True), [])]
 
 
 def read_csv(path: Path, expected: Sequence[Sequence[str]]) -> Iterator[Numbered]:
@@ -52,22 +48,44 @@ def read_csv(path: Path, expected: Sequence[Sequence[str]]) -> Iterator[Numbered
         raise ValueError(
             f"{path}: expected the {columns} {wanted}, got {', '.join(names) or 'none'}."
         )
+    with open_csv(path) as file:
+        reader = csv.DictReader(file, strict=True)
+        reader.fieldnames = names if reader.fieldnames else None  # the first line is read
+        last = reader.line_num
+        for row in reader:
+            number, last = last + 1, reader.line_num
+            if None in row or None in row.values():
+                count = len(names) + len(row.get(None) or ()) - list(row.values()).count(None)
+                yield number, ValueError(f"expected {len(names)} values, got {count}.")
+            else:
+                yield number, row
+
+
+@contextmanager
+def open_csv(path: Path) -> Iterator[TextIO]:
+    """The text of a CSV file, and errors that name the file.
+
+    Raises:
+        ValueError: If it is not UTF-8, or what is read of it is no CSV.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            reader.fieldnames = names if reader.fieldnames else None  # the first line is read
-            last = reader.line_num
-            for row in reader:
-                number, last = last + 1, reader.line_num
-                if None in row or None in row.values():
-                    count = len(names) + len(row.get(None) or ()) - list(row.values()).count(None)
-                    yield number, ValueError(f"expected {len(names)} values, got {count}.")
-                else:
-                    yield number, row
+            yield file
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8: save it as UTF-8.") from None
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV: {error}.") from None
+
+
+def parquet_schema(path: Path) -> Any:
+    """The columns of a Parquet file, a `pyarrow.Schema`.
+
+    Raises:
+        ValueError: pyarrow is not installed, or the file is no Parquet.
+    """
+    pyarrow = import_parquet(path)
+    with _parquet_errors(path, pyarrow):
+        return pyarrow.parquet.read_schema(path)
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Iterator[Numbered]:
@@ -80,12 +98,18 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Iterator[N
         ValueError: pyarrow is not installed, or the file is no Parquet.
     """
     pyarrow = import_parquet(path)
+    number = 0
+    with _parquet_errors(path, pyarrow), pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+@contextmanager
+def _parquet_errors(path: Path, pyarrow: Any) -> Iterator[None]:
+    """Errors that name the file."""
     try:
-        number = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+        yield
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no Parquet file: {error}") from None
