@@ -19,6 +19,7 @@ from transformers import TextStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .limits import Context
 from .modeling import MplugOwl2ForConditionalGeneration
 from .processing import MplugOwl2Processor
 
@@ -96,7 +97,7 @@ class Conversation:
                 f"top_p={top_p} has no effect at temperature 0: give a temperature above 0 too."
             )
         self.model, self.processor, self.system = model, processor, system
-        self.context = model.config.get_text_config().max_position_embeddings
+        self.context = Context(model, processor)
         self.max_new_tokens = (
             max_new_tokens or model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         )
@@ -175,12 +176,13 @@ class Conversation:
             return_tensors="pt",
         ).to(self.model.device)
         num_prompt = inputs["input_ids"].shape[1]
-        room = self.context - num_prompt
-        if room < 1:
+        try:
+            room = self.context.room(num_prompt)
+        except ValueError:
             raise ValueError(
                 f"the conversation is full: with this message it has {num_prompt} tokens, and the "
-                f"context of the model {self.context}. /clear starts a new conversation."
-            )
+                f"context of the model {self.context.size}. /clear starts a new conversation."
+            ) from None
         features = self._encode(inputs.pop("pixel_values", None))
         if features:
             inputs["mm_encoder_outputs"] = {

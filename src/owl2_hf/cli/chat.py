@@ -177,7 +177,7 @@ class Session:
             "stopped": f"stopped; {kept}.",
             "length": f"cut off after {self.conversation.max_new_tokens} tokens; "
             "--max-new-tokens allows more.",
-            "context": f"cut off, because the context of {self.conversation.context} tokens is "
+            "context": f"cut off, because the context of {self.conversation.context.size} tokens is "
             "full. /clear starts a new conversation.",
         }
         if reply.ending in endings:
