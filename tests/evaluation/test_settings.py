@@ -9,6 +9,7 @@ from PIL import Image
 
 import owl2_hf
 from owl2_hf.evaluation import EVALUATIONS
+from owl2_hf.modeling.scoring_mplug_owl2 import own_preset
 
 
 def test_prompts_are_the_originals():
@@ -113,6 +114,13 @@ def test_lmms_eval_gets_the_answers_of_the_pipeline(lmms):
     ]
     ((log_probability, is_greedy),) = model.loglikelihood(scored)
     assert is_greedy and log_probability < 0
+
+
+def test_lmms_eval_knows_the_models_of_the_package_and_names_what_is_missing(lmms):
+    scorer = lmms.Owl2("default-scorer").model
+    assert own_preset(scorer) is not None
+    with pytest.raises(ValueError, match="model 'no such': there is no such folder"):
+        lmms.Owl2("no such")
 
 
 def test_pictures_stand_where_the_question_marks_them(lmms):

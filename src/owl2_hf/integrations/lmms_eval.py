@@ -13,10 +13,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import owl2_hf
-
 from ..evaluation.settings import EVALUATIONS
 from ..limits import Context
+from ..naming import naming_model
+from ..naming import place as place_of
 
 
 def manifest() -> ModelManifest:
@@ -28,8 +28,8 @@ class Owl2(lmms):
     """A model of the family behind lmms-eval's interface.
 
     Args:
-        pretrained: Folder or Hub id, in this package's format or the original's; `default` for the
-            embedded model.
+        pretrained: Folder or Hub id, in this package's format or the original's; `default` or
+            `default-scorer` for a model in the package.
         device: Where to run.
         dtype: As `from_pretrained` takes it.
         batch_size: Questions in one call of `generate`.
@@ -57,11 +57,10 @@ class Owl2(lmms):
             )
         if prompt is not None and prompt not in EVALUATIONS:
             raise ValueError(f"expected a prompt of {', '.join(EVALUATIONS)}, got {prompt!r}.")
-        if pretrained == "default":
-            self.model, self.processor = owl2_hf.load_default()
-        else:
-            self.model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype).eval()
-            self.processor = AutoProcessor.from_pretrained(pretrained)
+        with naming_model(pretrained):
+            folder = place_of(pretrained)
+            self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+            self.processor = AutoProcessor.from_pretrained(folder)
         self.model.to(device)
         self.batch_size = int(batch_size)
         self.settings = None if prompt is None else EVALUATIONS[prompt]
