@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from owl2_hf.cli import app
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
+from owl2_hf.modeling.conversion_mplug_owl2 import original_key, to_original, to_ours
 
 NORM = "model.norm.weight"
 
@@ -94,3 +95,30 @@ def refused(*arguments):
     lines = [line for line in result.stderr.splitlines() if line.startswith("owl2-hf: ")]
     assert len(lines) == 1, result.stderr
     return lines[0]
+
+
+def assert_names_are_covered(config, keys):
+    """Every tensor of a published model has its place, by name and shape, every place is filled,
+    and back.
+
+    Args:
+        keys: JSON file of the published names, each with its shape and dtype.
+    """
+    if not keys.is_file():
+        pytest.skip("the key list of the published model is not here")
+    with torch.device("meta"):
+        model = MplugOwl2ForConditionalGeneration(config)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        published = {
+            key: torch.Size(shape) for key, (shape, _) in json.loads(keys.read_text()).items()
+        }
+        converted = {}
+        for key, shape in published.items():
+            converted.update(to_ours(key, torch.empty(shape), config))
+    assert {name: tensor.shape for name, tensor in converted.items()} == expected
+    back = {}
+    for name in converted:
+        key, parts = original_key(name, config)
+        back[key] = to_original(key, {part: converted[part] for part in parts}, config).shape
+    # The model computes the rotary frequencies.
+    assert back == {key: shape for key, shape in published.items() if "inv_freq" not in key}
