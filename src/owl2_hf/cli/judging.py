@@ -3,13 +3,17 @@
 import csv
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .app import app, report_mistakes, say, say_json
 from .loading import load, preset_of
 from .options import JSON, AllowOutside, Debug, Device, Levels, OriginalReading, Preset, Prompt
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from ..evaluation.qbench import QBenchReport
+    from ..scoring.judging import Evaluation
 
 # Options without a meaning for questions.
 _OF_SCORES = (
@@ -155,13 +159,7 @@ def evaluate_scores(
         say(
             f"owl2-hf: {opinions.name}: row {opinion.row}: {' '.join(str(error).split())}", err=True
         )
-    if as_json:
-        say_json(report.to_dict())
-    elif as_csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows(report.table())
-    else:
-        for line in report.lines():
-            say(line)
+    _say_report(report, as_json, as_csv)
     if plot is not None:
         report.plot(plot)
     if card is not None:
@@ -211,6 +209,13 @@ def _evaluate_qbench(
     report = evaluate_qbench(loaded, processor, questions, batch_size, samples, seed, show_progress)
     for question, error in report.failed:
         say(f"owl2-hf: qbench: row {question.row}: {' '.join(str(error).split())}", err=True)
+    _say_report(report, as_json, as_csv)
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def _say_report(report: "Evaluation | QBenchReport", as_json: bool, as_csv: bool) -> None:
+    """Print a report in the form that was asked for."""
     if as_json:
         say_json(report.to_dict())
     elif as_csv:
@@ -218,5 +223,3 @@ def _evaluate_qbench(
     else:
         for line in report.lines():
             say(line)
-    if report.failed:
-        raise typer.Exit(1)
