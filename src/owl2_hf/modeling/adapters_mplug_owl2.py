@@ -108,7 +108,7 @@ def read_adapter(
     """An adapter's tensors under the names in its file.
 
     Args:
-        use_safetensors: As in transformers: `False` prefers the pickle where there are both.
+        use_safetensors: `False` prefers the pickle where there are both, as in transformers.
 
     Raises:
         ValueError: If there are none, or the file is broken.

@@ -227,7 +227,7 @@ class ImagesInGeneration(GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        """As in transformers: each prompt `expand_size` times, with its images."""
+        """Repeat each prompt `expand_size` times, with its images."""
         if not hasattr(GenerationMixin, "_expand_multimodal_outputs"):
             encoded = model_kwargs.pop("mm_encoder_outputs", None) or {}
             if (pixel_values := model_kwargs.pop("pixel_values", None)) is not None:

@@ -108,7 +108,10 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
     def _prepare_generated_length(
         self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers, but an answer whose length nobody asked for ends with the context."""
+        """Complete the lengths of a generation config.
+
+        Differs from transformers: an answer whose length nobody asked for ends with the context.
+        """
         generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
         num_ids, num_prompt = kwargs["input_ids_length"], kwargs["inputs_tensor"].shape[1]
         # max_length counts ids alone, not the positions of inputs_embeds.

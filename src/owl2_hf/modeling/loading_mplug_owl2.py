@@ -169,7 +169,11 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers, which does not look how long a record is before it reads it."""
+        """Put the tensors of weight files into a model.
+
+        Differs from transformers: a record that claims to be longer than its file is an error
+        before it is read.
+        """
         for file in checkpoint_files or ():
             if not str(file).endswith(".safetensors"):  # whose header transformers checks
                 check_archive(Path(file))

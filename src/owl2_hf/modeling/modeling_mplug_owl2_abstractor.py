@@ -28,7 +28,7 @@ def sincos_table(positions: np.ndarray, dim: int) -> np.ndarray:
     """
     frequencies = np.arange(dim // 2, dtype=np.float32)
     frequencies /= dim / 2.0
-    angles = np.outer(positions, 1.0 / 10000**frequencies)
+    angles = np.outer(positions, 1.0 / 10000**frequencies)  # (positions, dim / 2)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
@@ -44,6 +44,7 @@ def image_position_table(config: MplugOwl2AbstractorConfig) -> Tensor:
     """
     rows, columns = np.divmod(np.arange(config.grid_size**2, dtype=np.float32), config.grid_size)
     half = config.hidden_size // 2
+    # (G * G, C)
     table = np.concatenate([sincos_table(columns, half), sincos_table(rows, half)], axis=1)
     if config.use_cls_token:
         table = np.concatenate([np.zeros((1, config.hidden_size)), table])
@@ -91,7 +92,7 @@ class MplugOwl2AbstractorAttention(nn.Module):
         attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention(
+        output, weights = attention(  # (N, Q, heads, head_dim)
             self,
             heads(self.q_proj(queries + query_positions)),
             heads(self.k_proj(context + context_positions)),
@@ -115,6 +116,7 @@ class MplugOwl2AbstractorMLP(nn.Module):
         self.layer_norm = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        # (N, Q, width of the MLP)
         gated = nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         return self.down_proj(self.layer_norm(gated))
 
@@ -194,10 +196,12 @@ class MplugOwl2VisualAbstractor(PreTrainedModel):
             `last_hidden_state` (N, Q + 1, D); on request `hidden_states` (layers + 1 times (N, Q,
             C)) and `attentions` (layers times (N, heads, Q, Q + P)).
         """
+        # (N, Q, C)
         queries = self.query_embeds.to(image_features.dtype).expand(image_features.shape[0], -1, -1)
         for layer in self.layers:
             queries = layer(queries, image_features, **kwargs)
-        visual_tokens = self.visual_fc(queries)
+        visual_tokens = self.visual_fc(queries)  # (N, Q, D)
+        # (N, 1, D)
         vit_eos = self.vit_eos.to(visual_tokens.dtype).expand(visual_tokens.shape[0], -1, -1)
         return BaseModelOutput(last_hidden_state=torch.cat([visual_tokens, vit_eos], dim=1))
 

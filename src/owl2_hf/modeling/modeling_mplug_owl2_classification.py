@@ -140,7 +140,7 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
         if self.reads_answer:
             inputs = self._with_answer(inputs)
         outputs = self.model(**inputs, **{**kwargs, "return_dict": True})
-        hidden_states = outputs.last_hidden_state
+        hidden_states = outputs.last_hidden_state  # (B, L, D)
         # (B,)
         last = self._last_tokens(hidden_states, inputs["input_ids"], inputs["attention_mask"])
         rows = torch.arange(len(last), device=last.device)
@@ -176,9 +176,8 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
             last = self._last_tokens(hidden_states, ids, mask).to(ids.device)  # (B,)
             rows = torch.arange(len(last), device=last.device)
             # Rows behind these are of ids that no text has.
-            tokens = self.lm_head(hidden_states[rows, last])[
-                :, : self.config.output_vocab_size
-            ].argmax(-1)
+            logits = self.lm_head(hidden_states[rows, last])  # (B, V)
+            tokens = logits[:, : self.config.output_vocab_size].argmax(-1)  # (B,)
         mask = (
             torch.arange(ids.shape[1], device=ids.device) <= last[:, None] if mask is None else mask
         )
@@ -186,10 +185,10 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
         if inputs["mm_token_type_ids"] is not None:
             extended["mm_token_type_ids"] = (inputs["mm_token_type_ids"], 0)
         if inputs["position_ids"] is not None:
-            positions = inputs["position_ids"].expand_as(ids)
+            positions = inputs["position_ids"].expand_as(ids)  # (B, L)
             extended["position_ids"] = (positions, positions[rows, last] + 1)
         for name, (values, new) in extended.items():
-            values = nn.functional.pad(values, (0, 1))
+            values = nn.functional.pad(values, (0, 1))  # (B, L + 1)
             values[rows, last + 1] = torch.as_tensor(new, dtype=values.dtype, device=values.device)
             inputs = {**inputs, name: values}
         return inputs
@@ -209,7 +208,7 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
             # (B, L), a mask has the cache's too.
             is_token = attention_mask[:, -length:].to(hidden_states.device).bool()
         elif input_ids is not None and padding is not None:
-            is_token = input_ids.ne(padding).to(hidden_states.device)
+            is_token = input_ids.ne(padding).to(hidden_states.device)  # (B, L)
         elif num_rows == 1 or input_ids is None:
             is_token = hidden_states.new_ones(num_rows, length, dtype=torch.bool)
             if num_rows > 1:
@@ -224,7 +223,7 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
                 "the processor makes."
             )
         positions = torch.arange(length, device=hidden_states.device)
-        return (positions * is_token).argmax(-1)
+        return (positions * is_token).argmax(-1)  # (B,)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """transformers' loss of sequence classifiers, in float32 whatever the model's dtype."""

@@ -62,7 +62,7 @@ class MplugOwl2HReducer(PreTrainedModel):
         grid = self.config.grid_size
         # Contiguous: for the layout of other inputs, compiled graphs and convolutions disagree
         # about the output's.
-        patches = (
+        patches = (  # (N, C, G, G)
             image_features[:, -(grid**2) :].transpose(1, 2).contiguous().unflatten(2, (grid, grid))
         )
         mixed = nn.functional.gelu(self.reducer_before(patches))  # (N, K * C, G, G / K)
@@ -70,6 +70,7 @@ class MplugOwl2HReducer(PreTrainedModel):
         visual_tokens = self.visual_fc(merged)  # (N, Q, D)
         if self.training:
             visual_tokens = visual_tokens + self._untouched_norm().to(visual_tokens)
+        # (N, 1, D)
         vit_eos = self.vit_eos.to(visual_tokens.dtype).expand(visual_tokens.shape[0], -1, -1)
         return BaseModelOutput(last_hidden_state=torch.cat([visual_tokens, vit_eos], dim=1))
 

@@ -55,15 +55,17 @@ class MplugOwl2VisionEmbeddings(nn.Module):
         hidden_states = patches.flatten(2).transpose(1, 2)  # (N, G * G, C)
         if self.cls_token is not None:
             cls_token = self.cls_token.expand(hidden_states.shape[0], -1, -1)  # (N, 1, C)
-            hidden_states = torch.cat([cls_token, hidden_states], dim=1)
+            hidden_states = torch.cat([cls_token, hidden_states], dim=1)  # (N, P, C)
         return self.pre_layernorm(hidden_states + self._positions())
 
     def _positions(self) -> Tensor:
+        """(1, P, C) or (P, C) positions, those of a table of another size resized."""
         source, target = self.config.position_table_side, self.config.grid_size
         if source == target:
             return self.position_embedding
         table = self.position_embedding.float().reshape(1, source, source, -1).permute(0, 3, 1, 2)
-        table = nn.functional.interpolate(
+        # A table with a class token is never resized: the configuration sees to it.
+        table = nn.functional.interpolate(  # (1, C, G, G)
             table, size=(target, target), mode="bicubic", align_corners=False
         )
         return table.flatten(2).transpose(1, 2).to(self.position_embedding.dtype)
@@ -84,11 +86,11 @@ class MplugOwl2VisionAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """(N, P, C) -> (N, P, C) and, with eager attention, the (N, heads, P, P) weights."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # (N, P, heads, head_dim)
         attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention(
+        output, weights = attention(  # (N, P, heads, head_dim)
             self,
             self.q_proj(hidden_states).view(shape).transpose(1, 2),
             self.k_proj(hidden_states).view(shape).transpose(1, 2),
@@ -109,6 +111,7 @@ class MplugOwl2VisionMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """(N, P, C) -> (N, P, C)."""
         return self.fc2(self.act_fn(self.fc1(hidden_states)))
 
 
@@ -193,7 +196,7 @@ class MplugOwl2VisionModel(PreTrainedModel):
                 f"{tuple(pixel_values.shape)}. Prepare images with MplugOwl2Processor; the frames "
                 "of a video are images of their own."
             )
-        hidden_states = self.embeddings(pixel_values)
+        hidden_states = self.embeddings(pixel_values)  # (N, P, C)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         return BaseModelOutput(last_hidden_state=self.post_layernorm(hidden_states))

@@ -166,7 +166,7 @@ def level_logits(logits: Tensor, ids: Sequence[Sequence[int]], preset: Preset) -
         ValueError: If the model gives NaN.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    levels = gather_levels(logits, ids, preset)
+    levels = gather_levels(logits, ids, preset)  # (B, K)
     if not levels.isfinite().all():
         raise ValueError(
             f"the model's logits are not finite ({levels.tolist()}): try another dtype, or verify "
@@ -189,6 +189,7 @@ def read_levels(
         ValueError: If the model gives NaN.
     """
     with torch.no_grad():
+        # (B, V)
         logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
     return level_logits(logits.float().cpu(), ids, preset)
 
@@ -197,8 +198,8 @@ def expected_score(levels: Tensor, preset: Preset) -> tuple[float, float, Tensor
     """(K,) logits of the levels -> expected value and standard deviation, on the preset's scale,
     and probabilities.
     """
-    probs = levels.softmax(-1)
-    values = level_values(probs, preset)
+    probs = levels.softmax(-1)  # (K,)
+    values = level_values(probs, preset)  # (K,)
     mean = float(probs @ values)
     return mean, math.sqrt(max(0.0, float(probs @ (values - mean) ** 2))), probs
 

@@ -43,8 +43,9 @@ def level_positions(labels: Tensor, prefix: Sequence[int]) -> Tensor:
     if prefix:
         found = windows.eq(torch.tensor(prefix, device=labels.device)).all(-1)
     else:  # the answer begins with the level: the last position without a label in front of it
-        found = labels[:, :-1].eq(IGNORED) & labels[:, 1:].ne(IGNORED)
-    positions = found.int().argmax(1) + length
+        found = labels[:, :-1].eq(IGNORED) & labels[:, 1:].ne(IGNORED)  # (B, L - 1)
+    positions = found.int().argmax(1) + length  # (B,)
+    # `argmax` gives 0 where nothing was found.
     is_found = found.any(1) & labels.gather(1, positions[:, None])[:, 0].ne(IGNORED)
     if not is_found.all():
         raise ValueError(
@@ -89,8 +90,8 @@ def rest_loss(logits: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         labels: (B, L), -100 where nothing is learned.
         positions: (B,) of `level_positions`.
     """
-    rest = labels.scatter(1, positions[:, None], IGNORED)[:, 1:]
-    is_learned = rest.ne(IGNORED)
+    rest = labels.scatter(1, positions[:, None], IGNORED)[:, 1:]  # (B, L - 1)
+    is_learned = rest.ne(IGNORED)  # (B, L - 1)
     total = F.cross_entropy(logits[:, :-1][is_learned].float(), rest[is_learned], reduction="sum")
     return total / is_learned.sum().clamp_min(1)
 
@@ -117,8 +118,8 @@ def level_scores(
     logits = logits.float()
     probs = logits.softmax(-1)[:, ids] if over_vocabulary else logits[:, ids].softmax(-1)  # (B, K)
     values = torch.arange(len(ids), 0, -1) if values is None else values
-    values = values.to(probs)
-    scores = probs @ values
+    values = values.to(probs)  # (K,)
+    scores = probs @ values  # (B,)
     return scores, (probs * (values - scores[:, None]) ** 2).sum(-1).sqrt()
 
 
@@ -130,7 +131,7 @@ def in_level_loss(logits: Tensor, level_ids: Sequence[int]) -> Tensor:
         logits: (B, V) of `level_logits`.
         level_ids: K token ids of the level words.
     """
-    outside = 1 - logits.float().softmax(-1)[:, list(level_ids)].sum(-1)
+    outside = 1 - logits.float().softmax(-1)[:, list(level_ids)].sum(-1)  # (B,)
     return outside.mean().clamp_min(_FLOOR)
 
 
@@ -191,14 +192,14 @@ def pair_loss(
     if score_stds is not None:
         variance = score_stds[0] ** 2 + score_stds[1] ** 2 + _TINY
         variance = variance.detach() if detach_score_stds else variance
-    predicted = preference(scores[0], scores[1], variance)
+    predicted = preference(scores[0], scores[1], variance)  # (B,)
     if mos_stds is not None:
         first, second = (one.to(predicted) for one in mos)
         stds = [one.to(predicted) for one in mos_stds]
         return fidelity_loss(
             predicted, preference(first, second, stds[0] ** 2 + stds[1] ** 2 + _TINY).detach()
         )
-    is_better = mos[0].gt(mos[1]).to(predicted.device)
+    is_better = mos[0].gt(mos[1]).to(predicted.device)  # (B,)
     if kind == "bce":
         return F.binary_cross_entropy(predicted, is_better.to(predicted))
     # Upstream: no small number under these roots, whose arguments the choice keeps from 0.

@@ -89,7 +89,7 @@ def pixel_values(
     if image_processor.do_rescale:
         images = images * (255 * image_processor.rescale_factor)
     if image_processor.do_normalize:
-        mean, std = (
+        mean, std = (  # (3, 1, 1) each
             images.new_tensor(values).expand(3)[:, None, None]
             for values in (image_processor.image_mean, image_processor.image_std)
         )
@@ -142,7 +142,8 @@ def _to_square(
     if height != width:
         top, left = (edge - height) // 2, (edge - width) // 2
         mean = np.broadcast_to(image_processor.image_mean, 3)
-        colour = images.new_tensor([int(channel * 255) / 255 for channel in mean])
+        # The processor pads 8-bit images, whose colours are whole numbers.
+        colour = images.new_tensor([int(channel * 255) / 255 for channel in mean])  # (3,)
         square = colour[:, None, None].repeat(len(images), 1, edge, edge)  # (T, 3, edge, edge)
         square[..., top : top + height, left : left + width] = images
         images = square
@@ -164,6 +165,7 @@ def _levels(scorer: ReadsLevels, items: list[Tensor], prompt: str) -> Tensor:
     """B times (T, 3, H, W) -> (B, K) logits of the levels, over the temperature."""
     device, processor = scorer.model.device, scorer.processor
     ratio = scorer.preset.image_aspect_ratio
+    # (T, 3, S, S) each
     pixels = [pixel_values(processor.image_processor, item.to(device), ratio) for item in items]
     # The prompt's ids do not depend on the pixels, only on how many images there are.
     blank = Image.new("RGB", (1, 1))
@@ -172,6 +174,7 @@ def _levels(scorer: ReadsLevels, items: list[Tensor], prompt: str) -> Tensor:
     )
     inputs["pixel_values"] = torch.cat(pixels)  # (N, 3, S, S)
     with _checkpointing(scorer.model):
+        # (B, V)
         logits = scorer.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
     return scorer._level_logits(logits)
 
@@ -180,8 +183,9 @@ def _crop_levels(scorer: ReadsLevels, image: Tensor, prompt: str) -> Tensor:
     """(1, 3, H, W) -> (1, K) logarithms of the mean of all crops' probabilities."""
     side = side_of(scorer.processor.image_processor)
     boxes = crop_boxes(image.shape[-1], image.shape[-2], side)
+    # (1, 3, side, side) each
     crops = [image[..., top:bottom, left:right] for left, top, right, bottom in boxes]
-    probs = [
+    probs = [  # (crops of a batch, K) each
         _levels(scorer, crops[start : start + scorer.batch_size], prompt).softmax(-1)
         for start in range(0, len(crops), scorer.batch_size)
     ]

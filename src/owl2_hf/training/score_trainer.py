@@ -110,9 +110,10 @@ class ScoreTrainer(Owl2Trainer):
         self, found: Tensor, opinions: Mapping[str, Tensor], first: slice, second: slice
     ) -> Tensor:
         """The mean over pairs; one without both standard deviations has a target of 0 or 1."""
-        scores, stds = level_scores(found, self.level_ids)
+        scores, stds = level_scores(found, self.level_ids)  # (B,) each
+        # (pairs,)
         is_known = opinions["mos_stds"][first].isfinite() & opinions["mos_stds"][second].isfinite()
-        total = scores.sum() * 0
+        total = scores.sum() * 0  # a zero with a gradient, also where no pair is left
         for has_stds, mask in ((True, is_known), (False, ~is_known)):
             if not mask.any():
                 continue
@@ -143,6 +144,7 @@ class ScoreTrainer(Owl2Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         found = level_logits(outputs["logits"], level_positions(inputs["labels"], self.prefix))
         scores, _ = level_scores(found, self.level_ids)
+        # (B, 2)
         known = torch.stack([inputs["mos"].to(scores), inputs["datasets"].to(scores)], -1)
         return loss.detach().mean(), scores[:, None], known
 

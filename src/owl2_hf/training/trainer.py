@@ -86,7 +86,7 @@ class Owl2Trainer(Trainer):
         return super().create_optimizer(model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; an error leaves a checkpoint of the last whole step."""
+        """Train. Differs from transformers: an error leaves a checkpoint of the last whole step."""
         try:
             return super().train(*args, **kwargs)
         except Exception:
@@ -128,7 +128,10 @@ class Owl2Trainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """As in transformers; an error in the rows of one process ends all of them, together."""
+        """Read the batches of one step.
+
+        Differs from transformers: an error in the rows of one process ends all of them, together.
+        """
         if self.args.world_size == 1:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         error = None
@@ -208,11 +211,11 @@ class SmoothedLoss:
         that is given.
         """
         targets = labels[:, 1:]
-        is_learned = targets.ne(-100) & targets.ne(self.config.image_token_id)
+        is_learned = targets.ne(-100) & targets.ne(self.config.image_token_id)  # (B, L - 1)
         log_probs = outputs["logits"][:, :-1][is_learned].float().log_softmax(-1)  # (T, V)
         targets = targets[is_learned]  # (T,)
         ids = torch.arange(log_probs.shape[-1], device=log_probs.device)
-        is_predicted = ids.ne(self.config.image_token_id)
+        is_predicted = ids.ne(self.config.image_token_id)  # (V,)
         if self.config.output_vocab_size is not None:
             is_predicted &= ids.lt(self.config.output_vocab_size)
         hard = log_probs.gather(-1, targets[:, None]).sum()
