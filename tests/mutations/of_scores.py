@@ -209,7 +209,7 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("training/score_trainer.py", "tests/training/test_scores.py"): [
         (
-            "total = total + loss * mask.sum()",
+            "total = total + loss * len(pairs)",
             "total = total + loss",
             "test_the_soft_loss_is_the_sum_of_its_parts",
         ),

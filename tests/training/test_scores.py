@@ -306,7 +306,8 @@ def test_pairs_without_deviations_have_targets_of_0_and_1(recipe):
         "mos": torch.tensor([1.0, 2.0, 3.0, 1.5]),
         "mos_stds": torch.tensor([0.5, nan, 0.25, 0.5]),
     }
-    loss = trainer._pair_loss(found, opinions, slice(0, 2), slice(2, 4))
+    has_std = opinions["mos_stds"].isfinite()
+    loss = trainer._pair_loss(found, opinions, has_std, slice(0, 2), slice(2, 4))
     scores = level_scores(found, trainer.level_ids)[0]
     first = pair_loss(
         (scores[:1], scores[2:3]),

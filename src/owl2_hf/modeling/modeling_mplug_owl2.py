@@ -29,7 +29,7 @@ from .generation_mplug_owl2 import MplugOwl2Generation
 from .loading_mplug_owl2 import MplugOwl2LoadableModel
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
 from .modeling_mplug_owl2_h_reducer import MplugOwl2HReducer
-from .modeling_mplug_owl2_text import MplugOwl2TextModel, match_indicators
+from .modeling_mplug_owl2_text import MplugOwl2TextModel, match_indicators, text_first
 from .modeling_mplug_owl2_vision import MplugOwl2VisionModel
 from .outputs_mplug_owl2 import (
     MplugOwl2CausalLMOutputWithPast,
@@ -48,6 +48,41 @@ logger = logging.get_logger(__name__)
 # nor changes a loss; it is finite in float16, so that entropies (p * log p), beam scores and
 # repetition penalties stay finite.
 RESERVED_LOGIT = -1e4
+
+
+def read_together(counts: dict[str, Tensor]) -> dict[str, int]:
+    """Numbers of the device on the host, which waits for it once, or not at all if there are
+    none.
+    """
+    if not counts:
+        return {}
+    device = next(iter(counts.values())).device
+    return dict(
+        zip(
+            counts,
+            torch.stack([count.to(device, torch.long) for count in counts.values()]).tolist(),
+            strict=True,
+        )
+    )
+
+
+def insert(image_features: Tensor, inputs_embeds: Tensor, image_mask: Tensor) -> Tensor:
+    """Put visual tokens at their positions.
+
+    By positions, since the gradient of `masked_scatter` waits for the device.
+
+    Args:
+        image_features: (V, D).
+        inputs_embeds: (B, L, D).
+        image_mask: (B, L, 1), True at V positions.
+
+    Returns:
+        (B, L, D).
+    """
+    order = text_first(image_mask)  # (B * L,)
+    positions = order[order.numel() - len(image_features) :]  # (V,)
+    tokens = inputs_embeds.flatten(0, 1).index_copy(0, positions, image_features)
+    return tokens.view_as(inputs_embeds)
 
 
 class MplugOwl2PreTrainedModel(MplugOwl2LoadableModel):
@@ -131,8 +166,8 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         tokens = connected.last_hidden_state  # (N, Q + 1, D)
         return MplugOwl2ImageFeatures(
             last_hidden_state=encoded.last_hidden_state,
-            # A list would fix the number of images in an exported graph.
-            pooler_output=tokens if torch.compiler.is_exporting() else list(tokens),
+            # A list would fix the number of images in a graph.
+            pooler_output=tokens if torch.compiler.is_compiling() else list(tokens),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             abstractor_hidden_states=connected.hidden_states,
@@ -230,17 +265,20 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         elif mm_token_type_ids is not None:
             mm_token_type_ids = self._behind_virtual_tokens(mm_token_type_ids, inputs_embeds)
 
-        image_features = None
         if encoder_output is not None:
             image_features = visual_tokens(encoder_output).to(inputs_embeds)  # (N * (Q + 1), D)
             image_mask = self.get_placeholder_mask(
                 input_ids, inputs_embeds, image_features, mm_token_type_ids
             )
-            inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
-            if mm_token_type_ids is None:
-                mm_token_type_ids = image_mask.squeeze(-1).long()
+            inputs_embeds = insert(image_features, inputs_embeds, image_mask)
+            mm_token_type_ids = image_mask.squeeze(-1)
+            # The count is a shape here. An exported graph computes both branches everywhere, since
+            # not all runtimes that read it can sort.
+            num_visual_tokens = None if torch.compiler.is_exporting() else len(image_features)
         else:
-            self._check_no_placeholder(input_ids, cache)
+            if mm_token_type_ids is not None:
+                mm_token_type_ids = match_indicators(mm_token_type_ids, inputs_embeds)
+            num_visual_tokens = self._count_without_images(input_ids, mm_token_type_ids, cache)
             if self.training:
                 inputs_embeds = inputs_embeds + nothing.to(inputs_embeds)
 
@@ -250,6 +288,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             position_ids=position_ids,
             cache=cache,
             mm_token_type_ids=mm_token_type_ids,
+            num_visual_tokens=num_visual_tokens,
             **{**kwargs, "return_dict": True},
         )
         return MplugOwl2ModelOutputWithPast(
@@ -272,33 +311,45 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             return mm_token_type_ids
         return nn.functional.pad(mm_token_type_ids, (num_virtual, 0))
 
-    def _check_no_placeholder(self, input_ids: Tensor | None, cache: Cache | None) -> None:
-        """A prompt that names images needs them; looked at once per prompt, not at each decoding
-        step.
+    def _count_without_images(
+        self, input_ids: Tensor | None, mm_token_type_ids: Tensor | None, cache: Cache | None
+    ) -> int | None:
+        """The number of visual indicators in a step without images; `None` if it is not known.
 
+        A prompt that names images needs them; looked at once per prompt, not at each decoding step.
         Training and generation (which hands over a cache) refuse an image's run of placeholders. A
         bare forward warns and embeds them, as transformers' models do: its own tests feed ids at
         random.
         """
-        if input_ids is None or torch.compiler.is_compiling() or input_ids.is_meta:
-            return
-        if cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length() > 0):
-            return
-        placeholders = input_ids.eq(self.config.image_token_id)
-        if not (num_positions := int(placeholders.sum())):
-            return
-        message = (
-            f"The prompt has {num_positions} image placeholders (id {self.config.image_token_id}) "
-            "but no images came: pass pixel_values, or leave the placeholders out."
-        )
+        given = input_ids if mm_token_type_ids is None else mm_token_type_ids
+        if given is None or torch.compiler.is_compiling() or given.is_meta:
+            return None
         per_image = self.config.num_image_tokens
-        is_run = (
-            placeholders.shape[1] >= per_image
-            and placeholders.unfold(1, per_image, 1).all(-1).any()
-        )
-        if is_run and (self.training or cache is not None):
-            raise ValueError(message)
-        logger.warning_once(message)
+        # All that the host has to know is read at once, because each time it waits for the device.
+        counts: dict[str, Tensor] = {}
+        if mm_token_type_ids is not None:
+            counts["visual"] = mm_token_type_ids.bool().sum()
+        past = 0 if cache is None else cache.get_seq_length() if isinstance(cache, Cache) else None
+        if isinstance(past, Tensor) and input_ids is not None and input_ids.shape[1] >= per_image:
+            counts["past"] = past  # a static cache knows its length on the device alone
+        if input_ids is not None and (past == 0 if isinstance(past, int) else "past" in counts):
+            placeholders = input_ids.eq(self.config.image_token_id)  # (B, L)
+            counts["placeholders"] = placeholders.sum()
+        found = read_together(counts)
+        if found.get("placeholders") and not found.get("past"):
+            message = (
+                f"The prompt has {found['placeholders']} image placeholders (id "
+                f"{self.config.image_token_id}) but no images came: pass pixel_values, or leave "
+                "the placeholders out."
+            )
+            is_run = (
+                placeholders.shape[1] >= per_image
+                and placeholders.unfold(1, per_image, 1).all(-1).any()
+            )
+            if is_run and (self.training or cache is not None):
+                raise ValueError(message)
+            logger.warning_once(message)
+        return found.get("visual")
 
     def _untouched_vision_side(self) -> Tensor:
         """Zero that depends on the vision side, so that ranks with and without images run the same
@@ -380,8 +431,11 @@ class MplugOwl2ForConditionalGeneration(
             labels = labels.masked_fill(labels.eq(self.config.image_token_id), -100)
             if (num_labels := kwargs.get("num_items_in_batch")) is None:
                 num_labels = kwargs.get("shift_labels", labels[..., 1:]).ne(-100).sum()
+            elif not isinstance(num_labels, Tensor):
+                # Filled on the device: a copy from the host would wait for it.
+                num_labels = torch.full((), num_labels, device=logits.device)
             # Without a single label the loss is 0; the mean of nothing would be NaN.
-            kwargs["num_items_in_batch"] = torch.as_tensor(num_labels).clamp_min(1)
+            kwargs["num_items_in_batch"] = num_labels.clamp_min(1)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs
             )

@@ -189,7 +189,9 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
             extended["position_ids"] = (positions, positions[rows, last] + 1)
         for name, (values, new) in extended.items():
             values = nn.functional.pad(values, (0, 1))  # (B, L + 1)
-            values[rows, last + 1] = torch.as_tensor(new, dtype=values.dtype, device=values.device)
+            # A number is filled in on the device: a copy from the host would wait for it.
+            new = new.to(values) if isinstance(new, Tensor) else values.new_full((), new)
+            values[rows, last + 1] = new
             inputs = {**inputs, name: values}
         return inputs
 

@@ -40,13 +40,20 @@ from .compatibility_mplug_owl2 import (
 from .configuration_mplug_owl2 import MplugOwl2TextConfig
 
 
+def text_first(visual_mask: Tensor) -> Tensor:
+    """(B, L) mask -> (B * L,) positions in the flattened batch: those of text, then the visual
+    ones, each in their order. No shape depends on the data, so nothing waits for the device.
+    """
+    return torch.argsort(visual_mask.flatten(), stable=True)
+
+
 class ModalityRouting(NamedTuple):
     """Where the text and the visual tokens of a batch stand; made once per forward and shared by
     all layers.
 
     Tokens are sorted by modality, so that each is computed by its own branch alone and no second
-    copy of it is kept for the gradients. A compiled graph needs shapes that do not depend on the
-    data: there the order is `None`, nothing is sorted, both branches compute every token, and the
+    copy of it is kept for the gradients. The number of visual tokens must be known on the host for
+    that. A graph that cannot know it has no order: there both branches compute every token, and the
     mask selects.
     """
 
@@ -56,22 +63,27 @@ class ModalityRouting(NamedTuple):
     num_text: int
 
     @classmethod
-    def from_indicators(cls, mm_token_type_ids: Tensor, training: bool) -> "ModalityRouting | None":
-        """Args: mm_token_type_ids (B, L), 0 text and 1 image. Returns `None` where the text branch
-        alone is needed.
+    def from_indicators(
+        cls, mm_token_type_ids: Tensor, training: bool, num_visual_tokens: int | None = None
+    ) -> "ModalityRouting | None":
+        """Returns `None` where the text branch alone is needed.
+
+        Args:
+            mm_token_type_ids: (B, L), 0 text and 1 image.
+            num_visual_tokens: V. Where it is not given, the host waits for the device to count.
         """
         visual_mask = mm_token_type_ids.bool()
-        if torch.compiler.is_compiling() or visual_mask.is_meta:
-            return cls(visual_mask.unsqueeze(-1), None, None, 0)
-        flat_mask = visual_mask.flatten()  # (B * L,)
-        visual_index = flat_mask.nonzero().squeeze(1)  # (V,)
+        if num_visual_tokens is None:
+            if torch.compiler.is_compiling() or visual_mask.is_meta:
+                return cls(visual_mask.unsqueeze(-1), None, None, 0)
+            num_visual_tokens = int(visual_mask.sum())
         # In training both branches always take part, so that data-parallel ranks reduce the same
         # gradients.
-        if visual_index.numel() == 0 and not training:
+        if num_visual_tokens == 0 and not training:
             return None
-        text_index = (~flat_mask).nonzero().squeeze(1)  # (T,)
-        order = torch.cat([text_index, visual_index])  # (T + V,)
-        return cls(visual_mask.unsqueeze(-1), order, torch.argsort(order), text_index.numel())
+        order = text_first(visual_mask)  # (T + V,)
+        num_text = order.numel() - num_visual_tokens
+        return cls(visual_mask.unsqueeze(-1), order, torch.argsort(order), num_text)
 
     def sort(self, hidden_states: Tensor) -> Tensor:
         """(B, L, D) -> (T + V, D), text first."""
@@ -132,6 +144,19 @@ def match_indicators(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> Tensor
             f"{tuple(shape)}, got {tuple(mm_token_type_ids.shape)}."
         )
     return mm_token_type_ids.to(inputs_embeds.device).expand(shape)
+
+
+def check_count_in_graph(mm_token_type_ids: Tensor, num_visual_tokens: int) -> None:
+    """Let a compiled graph check the number of visual tokens, which its host cannot read.
+
+    The device checks it, so that nothing waits. The graph raises RuntimeError.
+    """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        torch._assert_async(
+            mm_token_type_ids.bool().sum() == num_visual_tokens,
+            "The number of visual positions differs from that of the visual tokens; the model "
+            "without torch.compile names both.",
+        )
 
 
 class MplugOwl2NtkRotaryEmbedding(LlamaRotaryEmbedding):
@@ -350,6 +375,7 @@ class MplugOwl2TextModel(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        num_visual_tokens: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -361,6 +387,9 @@ class MplugOwl2TextModel(PreTrainedModel):
             position_ids: (B, L). Default: counted from the end of the cache.
             mm_token_type_ids: (B, L) modality indicators, 0 for text and 1 for image. Default: all
                 text.
+            num_visual_tokens: Number of indicators that are 1, if you know it. Otherwise the host
+                waits for the device to count them, and a compiled graph, which cannot, computes
+                both branches for every token. Only a compiled graph checks the number.
 
         Returns:
             `last_hidden_state` (B, L, D) after the final norm, the cache, and, if requested,
@@ -372,6 +401,8 @@ class MplugOwl2TextModel(PreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if mm_token_type_ids is not None:
             mm_token_type_ids = match_indicators(mm_token_type_ids, inputs_embeds)
+            if num_visual_tokens is not None:
+                check_count_in_graph(mm_token_type_ids, num_visual_tokens)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         check_positions(attention_mask, inputs_embeds.shape[1], cache)
@@ -390,9 +421,12 @@ class MplugOwl2TextModel(PreTrainedModel):
         )
         if mm_token_type_ids is None and self.training:
             mm_token_type_ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
+            num_visual_tokens = 0
         routing = None
         if mm_token_type_ids is not None and self.config.has_modality_adaptive_module:
-            routing = ModalityRouting.from_indicators(mm_token_type_ids, self.training)
+            routing = ModalityRouting.from_indicators(
+                mm_token_type_ids, self.training, num_visual_tokens
+            )
         if (
             routing is not None
             and routing.order is not None

@@ -41,7 +41,10 @@ def level_positions(labels: Tensor, prefix: Sequence[int]) -> Tensor:
         )
     windows = labels[:, :-1].unfold(1, length, 1)  # (B, windows, length)
     if prefix:
-        found = windows.eq(torch.tensor(prefix, device=labels.device)).all(-1)
+        # Number by number: a tensor of them would be a copy to the device, which the host waits
+        # for.
+        found = torch.stack([windows[..., place].eq(token) for place, token in enumerate(prefix)])
+        found = found.all(0)  # (B, windows)
     else:  # the answer begins with the level: the last position without a label in front of it
         found = labels[:, :-1].eq(IGNORED) & labels[:, 1:].ne(IGNORED)  # (B, L - 1)
     positions = found.int().argmax(1) + length  # (B,)
@@ -55,6 +58,11 @@ def level_positions(labels: Tensor, prefix: Sequence[int]) -> Tensor:
     return positions
 
 
+def to_device(index: Tensor, like: Tensor) -> Tensor:
+    """An index where it is needed; the host does not wait for the copy."""
+    return index.to(like.device, non_blocking=True)
+
+
 def level_logits(logits: Tensor, positions: Tensor) -> Tensor:
     """The logits that predict the level of each row.
 
@@ -65,7 +73,15 @@ def level_logits(logits: Tensor, positions: Tensor) -> Tensor:
     Returns:
         (B, V).
     """
-    return logits[torch.arange(len(logits), device=logits.device), positions - 1]
+    rows = torch.arange(len(logits), device=logits.device)
+    return logits[rows, to_device(positions - 1, logits)]
+
+
+def _select(values: Tensor, level_ids: Sequence[int]) -> Tensor:
+    """(B, V) -> (B, K). One by one: an index of them would be a copy to the device, which the host
+    waits for.
+    """
+    return torch.stack([values[:, number] for number in level_ids], -1)
 
 
 def level_kl(logits: Tensor, level_ids: Sequence[int], targets: Tensor) -> Tensor:
@@ -76,7 +92,7 @@ def level_kl(logits: Tensor, level_ids: Sequence[int], targets: Tensor) -> Tenso
         level_ids: K token ids of the level words.
         targets: (B, K) probability of each level.
     """
-    log_probs = logits.float().log_softmax(-1)[:, list(level_ids)]  # (B, K)
+    log_probs = _select(logits.float().log_softmax(-1), level_ids)  # (B, K)
     targets = targets.to(log_probs)
     return (torch.special.xlogy(targets, targets) - targets * log_probs).sum() / len(logits)
 
@@ -87,13 +103,16 @@ def rest_loss(logits: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         logits: (B, L, V).
-        labels: (B, L), -100 where nothing is learned.
-        positions: (B,) of `level_positions`.
+        labels: (B, L), -100 where nothing is learned. On the device of the logits or on the CPU.
+        positions: (B,) of `level_positions`, where the labels are.
     """
     rest = labels.scatter(1, positions[:, None], IGNORED)[:, 1:]  # (B, L - 1)
-    is_learned = rest.ne(IGNORED)  # (B, L - 1)
-    total = F.cross_entropy(logits[:, :-1][is_learned].float(), rest[is_learned], reduction="sum")
-    return total / is_learned.sum().clamp_min(1)
+    # Found once, because the host waits for it; for labels on the CPU it need not.
+    rows, columns = rest.ne(IGNORED).nonzero(as_tuple=True)  # (T,) each
+    targets = to_device(rest[rows, columns], logits)
+    rows, columns = to_device(rows, logits), to_device(columns, logits)
+    total = F.cross_entropy(logits[rows, columns].float(), targets, reduction="sum")
+    return total / max(len(targets), 1)
 
 
 def level_scores(
@@ -114,10 +133,13 @@ def level_scores(
     Returns:
         (B,) scores and (B,) standard deviations.
     """
-    ids = list(level_ids)
     logits = logits.float()
-    probs = logits.softmax(-1)[:, ids] if over_vocabulary else logits[:, ids].softmax(-1)  # (B, K)
-    values = torch.arange(len(ids), 0, -1) if values is None else values
+    probs = (
+        _select(logits.softmax(-1), level_ids)
+        if over_vocabulary
+        else _select(logits, level_ids).softmax(-1)
+    )  # (B, K)
+    values = torch.arange(len(level_ids), 0, -1, device=probs.device) if values is None else values
     values = values.to(probs)  # (K,)
     scores = probs @ values  # (B,)
     return scores, (probs * (values - scores[:, None]) ** 2).sum(-1).sqrt()
@@ -131,7 +153,7 @@ def in_level_loss(logits: Tensor, level_ids: Sequence[int]) -> Tensor:
         logits: (B, V) of `level_logits`.
         level_ids: K token ids of the level words.
     """
-    outside = 1 - logits.float().softmax(-1)[:, list(level_ids)].sum(-1)  # (B,)
+    outside = 1 - _select(logits.float().softmax(-1), level_ids).sum(-1)  # (B,)
     return outside.mean().clamp_min(_FLOOR)
 
 

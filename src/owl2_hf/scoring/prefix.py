@@ -23,32 +23,37 @@ class PrefixScorer(Scorer):
     move them by more, so that `with_prefix` leaves such a model to `Scorer`.
     """
 
-    _prefix: tuple[Tensor, KeysAndValues] | None = None
+    _prefix: tuple[list[int], KeysAndValues] | None = None
 
     def _read(self, inputs: BatchFeature) -> Tensor:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]  # (B, L)
-        length = int(ids[0].eq(self.model.config.image_token_id).nonzero()[0])
+        # Read at once, because each time the host waits for the device.
+        first, is_token = torch.stack([ids[0], mask.bool().all(0).to(ids.dtype)]).tolist()
+        length = first.index(self.model.config.image_token_id)
         # Behind padding, or without text in front, there is nothing that all images share.
-        if not length or not mask.all():
+        if not length or not all(is_token):
             return super()._read(inputs)
         rest = {name: inputs[name][:, length:] for name in ("input_ids", "mm_token_type_ids")}
         cache = DynamicCache()
         with torch.no_grad():
-            for layer, pair in enumerate(self._read_prefix(ids[:1, :length])):
+            for layer, pair in enumerate(self._read_prefix(first[:length], ids[:1, :length])):
                 cache.update(*(one.expand(len(ids), -1, -1, -1) for one in pair), layer)
             logits = self.model(
                 **{**inputs, **rest}, logits_to_keep=1, use_cache=True, **named_cache(cache)
             ).logits[:, -1]
         return level_logits(logits.float().cpu(), self._ids, self.preset)
 
-    def _read_prefix(self, ids: Tensor) -> KeysAndValues:
+    def _read_prefix(self, text: list[int], ids: Tensor) -> KeysAndValues:
         """(1, P) ids -> (1, heads, P, head_dim) keys and values of each layer; read again where the
         prompt changes.
+
+        Args:
+            text: The same ids on the host.
         """
-        if self._prefix is None or not self._prefix[0].equal(ids):
+        if self._prefix is None or self._prefix[0] != text:
             cache = DynamicCache()
             self.model(input_ids=ids, logits_to_keep=1, use_cache=True, **named_cache(cache))
-            self._prefix = ids, [(layer.keys, layer.values) for layer in cache.layers]
+            self._prefix = text, [(layer.keys, layer.values) for layer in cache.layers]
         return self._prefix[1]
 
 

@@ -25,6 +25,7 @@ from ..scoring.losses import (
     level_scores,
     pair_loss,
     rest_loss,
+    to_device,
     total_loss,
 )
 from ..scoring.statistics import plcc, srcc
@@ -81,15 +82,31 @@ class ScoreTrainer(Owl2Trainer):
         }
         if self.scores.labels == "hard":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.pop("labels")
+        # What the losses select by goes to the host at once, before the model has work to wait for.
+        has_std = opinions["mos_stds"].isfinite().to(inputs["labels"])
+        read = torch.cat([inputs.pop("labels"), has_std[:, None]], 1).cpu()
+        labels, has_std = read[:, :-1], read[:, -1].bool()
         outputs = model(**inputs)
-        loss = self._soft_loss(outputs["logits"], labels, opinions, in_pairs=model.training)
+        loss = self._soft_loss(
+            outputs["logits"], labels, opinions, has_std, in_pairs=model.training
+        )
         return (loss, outputs) if return_outputs else loss
 
     def _soft_loss(
-        self, logits: Tensor, labels: Tensor, opinions: Mapping[str, Tensor], in_pairs: bool
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        opinions: Mapping[str, Tensor],
+        has_std: Tensor,
+        in_pairs: bool,
     ) -> Tensor:
-        """Logits (B, L, V) and labels (B, L) -> the total; of single images their part alone."""
+        """The total; of single images their part alone.
+
+        Args:
+            logits: (B, L, V).
+            labels: (B, L), on the CPU.
+            has_std: (B,), on the CPU, False where the opinion has no standard deviation.
+        """
         positions = level_positions(labels, self.prefix)
         found = level_logits(logits, positions)  # (B, V)
         size = len(logits) // 2 if in_pairs else len(logits)
@@ -99,7 +116,7 @@ class ScoreTrainer(Owl2Trainer):
             level_kl(found[part], self.level_ids, opinions["level_probs"][part]) for part in parts
         ]
         outside = [in_level_loss(found[part], self.level_ids) for part in parts]
-        pairs = self._pair_loss(found, opinions, parts[0], parts[1]) if in_pairs else 0.0
+        pairs = self._pair_loss(found, opinions, has_std, *parts) if in_pairs else 0.0
         recipe = self.scores
         weights = LossWeights(
             recipe.pair_weight, recipe.image_weight, recipe.level_weight, recipe.in_level_weight
@@ -107,19 +124,24 @@ class ScoreTrainer(Owl2Trainer):
         return total_loss(pairs, rest, kl, outside, weights)
 
     def _pair_loss(
-        self, found: Tensor, opinions: Mapping[str, Tensor], first: slice, second: slice
+        self,
+        found: Tensor,
+        opinions: Mapping[str, Tensor],
+        has_std: Tensor,
+        first: slice,
+        second: slice,
     ) -> Tensor:
         """The mean over pairs; one without both standard deviations has a target of 0 or 1."""
         scores, stds = level_scores(found, self.level_ids)  # (B,) each
-        # (pairs,)
-        is_known = opinions["mos_stds"][first].isfinite() & opinions["mos_stds"][second].isfinite()
+        is_known = has_std[first] & has_std[second]  # (pairs,)
         total = scores.sum() * 0  # a zero with a gradient, also where no pair is left
         for has_stds, mask in ((True, is_known), (False, ~is_known)):
             if not mask.any():
                 continue
+            pairs = to_device(mask.nonzero()[:, 0], found)
 
-            def both(values: Tensor, mask: Tensor = mask) -> tuple[Tensor, Tensor]:
-                return values[first][mask], values[second][mask]
+            def both(values: Tensor, pairs: Tensor = pairs) -> tuple[Tensor, Tensor]:
+                return values[first][pairs], values[second][pairs]
 
             loss = pair_loss(
                 both(scores),
@@ -128,7 +150,7 @@ class ScoreTrainer(Owl2Trainer):
                 both(stds) if self.scores.score_stds == "predicted" else None,
                 kind="fidelity" if has_stds else self.scores.pair_loss,
             )
-            total = total + loss * mask.sum()
+            total = total + loss * len(pairs)
         return total / len(is_known)
 
     def prediction_step(
