@@ -1,6 +1,7 @@
 """Where the host waits for the device, counted on a CPU.
 
 On a GPU such a wait empties the queue of kernels. A CPU has no queue, but the same calls are made.
+Every tensor counts as one of the device, but those that come from a copy to the host.
 """
 
 from collections import Counter
@@ -11,68 +12,90 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 # Operators whose result the host must see: numbers, or shapes that depend on the data.
-# `lift_fresh` makes a tensor from Python's numbers: on a GPU a copy that the host waits for.
 READING = {
     "_local_scalar_dense",
+    "_unique",
+    "_unique2",
     "equal",
     "is_nonzero",
-    "lift_fresh",
-    "masked_select",
     "masked_scatter_backward",
+    "masked_select",
     "nonzero",
     "unique_consecutive",
     "unique_dim",
-    "_unique",
-    "_unique2",
 }
+# Makes a tensor of Python's numbers: on a GPU a copy that the host waits for.
+MAKING = "lift_fresh"
+INDEXING = {"index", "index_put", "index_put_"}
 # Methods that copy to the host, and dispatch nothing where the tensor is there.
 COPYING = {"cpu", "numpy", "tolist"}
 
 
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    return [one for one in tree_leaves(values) if isinstance(one, torch.Tensor)]
+
+
+class HostSyncs:
+    """What made the host wait, by name."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.on_host = WeakIdKeyDictionary()
+
+    def operator(self, name: str, args: tuple[Any, ...], output: Any) -> None:
+        inputs = tensors_in(args)
+        if inputs and inputs[0] in self.on_host:
+            self.on_host.update(dict.fromkeys(tensors_in(output)))
+        elif name in READING or (name == MAKING and inputs[0].numel()):
+            self.counts[name] += 1
+        elif name in INDEXING:
+            masks = [one for one in tensors_in(args[1]) if one.dtype in (torch.bool, torch.uint8)]
+            self.counts["boolean index"] += len(masks)
+
+    def method(self, name: str, args: tuple[Any, ...], output: Any) -> Any:
+        # `.to(other.device)` is nothing to count: on a GPU both are there.
+        is_copy = name in COPYING or (
+            name == "to" and "cpu" in [one for one in args if isinstance(one, str)]
+        )
+        if not is_copy or args[0] in self.on_host:
+            return output
+        self.counts[name] += 1
+        if isinstance(output, torch.Tensor):
+            output = output.detach()  # an object of its own: on a CPU nothing was copied
+            self.on_host[output] = None
+        return output
+
+
 class _Operators(TorchDispatchMode):
-    def __init__(self, counts: Counter[str]):
+    def __init__(self, syncs: HostSyncs):
         super().__init__()
-        self.counts = counts
+        self.syncs = syncs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in READING and not (name == "lift_fresh" and args[0].numel() == 0):
-            self.counts[name] += 1
-        elif name in ("index", "index_put", "index_put_"):
-            masks = [one for one in args[1] if one is not None and one.dtype in _MASKS]
-            self.counts["boolean index"] += len(masks)
-        elif name == "repeat_interleave" and isinstance(args[0], torch.Tensor):
-            self.counts[name] += kwargs is None or kwargs.get("output_size") is None
-        return func(*args, **(kwargs or {}))
-
-
-_MASKS = (torch.bool, torch.uint8)
+        output = func(*args, **(kwargs or {}))
+        self.syncs.operator(func.overloadpacket.__name__, args, output)
+        return output
 
 
 class _Methods(TorchFunctionMode):
-    def __init__(self, counts: Counter[str]):
+    def __init__(self, syncs: HostSyncs):
         super().__init__()
-        self.counts = counts
+        self.syncs = syncs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in COPYING:
-            self.counts[name] += 1
-        # `.to(other.device)` is nothing to count: on a GPU both are there.
-        elif name == "to" and "cpu" in [
-            one for one in (*args[1:], *(kwargs or {}).values()) if isinstance(one, str)
-        ]:
-            self.counts["to cpu"] += 1
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        return self.syncs.method(getattr(func, "__name__", ""), args, output)
 
 
 def host_syncs(function: Callable[[], Any]) -> Counter[str]:
     """What makes the host wait in a call, with the backward pass if it runs one."""
-    counts: Counter[str] = Counter()
+    syncs = HostSyncs()
     with ExitStack() as stack:
-        stack.enter_context(_Methods(counts))
-        stack.enter_context(_Operators(counts))
+        stack.enter_context(_Methods(syncs))
+        stack.enter_context(_Operators(syncs))
         function()
-    return +counts
+    return +syncs.counts

@@ -134,9 +134,7 @@ def test_generation_waits_once_more_than_llamas(models, settings, name):
             **settings,
         }
         found = host_syncs(lambda options=options: ours.generate(**inputs, **options))
-        theirs = host_syncs(
-            lambda options=options: llama.generate(**for_llama(inputs), **options)
-        )
+        theirs = host_syncs(lambda options=options: llama.generate(**for_llama(inputs), **options))
         assert own(found, theirs) == 1
 
 
@@ -152,9 +150,7 @@ def test_encoding_images_never_waits(models, count):
 
 
 def test_the_h_reducer_never_waits():
-    config = MplugOwl2HReducerConfig(
-        hidden_size=16, projection_dim=24, kernel_width=2, grid_size=4
-    )
+    config = MplugOwl2HReducerConfig(hidden_size=16, projection_dim=24, kernel_width=2, grid_size=4)
     reducer = MplugOwl2HReducer(config).train()
     features = torch.randn(2, 17, 16, requires_grad=True)
     assert not host_syncs(lambda: reducer(features).last_hidden_state.sum().backward())

@@ -4,7 +4,7 @@ tries them.
 
 from typing import NamedTuple
 
-from . import of_models, of_scores
+from . import of_models, of_scores, of_speed
 
 
 class Mutation(NamedTuple):
@@ -25,6 +25,7 @@ class Mutation(NamedTuple):
 
 MUTATIONS = [
     Mutation(file, old, new, f"{tests}::{test}")
-    for (file, tests), cases in [*of_models.CASES.items(), *of_scores.CASES.items()]
+    for part in (of_models, of_scores, of_speed)
+    for (file, tests), cases in part.CASES.items()
     for old, new, test in cases
 ]

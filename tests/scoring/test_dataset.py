@@ -27,6 +27,7 @@ from owl2_hf.scoring.dataset import score_dataset
 from owl2_hf.scoring.prefix import PrefixScorer, with_prefix
 
 from ..modeling.test_scale_out import ROOT, torchrun
+from ..syncs import host_syncs
 from ..test_docs import DOCS, examples, place  # noqa: F401  # a fixture
 from ..test_videos import make_video
 
@@ -545,6 +546,19 @@ def test_the_text_in_front_of_the_image_is_read_once(scorer, images):
     in_front = custom_preset(PRESET, prompt="<|image|>Good? ASSISTANT:")
     for task_scorer in (Scorer, PrefixScorer):
         assert task_scorer(scorer.model, scorer.processor, in_front)(names[0])[0].score > 0
+
+
+@pytest.mark.parametrize("kind", [Scorer, PrefixScorer])
+def test_the_host_waits_as_often_for_a_batch_as_for_one_image(scorer, images, kind):
+    own = kind(scorer.model, scorer.processor, PRESET)
+    names = ["images/a.png", "images/b.jpg", "images/z.webp"]
+    batches = [own.prepare(names[:count]) for count in (1, 3)]
+    own._read(batches[0])  # reads what images share
+    one, three = (host_syncs(lambda batch=batch: own._read(batch)) for batch in batches)
+    for found in (one, three):
+        assert found.pop("cpu") == 1  # the logits
+        assert found.pop("tolist", 0) == (kind is PrefixScorer)  # what the batch has in common
+    assert one == three
 
 
 def test_a_model_in_half_precision_scores_as_the_scorer_does(scorer):

@@ -42,6 +42,7 @@ from owl2_hf.training.scores import (
     question_parts,
 )
 
+from ..syncs import host_syncs
 from ..test_videos import make_video
 
 LEVELS = ["high", "soft", "bad"]
@@ -297,6 +298,24 @@ def test_the_soft_loss_is_the_sum_of_its_parts(recipe, tmp_path):
     )
     expected = pair_loss(scores, mos, stds) + 0.05 * total
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("deviations", ["all", "some", "none"])
+def test_the_soft_loss_makes_the_host_wait_once(recipe, deviations):
+    trainer = run_module._trainer(recipe(scores={"labels": "soft", "in_level_weight": 0.1}))
+    rows = trainer.train_dataset
+    batch = trainer.data_collator([rows[0], rows[3]])
+    unknown = {"all": 0, "some": 1, "none": 4}[deviations]
+    batch["mos_stds"][:unknown] = math.nan
+    inputs = trainer._prepare_inputs(dict(batch))
+    model = trainer.model.train()
+    plain = {
+        name: inputs[name]
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values")
+    }
+    models = host_syncs(lambda: model(**plain).logits.sum().backward())
+    found = host_syncs(lambda: trainer.compute_loss(model, dict(inputs)).backward())
+    assert found - models == {"cpu": 1}, found
 
 
 def test_pairs_without_deviations_have_targets_of_0_and_1(recipe):

@@ -165,7 +165,10 @@ def preference(first: Tensor, second: Tensor, variance: Tensor | float) -> Tenso
         first, second: (B,) scores.
         variance: Of their difference, (B,) or one for all.
     """
-    deviation = torch.as_tensor(variance, device=first.device).sqrt()
+    if not isinstance(variance, Tensor):
+        # Filled on the device: a copy from the host would wait for it.
+        variance = torch.full((), variance, device=first.device)
+    deviation = variance.to(first.device).sqrt()
     return (1 + torch.erf((first - second) / (math.sqrt(2) * deviation))) / 2
 
 
