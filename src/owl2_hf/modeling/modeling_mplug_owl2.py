@@ -69,7 +69,8 @@ def read_together(counts: dict[str, Tensor]) -> dict[str, int]:
 def insert(image_features: Tensor, inputs_embeds: Tensor, image_mask: Tensor) -> Tensor:
     """Put visual tokens at their positions.
 
-    By positions, since the gradient of `masked_scatter` waits for the device.
+    By positions, since the gradient of `masked_scatter` waits for the device. Positions would fix
+    the number of images in an exported graph.
 
     Args:
         image_features: (V, D).
@@ -79,6 +80,8 @@ def insert(image_features: Tensor, inputs_embeds: Tensor, image_mask: Tensor) ->
     Returns:
         (B, L, D).
     """
+    if torch.compiler.is_exporting():
+        return inputs_embeds.masked_scatter(image_mask, image_features)
     order = text_first(image_mask)  # (B * L,)
     positions = order[order.numel() - len(image_features) :]  # (V,)
     tokens = inputs_embeds.flatten(0, 1).index_copy(0, positions, image_features)
