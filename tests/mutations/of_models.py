@@ -222,8 +222,8 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("modeling/modeling_mplug_owl2.py", "tests/test_golden.py"): [
         (
-            "inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)",
-            "inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features.flip(0))",
+            ".index_copy(0, positions, image_features)",
+            ".index_copy(0, positions, image_features.flip(0))",
             "test_language_model_gives_the_originals_numbers",
         ),
     ],

@@ -46,8 +46,8 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "test_losses_of_single_images_are_those_of_the_original",
         ),
         (
-            "device=logits.device), positions - 1]",
-            "device=logits.device), positions]",
+            "to_device(positions - 1, logits)",
+            "to_device(positions, logits)",
             "test_losses_of_single_images_are_those_of_the_original",
         ),
         (
