@@ -158,13 +158,8 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
             return model_inputs
         ids = model_inputs.get("input_ids")
         num_new = (model_inputs["inputs_embeds"] if ids is None else ids).shape[1]
+        past = 0 if cache is None else int(cache.get_seq_length())
         if mm_token_type_ids is not None:
-            past = 0
-            # Asked only where it counts: a static cache knows its length on the device alone.
-            if cache is not None and (
-                not is_first_iteration or mm_token_type_ids.shape[1] != num_new
-            ):
-                past = int(cache.get_seq_length())
             if mm_encoder_outputs and not is_first_iteration and cache is not None:
                 tokens = visual_tokens(mm_encoder_outputs["image"])
                 chunk = take_chunk(tokens, mm_token_type_ids, past, past + num_new)
