@@ -50,7 +50,10 @@ def test_the_file_computes_what_torch_computes(kind, tmp_path):
 def test_a_file_that_is_there_is_kept(tmp_path):
     (tmp_path / "vision.onnx").write_text("mine")
     result = run("default", tmp_path / "vision.onnx")
-    assert result.exit_code == 1 and "exists: remove it, or choose another name." in result.stderr
+    assert (
+        result.exit_code == 1
+        and "already exists: choose another name, or remove it." in result.stderr
+    )
     assert (tmp_path / "vision.onnx").read_text() == "mine"
 
 
@@ -121,9 +124,9 @@ def test_a_scorers_file_asks_as_it_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("model", "options", "words"),
     [
-        ("default", ["--scorer"], "it has no scorer.json: say by --preset how it scores"),
+        ("default", ["--scorer"], "it has no scorer.json: choose a preset with --preset"),
         ("default-scorer", ["--scorer", "--task", "beauty"], "expected a task of quality"),
-        ("default-scorer", ["--scorer", "--task", "video"], "one image in its prompt"),
+        ("default-scorer", ["--scorer", "--task", "video"], "whose prompt has one image"),
     ],
 )
 def test_what_has_no_file_of_scores_is_told(model, options, words, tmp_path):
@@ -134,7 +137,7 @@ def test_what_has_no_file_of_scores_is_told(model, options, words, tmp_path):
 
 def test_options_of_scores_are_refused_without_a_scorer(tmp_path):
     result = run("default", tmp_path / "vision.onnx", "--task", "other")
-    assert result.exit_code == 2 and "--task and --preset are for --scorer" in result.stderr
+    assert result.exit_code == 2 and "--task and --preset need --scorer" in result.stderr
 
 
 def test_a_scorers_file_that_computes_something_else_is_an_error(tmp_path, monkeypatch):

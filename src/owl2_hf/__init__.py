@@ -61,7 +61,7 @@ __all__ = [
     "load_default_scorer",
 ]
 
-if not TYPE_CHECKING:  # to a type checker the names above are all there are
+if not TYPE_CHECKING:  # so type checkers know only the names above
 
     def __getattr__(name):
         if name in ("modeling", "processing"):

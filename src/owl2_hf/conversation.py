@@ -23,7 +23,7 @@ from .limits import Context
 from .modeling import MplugOwl2ForConditionalGeneration
 from .processing import MplugOwl2Processor
 
-DEFAULT_MAX_NEW_TOKENS = 256  # where the model's generation config says nothing
+DEFAULT_MAX_NEW_TOKENS = 256  # if the model's generation config sets no limit
 
 Messages = list[dict[str, Any]]
 
@@ -94,7 +94,7 @@ class Conversation:
             raise ValueError(f"expected an MplugOwl2ForConditionalGeneration, got a {got}.")
         if top_p != 1 and not temperature:
             raise ValueError(
-                f"top_p={top_p} has no effect at temperature 0: give a temperature above 0 too."
+                f"top_p={top_p} has no effect at temperature 0: set a temperature above 0 too."
             )
         self.model, self.processor, self.system = model, processor, system
         self.context = Context(model, processor)
@@ -104,7 +104,7 @@ class Conversation:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
         self._options: dict[str, Any] = {
             **(sampling if temperature else {"do_sample": False}),
-            "num_beams": 1,  # beams cannot stream
+            "num_beams": 1,  # beam search cannot stream
         }
         self.clear()
 
@@ -258,8 +258,8 @@ class Conversation:
             raise ValueError("there is nothing to save yet: ask something first.")
         path = (path or self.file or Path(f"chat-{datetime.now():%Y%m%d-%H%M%S}.json")).absolute()
         if path != self.file and path.exists():
-            raise ValueError(f"{path} exists: choose another name.")
-        # The old file stays whole until the new one is.
+            raise ValueError(f"{path} already exists: choose another name.")
+        # The old file stays intact until the new one is complete.
         unfinished = path.with_name(f"{path.name}.{os.getpid()}")
         unfinished.write_text(json.dumps(self.messages, indent=1) + "\n", encoding="utf-8")
         unfinished.replace(path)
@@ -282,7 +282,7 @@ class Conversation:
             if part["type"] == "image"
         ]
         images = [one.image for one in opened]
-        # Refuses what no later turn could go on from.
+        # Raises an error if these messages cannot be continued.
         self.processor.apply_chat_template(with_images(messages, images), tokenize=False)
         self.clear()
         self.messages, self._images, self.file = messages, images, path.absolute()

@@ -17,9 +17,9 @@ from .modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from .modeling.presets_mplug_owl2 import Preset
 from .modeling.scoring_mplug_owl2 import gather_levels, level_values
 
-# Largest difference that rounding explains, of the largest value.
+# Largest difference that rounding explains, divided by the largest value.
 TOLERANCE = 1e-4
-_MAX_BYTES = int(1.5 * 2**30)  # of weights in one file; protobuf ends at 2 GB
+_MAX_BYTES = int(1.5 * 2**30)  # of weights in one file; protobuf's limit is 2 GB
 
 
 class _VisionSide(nn.Module):
@@ -58,7 +58,7 @@ def export_vision(name: str, target: Path) -> float:
 
     with naming_model(name):
         model = AutoModel.from_pretrained(name)
-    del model.language_model  # the largest part, before the rest becomes float32
+    del model.language_model  # not exported, and float32 would double its memory
     vision = model.config.vision_config
     side = _VisionSide(model.float()).eval()
     images = torch.randn(3, vision.num_channels, vision.image_size, vision.image_size)
@@ -73,7 +73,7 @@ def export_vision(name: str, target: Path) -> float:
             dynamic_shapes=({0: torch.export.Dim("images")},),
         )
         expected = torch.stack(list(side(images))).numpy()
-    assert program is not None  # with dynamo=True it is returned
+    assert program is not None  # None only without dynamo=True
     program.save(target)
     session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
     (found,) = session.run(["image_features"], {"pixel_values": images.numpy()})
@@ -107,7 +107,8 @@ class _ScorerGraph(nn.Module):
         """(N, 3, H, W) pixels -> (N,) scores and (N, K) logits of the levels over the
         temperature.
         """
-        prompts = self.prompt.expand(pixel_values.shape[0], -1)  # (N, L); len() would fix N
+        # (N, L); len() would make N a constant
+        prompts = self.prompt.expand(pixel_values.shape[0], -1)
         logits = self.model(
             input_ids=prompts, pixel_values=pixel_values, logits_to_keep=1, use_cache=False
         ).logits[:, -1]
@@ -146,7 +147,7 @@ def export_scorer(
         from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
     except ImportError as error:
         raise ValueError(
-            f"this transformers has no exporter ({error}): take 5.17 or later."
+            f"this version of transformers has no ONNX exporter ({error}): install 5.17 or later."
         ) from None
     from .default_scorer import default_scorer_images
     from .naming import naming_model
@@ -157,13 +158,13 @@ def export_scorer(
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32).eval()
         processor = AutoProcessor.from_pretrained(name)
         if getattr(model, "hf_quantizer", None) is not None:
-            raise ValueError("its weights are rounded: export the whole model.")
+            raise ValueError("its weights are quantised: export the model before quantisation.")
         if preset is None and own_preset(model) is None:
-            raise ValueError("it has no scorer.json: say by --preset how it scores.")
+            raise ValueError("it has no scorer.json: choose a preset with --preset.")
     scorer = Scorer(model, processor, preset)
     if task == "video" or scorer.preset.images_per_prompt != 1:
         raise ValueError(
-            "expected a task with one image in its prompt: the file takes one at a time."
+            "expected a task whose prompt has one image; the exported file does not support others."
         )
     images = [Image.open(path).convert("RGB") for path in default_scorer_images().values()]
     images.append(Image.new("RGB", (64, 48), "gray"))
@@ -173,9 +174,9 @@ def export_scorer(
     config = OnnxConfig(
         dynamic=True, dynamic_shapes={"pixel_values": {0: torch.export.Dim("images")}}
     )
-    with redirect_stdout(sys.stderr):  # where the exporter's progress belongs
+    with redirect_stdout(sys.stderr):  # the exporter prints its progress to stdout
         exported = OnnxExporter().export(graph, {"pixel_values": pixels[:2]}, config)
-    # transformers 5.17 gives torch's own program.
+    # transformers 5.17 returns torch's own program.
     program = exported.program if hasattr(exported, "program") else exported.model
     weights = sum(
         one.const_value.nbytes for one in program.graph.initializers.values() if one.const_value
@@ -206,5 +207,5 @@ def _runtime(target: Path) -> Any:
             "the export needs onnx, onnxscript and onnxruntime: pip install 'owl2_hf[export]'."
         ) from None
     if target.exists():
-        raise ValueError(f"{target} exists: remove it, or choose another name.")
+        raise ValueError(f"{target} already exists: choose another name, or remove it.")
     return onnxruntime

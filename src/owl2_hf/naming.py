@@ -33,10 +33,10 @@ def naming_model(model: str) -> Iterator[None]:
             validate_repo_id(model)
         yield
     except HFValidationError:
-        expected = "expected a folder of this machine or the id of a model on the Hub (owner/name)"
-        raise ValueError(f"model {model!r}: there is no such folder; {expected}.") from None
+        expected = "expected a local folder or the id of a model on the Hub (owner/name)"
+        raise ValueError(f"model {model!r}: the folder does not exist; {expected}.") from None
     except (ValueError, OSError) as error:
         taken = (
-            "" if is_here else " (no folder of that name is here, so it was looked for on the Hub)"
+            "" if is_here else " (no local folder has this name, so it was looked up on the Hub)"
         )
         raise ValueError(f"model {model!r}{taken}: {error}") from error

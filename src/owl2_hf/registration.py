@@ -30,7 +30,7 @@ from types import ModuleType
 from typing import Any
 
 MODEL_TYPES = ("mplug_owl2", "mplug_owl2_1", "mplug_docowl")
-# Module -> its table that is looked up by a name, and its Auto class.
+# Module -> its lookup table and its Auto class.
 TABLES = {
     "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING", "AutoConfig"),
     "transformers.models.auto.image_processing_auto": (
@@ -110,7 +110,7 @@ def register_when_looked_up() -> None:
     if not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _TableFinder())
     for name in TABLES.keys() & sys.modules.keys():
-        # Which waits, should another thread be in the middle of importing it.
+        # import_module waits if another thread is still importing it.
         if not _make_lazy(import_module(name)):
             register()
 
@@ -206,7 +206,7 @@ class _TableLoader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
-        # Nobody has to know that we were here.
+        # Restore the original loader.
         module.__loader__ = module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         if not _make_lazy(module):

@@ -117,7 +117,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(tmp_path):
         terminal.type("What is this?\n")
         streamed = terminal.read_until("banana") + terminal.read_until("with")
         terminal.type("\x03")
-        rest = terminal.read_until("stopped; its beginning stays.\n> ")
+        rest = terminal.read_until("stopped; the text so far is kept.\n> ")
         assert "> " not in streamed.partition("\n")[2]
         assert terminal.ask("/save first.json").startswith("saved to ")
         shown = (streamed + rest).partition("\n")[2].partition("stopped;")[0].replace("^C", "")
@@ -129,7 +129,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(tmp_path):
         terminal.read_until("\n")
         assert terminal.read_until(" ").strip()
         terminal.type("\x03")
-        terminal.read_until("stopped; its beginning stays.\n> ")
+        terminal.read_until("stopped; the text so far is kept.\n> ")
         terminal.type("\x04")
         assert terminal.exit_code() == 0
 
@@ -145,14 +145,14 @@ def test_lines_come_back_errors_are_one_line_and_ctrl_d_ends(tmp_path):
         for line, message in (
             ("/image broken.png", "broken.png"),
             ("/image", "expected /image PATH_OR_URL"),
-            ("/imagine", "there is no command /imagine"),
+            ("/imagine", "unknown command /imagine"),
             ("/load broken.png", "is not valid JSON"),
         ):
             answer = terminal.ask(line)
             assert answer.startswith("owl2-hf: ") and message in answer
             assert answer.count("\n") == 1
         assert terminal.ask("/clear") == "new conversation.\n"
-        assert terminal.ask(f"/image {BANANA}") == f"{BANANA} goes with your next message.\n"
+        assert terminal.ask(f"/image {BANANA}") == f"{BANANA} is added to your next message.\n"
         terminal.type("half a line")
         terminal.read_until("half a line")
         time.sleep(1)  # a signal just before readline waits for a key is seen at the next key
@@ -260,7 +260,7 @@ def test_what_cuts_an_answer_off_is_said(tmp_path):
     assert second == (
         "cut off, because the context of 50 tokens is full. /clear starts a new conversation."
     )
-    assert third.startswith("owl2-hf: the conversation is full")
+    assert third.startswith("owl2-hf: the conversation is too long")
     assert len(result.stdout.splitlines()) == 3
 
 
@@ -276,7 +276,7 @@ def test_an_answer_steers_no_terminal_and_is_saved_as_it_is(monkeypatch, tmp_pat
     ("arguments", "message"),
     [
         (["no-such-image.png"], "no-such-image.png"),
-        (["--model", "no/such/folder"], "there is no such folder"),
+        (["--model", "no/such/folder"], "the folder does not exist"),
         (["--top-p", "0.5"], "top_p=0.5 has no effect at temperature 0"),
     ],
 )

@@ -41,7 +41,7 @@ def test_describe_keeps_to_the_context_unless_a_longer_answer_is_asked_for(tmp_p
     refused = run("describe", "--model", str(tmp_path), "--max-new-tokens", "70")
     assert refused.exit_code == 1
     assert (
-        "at most 80 positions" in refused.stderr
+        "at most 80 tokens" in refused.stderr
         and "a prompt of 19 and max_new_tokens=70" in refused.stderr
     )
 
@@ -156,7 +156,7 @@ def test_init_makes_a_model_that_answers(golden_dir, tmp_path):
     assert run("describe", "--model", tmp_path / "new", "--max-new-tokens", "2").exit_code == 0
     listed = run("push", tmp_path / "new", "me/new", "--dry-run")
     assert listed.exit_code == 0, listed.output
-    assert "model.safetensors" in listed.stdout and "would go to me/new" in listed.stdout
+    assert "model.safetensors" in listed.stdout and "would be uploaded to me/new" in listed.stdout
     assert run("init", tmp_path / "other", "--language", golden_dir("A") / "hf").exit_code == 1
 
 
@@ -252,4 +252,4 @@ def test_a_large_image_is_one_line_without_a_warning(tmp_path):
     )
     assert result.returncode == 1
     assert "Warning" not in result.stderr
-    assert "it has 10000 x 9000 pixels, at most 89,478,485 are taken" in result.stderr
+    assert "it has 10000 x 9000 pixels, the limit is 89,478,485 in all" in result.stderr

@@ -107,9 +107,9 @@ def test_a_tensor_in_two_files_is_refused(source, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
-        ({"hidden_size": 2**31}, "hidden_size is 2147483648"),
-        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers from 1 to 1000, got 1000000000"),
+        ({"hidden_size": 2**31}, "hidden_size from 1 to 1048576, got 2147483648"),
+        ({"vocab_size": -1}, "vocab_size from 1 to 1048576, got -1"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"num_hidden_layers": 2}, "configuration has no place"),
         ({"num_hidden_layers": 4}, "lacks"),
@@ -250,11 +250,11 @@ def test_the_way_back_writes_what_the_originals_code_reads(golden_dir, tmp_path)
 @pytest.mark.parametrize(
     ("part", "values", "message"),
     [
-        (None, {"image_token_id": 5}, "no image_token_id 5: it would read 1000"),
+        (None, {"image_token_id": 5}, "image_token_id 5, only 1000"),
         (
             "abstractor_config",
             {"block_norm_eps": 1e-3},
-            "no block_norm_eps 0.001: it would read 1e-05",
+            "block_norm_eps 0.001, only 1e-05",
         ),
         (
             "text_config",

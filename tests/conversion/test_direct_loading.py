@@ -286,7 +286,7 @@ def test_an_index_that_leaves_the_folder_is_refused(source, tmp_path):
     for name in ("../outside.bin", str(tmp_path / "outside.bin")):
         index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
         (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-        with pytest.raises(ValueError, match="not a weight file of this folder"):
+        with pytest.raises(ValueError, match="expected a weight file in the same folder"):
             AutoModelForImageTextToText.from_pretrained(source)
 
 
@@ -349,20 +349,24 @@ def test_adapters_of_peft_do_not_notice_the_mapping(golden_dir, tmp_path, target
 @pytest.mark.parametrize(
     ("key", "shape", "words"),
     [
-        ("score_head.weight", (1, 24), "head of a scorer or of another task"),
-        ("model.score.weight", (1, 24), "head of a scorer or of another task"),
-        ("model.layers.9.mlp.up_proj.weight", (64, 24), "tells of fewer layers"),
-        ("model.layers.0.mlp.up_proj.bias", (64,), "or of layers without it"),
-        ("model.vision2text.vit_eos", (1, 1, 24), "connector's of DocOwl 1.5"),
-        ("model.hr_compressor.compressor_eos", (1, 1, 24), "DocOwl2's, which is not supported"),
-        ("base_model.model.lm_head.lora_A.weight", (2, 24), "adapter's, which load_adapter loads"),
+        ("score_head.weight", (1, 24), "head of another task"),
+        ("model.score.weight", (1, 24), "head of another task"),
+        ("model.layers.9.mlp.up_proj.weight", (64, 24), "has fewer layers"),
+        ("model.layers.0.mlp.up_proj.bias", (64,), "or layers without it"),
+        ("model.vision2text.vit_eos", (1, 1, 24), "DocOwl 1.5's connector"),
+        ("model.hr_compressor.compressor_eos", (1, 1, 24), "DocOwl2, which is not supported"),
+        (
+            "base_model.model.lm_head.lora_A.weight",
+            (2, 24),
+            "an adapter, load that with load_adapter",
+        ),
     ],
 )
 def test_a_tensor_without_a_place_is_an_error(source, key, shape, words):
     edit(source, lambda tensors: tensors.update({key: torch.ones(shape)}))
     for load in (AutoModelForImageTextToText.from_pretrained, AutoModel.from_pretrained):
         with pytest.raises(
-            ValueError, match=f"has 1 tensors that .* has no place for, the first is .*{words}"
+            ValueError, match=f"has 1 tensors that .* does not have, the first is .*{words}"
         ):
             load(source)
         _, info = load(source, output_loading_info=True)
@@ -388,17 +392,17 @@ def test_weights_of_the_other_original_are_called_so(source, tmp_path):
     edit_config(source, model_type="mplug_owl2_1")
     with pytest.raises(
         ValueError,
-        match=r"holds the weights of mPLUG-Owl2 \('model\..*config\.json is mPLUG-Owl2\.1's",
+        match=r"has weights of mPLUG-Owl2 \(such as 'model\..*config\.json is for mPLUG-Owl2\.1",
     ):
         AutoModelForImageTextToText.from_pretrained(source)
-    assert "parameter of mPLUG-Owl2, but config.json is mPLUG-Owl2.1's" in refused(
+    assert "parameter of mPLUG-Owl2, but config.json is for mPLUG-Owl2.1" in refused(
         "convert", source, tmp_path / "out"
     )
     other = owl21(tmp_path)
     edit_config(other, model_type="mplug_owl2")
-    with pytest.raises(ValueError, match=r"holds the weights of mPLUG-Owl2\.1 \('transformer\."):
+    with pytest.raises(ValueError, match=r"has weights of mPLUG-Owl2\.1 \(such as 'transformer\."):
         AutoModelForImageTextToText.from_pretrained(other)
-    assert "parameter of mPLUG-Owl2.1, but config.json is mPLUG-Owl2's" in refused(
+    assert "parameter of mPLUG-Owl2.1, but config.json is for mPLUG-Owl2" in refused(
         "convert", other, tmp_path / "out"
     )
 
@@ -436,9 +440,9 @@ BROKEN = {
     "half": (lambda content: content[: len(content) // 2], "it is damaged"),
     "malicious": (
         lambda content: pickle.dumps({"a": Bomb()}),
-        "damaged, or holds more than tensors",
+        "damaged, or contains more than tensors",
     ),
-    "archive": (lambda content: saved({"a": Bomb()}), "damaged, or holds more than tensors"),
+    "archive": (lambda content: saved({"a": Bomb()}), "damaged, or contains more than tensors"),
 }
 
 

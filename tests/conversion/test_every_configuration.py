@@ -116,7 +116,7 @@ def test_it_saves_loads_and_converts(config):
         try:
             convert(folder / "saved", folder / "original", to="original")
         except ConversionError as error:
-            assert "the original's code has no" in str(error)  # it has no word for every setting
+            assert "the original's code" in str(error)  # it has no word for every setting
             return
         direct = MplugOwl2ForConditionalGeneration.from_pretrained(folder / "original")
         convert(folder / "original", folder / "back")

@@ -224,7 +224,7 @@ def test_a_tokenizer_of_another_length_than_the_table_puts_the_placeholder_where
     model = load(tmp_path / "new")
     assert (model.config.image_token_id, model.config.output_vocab_size) == (320, num_ids)
     assert len(model.get_input_embeddings().weight) == num_rows
-    assert "another length" in report.notes[-1]
+    assert "differ in length" in report.notes[-1]
     assert_same_logits(
         LlamaForCausalLM.from_pretrained(source).eval(),
         model,
@@ -498,7 +498,7 @@ def test_generation_stops_where_the_language_model_did_and_where_the_template_en
 
 def test_what_is_no_llama_is_refused(tmp_path, clip):
     MistralConfig(hidden_size=32).save_pretrained(tmp_path / "mistral")
-    with pytest.raises(ValueError, match=r"type 'mistral': expected 'llama'"):
+    with pytest.raises(ValueError, match=r"model_type 'llama', got 'mistral'"):
         initialize(tmp_path / "mistral", tmp_path / "new", clip)
     assert not (tmp_path / "new").exists()
 
@@ -544,7 +544,7 @@ def test_a_vocabulary_with_gaps_is_refused(tmp_path, clip):
     values["model"]["vocab"][last] += 1
     values["model"]["vocab"].update({unused: values["model"]["vocab"][last] + 1})
     (source / "tokenizer.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="its ids have gaps"):
+    with pytest.raises(ValueError, match="gaps in its ids"):
         initialize(source, tmp_path / "new", clip)
 
 
@@ -575,7 +575,7 @@ def test_siglip_is_refused(tmp_path, llama):
 
 def test_a_dinov2_with_swiglu_is_refused(tmp_path, llama):
     source = save_dinov2(tmp_path / "dinov2", use_swiglu_ffn=True)
-    with pytest.raises(ValueError, match="use_swiglu_ffn: expected a DINOv2 with an MLP"):
+    with pytest.raises(ValueError, match=r"expected a DINOv2 with an MLP.*use_swiglu_ffn"):
         initialize(llama, tmp_path / "new", source)
 
 
@@ -589,7 +589,7 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path, llama, clip):
     with pytest.raises(ValueError, match="num_learnable_queries must be at least 1, got 0"):
         initialize(llama, tmp_path / "new", clip, num_queries=0)
     source = save_clip(tmp_path / "clip", hidden_size=130, num_attention_heads=2)
-    with pytest.raises(ValueError, match="130 wide: expected a multiple of 4"):
+    with pytest.raises(ValueError, match=r"multiple of 4.*got 130"):
         initialize(llama, tmp_path / "new", source)
 
 

@@ -120,7 +120,7 @@ def test_the_tracker_chooses_the_iteration(golden, loaded, whole, tmp_path):
     source = tmp_path / "megatron"
     write(loaded, source / "iter_0000100" / "mp_rank_00")
     write({"model": {}}, source / "iter_0000200" / "mp_rank_00")
-    assert "and no latest_checkpointed_iteration.txt: name one of them" in refused(
+    assert "has no latest_checkpointed_iteration.txt and contains" in refused(
         "convert", source, tmp_path / "target", "--base", golden / "tiny_config"
     )
     (source / "latest_checkpointed_iteration.txt").write_text("100\n")
@@ -215,14 +215,14 @@ def test_ranks_are_not_taken_for_the_whole(golden, loaded, tmp_path):
     source = tmp_path / "megatron"
     write(cut(loaded, 0, 2), source / "mp_rank_00")
     line = refused("convert", source, tmp_path / "target", "--base", golden / "tiny_config")
-    assert "one of 2 tensor-parallel ranks, but 1 came" in line
+    assert "expected 2 tensor-parallel ranks, got 1" in line
     part = cut(loaded, 0, 2)
     del part["args"]
     write(part, source / "mp_rank_00")
     line = refused("convert", source, tmp_path / "target", "--base", golden / "tiny_config")
     assert "expected shape" in line and "from 1 ranks" in line
     write(cut(loaded, 1, 2), source / "mp_rank_02")
-    assert "mp_rank_01 is missing" in refused(
+    assert "mp_rank_01 does not exist" in refused(
         "convert", source, tmp_path / "target", "--base", golden / "tiny_config"
     )
     (source / "mp_rank_02").rename(source / "mp_rank_00_001")
@@ -239,14 +239,14 @@ def test_ranks_that_disagree_are_refused(golden, loaded, tmp_path):
     line = refused(
         "convert", tmp_path / "megatron", tmp_path / "target", "--base", golden / "tiny_config"
     )
-    assert "norm.weight': the ranks hold different values" in line
+    assert "norm.weight': expected equal values in all ranks" in line
     part = cut(loaded, 1, 2)
     del part["model"]["vision_model"]["cls_token"]
     write(part, tmp_path / "megatron" / "mp_rank_01")
     line = refused(
         "convert", tmp_path / "megatron", tmp_path / "target", "--base", golden / "tiny_config"
     )
-    assert "'vision_model.cls_token': it is not in every rank" in line
+    assert "'vision_model.cls_token': not every rank has this tensor" in line
 
 
 def test_merged_parts_must_make_up_the_whole():
@@ -279,12 +279,12 @@ def test_a_missing_layer_and_an_unknown_tensor_are_named(golden, loaded, tmp_pat
 
 def test_without_a_configuration_the_published_sizes_are_expected(golden, tmp_path):
     line = refused("convert", golden / "megatron_iter", tmp_path / "target")
-    assert "give them with --base" in line
+    assert "pass a folder with config.json as --base" in line
     (tmp_path / "empty").mkdir()
     line = refused(
         "convert", golden / "megatron_iter", tmp_path / "target", "--base", tmp_path / "empty"
     )
-    assert "has no config.json" in line
+    assert "expected a folder with config.json, got none" in line
 
 
 class Bomb:

@@ -99,12 +99,14 @@ def test_a_script_of_torch_is_refused(source, tmp_path):
             "a Git LFS pointer",
         ),
         (b"<!DOCTYPE html><html></html>", "a web page"),
-        (os.urandom(500), "damaged, or holds more than tensors"),
-        (b"\x80\x02" + b"(" * 5000, "damaged, or holds more than tensors"),
+        (os.urandom(500), "damaged, or contains more than tensors"),
+        (b"\x80\x02" + b"(" * 5000, "damaged, or contains more than tensors"),
     ],
 )
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_what_is_no_weight_file_is_called_by_its_name(source, tmp_path, content, message, name):
+def test_what_is_no_weight_file_is_called_by_its_name(
+    source, tmp_path, content, message, name
+):
     (source / "pytorch_model.bin").unlink()
     (source / name).write_bytes(content)
     line = refused("convert", source, tmp_path / "target")
@@ -173,7 +175,7 @@ def test_a_record_that_is_there_twice_is_refused(source, tmp_path):
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
         archive.writestr(name, b"other")
-    assert "holds a record twice" in refused("convert", source, tmp_path / "target")
+    assert "has two records of one name" in refused("convert", source, tmp_path / "target")
 
 
 def test_a_safetensors_header_that_lies_is_refused(source, tmp_path):
@@ -234,13 +236,13 @@ def write_index(source, text):
 def test_an_index_names_only_weight_files_of_its_folder(source, tmp_path, name):
     write_index(source, {"weight_map": {NORM: name}})
     line = refused("convert", source, tmp_path / "target")
-    assert repr(name) in line and "not a weight file of this folder" in line
+    assert repr(name) in line and "expected a weight file in the same folder" in line
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"weight_map": {"a": "pytorch_model-1-of-2.bin"}}', "which is missing"),
+        ('{"weight_map": {"a": "pytorch_model-1-of-2.bin"}}', "which does not exist"),
         (
             '{"weight_map": {"a": "model.safetensors", "a": "model.safetensors"}}',
             "it names 'a' twice",
@@ -271,7 +273,7 @@ def test_an_entry_without_its_tensor_is_refused(source, tmp_path):
         source,
         {"weight_map": {NORM: "pytorch_model-1-of-1.bin", "ghost": "pytorch_model-1-of-1.bin"}},
     )
-    assert "tensor 'ghost': the index places it here, but it is not" in refused(
+    assert "tensor 'ghost': the index names it, but the file does not" in refused(
         "convert", source, tmp_path / "target"
     )
 

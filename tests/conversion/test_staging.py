@@ -96,7 +96,7 @@ def test_a_link_to_an_empty_folder_is_followed(source, tmp_path):
 def test_two_at_once_end_in_one_result(source, tmp_path):
     with staged_folder(tmp_path / "target") as folder:
         fill(folder)
-        assert "is being built by another process" in refused(
+        assert "is being written by another process" in refused(
             "convert", source, tmp_path / "target"
         )
     assert (tmp_path / "target" / "config.json").read_text() == "new"

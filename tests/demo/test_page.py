@@ -223,7 +223,7 @@ def test_the_pixels_of_all_pictures_count_together(worker, tmp_path):
     for path in paths:
         Image.new("RGB", (400, 400)).save(path)
     list(worker.answer([user("What is this?", paths[0])], 1))
-    with pytest.raises(ValueError, match=r"^1\.png: it has 400 x 400 pixels, at most 90,000"):
+    with pytest.raises(ValueError, match=r"^1\.png: it has 400 x 400 pixels, the limit is 90,000"):
         list(worker.answer([user("What is this?", *paths)], 1))
 
 
@@ -238,7 +238,7 @@ def test_what_is_longer_than_the_context_is_refused(worker):
 
 def test_a_picture_that_was_deleted_is_asked_for_again(worker, tmp_path):
     with pytest.raises(
-        ValueError, match="an image is not here any more: upload it again, in a new chat"
+        ValueError, match="an uploaded image no longer exists: start a new chat and upload it again"
     ):
         list(worker.answer([user("What is this?", str(tmp_path / "gone.png"))], 8))
 
@@ -266,7 +266,7 @@ def test_the_analysis_has_the_figures_of_the_command(worker):
 
 def test_an_analysis_needs_one_picture_and_a_question(worker):
     with pytest.raises(
-        ValueError, match="expected one image, or a second one that is unrelated, got 0"
+        ValueError, match="expected one image and at most one unrelated image, got 0"
     ):
         worker.analyze([], "What is this?")
     with pytest.raises(ValueError, match="the question is empty: write one about the image"):
@@ -281,7 +281,7 @@ def test_limits_are_at_least_one(name):
 
 def test_another_familys_model_is_refused(loaded):
     with pytest.raises(
-        ValueError, match="expected an MplugOwl2ForConditionalGeneration to show, gpt is a Linear"
+        ValueError, match="gpt: expected an MplugOwl2ForConditionalGeneration, got Linear"
     ):
         demo.build_page(torch.nn.Linear(1, 1), loaded[1], "gpt")
 
@@ -349,7 +349,7 @@ def test_a_failure_inside_the_model_is_told_without_its_details(client, loaded, 
     with monkeypatch.context() as patch:
         patch.setattr(loaded[0], "generate", fail)
         told = client.predict(asked("What is this?"), 64, 0, 1, api_name="/chat")
-        assert told["content"] == "the model failed; the log of the page says why."
+        assert told["content"] == "the model failed; the server's log says why."
     assert (
         client.predict(asked("What is this?", picture()), 64, 0, 1, api_name="/chat").strip()
         == "banana"

@@ -133,11 +133,11 @@ def test_images_are_cut_as_the_scripts_cut_them(folder, default):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"correct_ans": "Medium"}, "row 2: 'correct_ans' 'Medium' is none of the candidates"),
-        ({"correct_ans": None}, "row 2: expected 'correct_ans'.*the part dev has it"),
+        ({"correct_ans": "Medium"}, "row 2: 'correct_ans' 'Medium' is not among the candidates"),
+        ({"correct_ans": None}, "row 2: expected 'correct_ans'.*use the split dev, which has it"),
         ({"candidates": ["Yes"]}, "row 2: expected a list of 2 to 4 'candidates'"),
-        ({"img_path": "../b.png"}, "row 2: '../b.png' leads out of"),
-        ({"img_path": "c.png"}, "row 2: there is no image"),
+        ({"img_path": "../b.png"}, "row 2: '../b.png' is outside"),
+        ({"img_path": "c.png"}, "row 2: the image"),
         ({"question": 3}, "row 2: expected texts as 'img_path' and 'question'"),
     ],
 )

@@ -528,7 +528,9 @@ def test_the_pipeline_answers_about_a_document(with_tokenizer, documents, tmp_pa
     assert len(set(answers)) == 1
 
 
-def test_a_stranger_gets_the_same_logits(with_tokenizer, golden_dir, tmp_path):
+def test_a_stranger_gets_the_same_logits(
+    with_tokenizer, golden_dir, tmp_path
+):
     command("convert", with_tokenizer, tmp_path / "a.model")
     picture, prompt = (
         str(golden_dir("HP") / "images" / "wide.png"),

@@ -192,7 +192,7 @@ def test_save_pretrained_writes_both_layouts(source, converted, tmp_path):
 def test_what_the_originals_code_cannot_say_is_not_written_back(converted, tmp_path):
     for number, (change, message) in enumerate(
         [
-            ({"rope_dynamic_ntk_length": 256}, "has no"),
+            ({"rope_dynamic_ntk_length": 256}, "does not support"),
             ({"attention_out_bias": True}, "attention_out_bias|lacks"),
             ({"hidden_act": "gelu"}, "hidden_act"),
         ]
@@ -224,7 +224,7 @@ def test_the_vocabulary_is_that_of_the_weights(source, converted, tmp_path):
     assert logits[..., num_tokens:].max() < expected[..., :num_tokens].min()
     shutil.copytree(source / "hf", tmp_path / "fewer", copy_function=shutil.copyfile)
     edit_config(tmp_path / "fewer", vocab_size=num_tokens - 100)
-    with pytest.raises(ValueError, match=r"other shapes than config\.json says.*vocab_size"):
+    with pytest.raises(ValueError, match=r"other shapes than config\.json describes.*vocab_size"):
         AutoModelForImageTextToText.from_pretrained(tmp_path / "fewer")
     config = AutoConfig.from_pretrained(tmp_path / "source0")
     assert (config.image_token_id, config.text_config.eos_token_id) == (151851, 151643)
@@ -417,7 +417,7 @@ def test_control_tokens_stand_behind_the_ranks(ranks, tmp_path):
     [
         ("IQ== 0 1\n", "line 1"),
         ("!! 0\n", "line 1"),
-        ("IQ== 1\n", "each rank"),
+        ("IQ== 1\n", "each once"),
         ("IQ== 0\n", "every byte"),
     ],
 )

@@ -87,7 +87,7 @@ def test_every_row_is_scored_once_even_when_an_actor_is_killed(
     assert list(scored[0]) == ["image", "id", "input_std", "score", "std", *LEVELS, "error"]
     bad = {row["id"]: row for row in scored if row["error"]}
     assert list(bad) == [7, 9] and bad[7]["score"] is None
-    assert "is not an image" in bad[7]["error"] and "there is no image" in bad[9]["error"]
+    assert "is not an image" in bad[7]["error"] and "does not exist" in bad[9]["error"]
     good = [row for row in scored if not row["error"]]
     scorer = Scorer(*owl2_hf.load_default(dtype=torch.float32), PRESET)
     assert_scores(good, scorer, [str(rows / row["image"]) for row in good])

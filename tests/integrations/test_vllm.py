@@ -148,7 +148,7 @@ def test_reserved_ids_are_never_predicted(engine):
 @needs_vllm
 def test_embeddings_without_token_ids_are_refused(engine):
     assert model_of(engine).requires_raw_input_tokens
-    with pytest.raises(ValueError, match="without the raw token ids"):
+    with pytest.raises(ValueError, match="without token ids"):
         model_of(engine).forward(None, torch.arange(3), inputs_embeds=torch.zeros(3, 160))
 
 

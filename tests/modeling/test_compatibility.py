@@ -138,7 +138,7 @@ def rename(monkeypatch, old, new):
 )
 def test_an_argument_that_transformers_renames_is_an_error(model, batch, monkeypatch, old, kind):
     rename(monkeypatch, old, "renamed")
-    message = rf"got a {kind} as 'renamed', .* transformers [\d.]+\w* did: tested are 5\.17\.0 to"
+    message = rf"got the unknown argument 'renamed', a {kind}; .* transformers [\d.]+\w* did\. .*5\.17\.0 to"
     with pytest.raises(ValueError, match=message):
         model.generate(**batch, max_new_tokens=3, do_sample=False)
 
@@ -178,12 +178,8 @@ def test_other_unknown_arguments_are_ignored_with_one_warning(model, inputs, cap
             assert model(**inputs, colour="blue", nothing=None).logits.equal(expected)
     assert [
         record.getMessage() for record in caplog.records if "colour" in record.getMessage()
-    ] == [
-        "MplugOwl2ForConditionalGeneration ignores the argument 'colour', which it does not know."
-    ]
-    with pytest.raises(
-        ValueError, match="got a tensor as 'pixel_value', an argument that it does not know"
-    ):
+    ] == ["MplugOwl2ForConditionalGeneration ignores the unknown argument 'colour'."]
+    with pytest.raises(ValueError, match="got the unknown argument 'pixel_value', a tensor"):
         model(inputs["input_ids"], pixel_value=inputs["pixel_values"])
 
 
@@ -207,8 +203,8 @@ def test_unknown_options_of_the_processor_are_warnings(loaded, caplog):
         )
         processor(text="a", text_kwargs={"paddding": True})
     messages = " ".join(record.getMessage() for record in caplog.records)
-    assert "ignores the option 'image_aspect_ratioo'" in messages
-    assert "ignores 'paddding' of text_kwargs" in messages
+    assert "ignores the unknown option 'image_aspect_ratioo'" in messages
+    assert "ignores the unknown option 'paddding' in text_kwargs" in messages
     with pytest.raises(TypeError, match="unexpected keyword argument 'atn_implementation'"):
         owl2_hf.load_default(atn_implementation="eager")
 

@@ -125,7 +125,9 @@ def test_a_sentencepiece_model_of_another_kind_is_refused(tmp_path):
             vocab_size=40 if kind == "unigram" else 300,
             hard_vocab_limit=False, minloglevel=2, **extra,
         )  # fmt: skip
-        with pytest.raises(ValueError, match="is not LLaMA's kind: a test text has ids"):
+        with pytest.raises(
+            ValueError, match="is not a LLaMA tokenizer: for a test text it gives the ids"
+        ):
             load_tokenizer(tmp_path)
 
 
@@ -159,14 +161,18 @@ def bpe(vocab, merges=(), **others):
             b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
             "expected byte_fallback",
         ),
-        ("tokenizer.json", bpe({"a": 0}), "not LLaMA's kind: expected <unk>"),
+        ("tokenizer.json", bpe({"a": 0}), "not a LLaMA tokenizer: expected <unk>"),
         ("tokenizer.json", bpe({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 9}), "some are missing"),
         (
             "tokenizer.json",
             bpe({"<unk>": 0, "<s>": 1, "</s>": 2}, ["a b c"]),
             "merges must be pairs",
         ),
-        ("tokenizer.json", bpe({"<unk>": 0, "<s>": 1, "</s>": 2}, ["a b"]), "fits together"),
+        (
+            "tokenizer.json",
+            bpe({"<unk>": 0, "<s>": 1, "</s>": 2}, ["a b"]),
+            "valid byte-pair encoding",
+        ),
         (
             "tokenizer.json",
             bpe({"<unk>": 0}, added_tokens=[{"content": "<pad>"}]),
@@ -191,5 +197,5 @@ def test_a_legacy_flag_that_is_none_is_named(tmp_path):
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json does not exist"):
         load_tokenizer(tmp_path)

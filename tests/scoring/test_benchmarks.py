@@ -160,13 +160,13 @@ def test_a_published_layout_is_read(name, tmp_path):
 def test_what_a_folder_lacks_is_named(name, tmp_path):
     (tmp_path / "empty").mkdir()
     LAYOUTS[name](tmp_path)
-    with pytest.raises(ValueError, match=rf"^{name}: .* holds no .*; expected") as error:
+    with pytest.raises(ValueError, match=rf"^{name}: .* does not exist in .*; expected") as error:
         read_benchmark(name, tmp_path / "empty")
     assert "\n" not in str(error.value)
     for path in tmp_path.rglob("*"):
         if path.suffix in (".jpg", ".png", ".bmp", ".JPG", ".mp4"):
             path.unlink()
-    message = "holds none of its" if name in ("ava", "lsvq") else "row .*: there is no image"
+    message = "files are missing in" if name in ("ava", "lsvq") else "row .* does not exist"
     with pytest.raises(ValueError, match=rf"^{name}: .*{message}.* expected"):
         read_benchmark(name, tmp_path)
 
@@ -181,10 +181,10 @@ def test_what_a_folder_lacks_is_named(name, tmp_path):
             "dmos.csv",
             "I01_01_01.png",
             "../../secret.png",
-            "row 2: .* leads out of the image folder",
+            "row 2: .* is outside the image folder",
         ),
         ("kadid", "dmos.csv", "0.49", "-0.49", "row 2: expected a 'var' of at least 0, got -0.49"),
-        ("koniq", "koniq10k_distributions_sets.csv", "50,50", "0,0", "row 2: expected votes"),
+        ("koniq", "koniq10k_distributions_sets.csv", "50,50", "0,0", "row 2: expected counts"),
         (
             "ava",
             "AVA.txt",
@@ -192,8 +192,14 @@ def test_what_a_folder_lacks_is_named(name, tmp_path):
             "953958 x",
             "row 2: expected an index, an image and ten counts",
         ),
-        ("csiq", "csiq.DMOS.xlsx", None, None, "is no workbook that can be read"),
-        ("livec", "Data/AllMOS_release.mat", None, None, "is no MATLAB file with AllMOS_release"),
+        ("csiq", "csiq.DMOS.xlsx", None, None, "is not a readable Excel workbook"),
+        (
+            "livec",
+            "Data/AllMOS_release.mat",
+            None,
+            None,
+            "is not a MATLAB file with AllMOS_release",
+        ),
     ],
 )
 def test_a_bad_file_is_named_with_its_row(name, file, old, new, message, tmp_path):
@@ -212,11 +218,11 @@ def test_a_workbook_without_the_columns_or_too_large_is_refused(tmp_path, monkey
     file = tmp_path / "Annotations" / "MOS and Image attribute scores.xlsx"
     workbook(file, [["Image", "Score"], ["a", 1]])
     with pytest.raises(
-        ValueError, match="expected the columns Image name and MOS in a sheet, found none"
+        ValueError, match="expected the columns Image name and MOS in a sheet, got none"
     ):
         read_benchmark("spaq", tmp_path)
     monkeypatch.setattr("owl2_hf.scoring.benchmarks._MAX_BYTES", 10)
-    with pytest.raises(ValueError, match="is no workbook that can be read"):
+    with pytest.raises(ValueError, match="is not a readable Excel workbook"):
         read_benchmark("spaq", tmp_path)
 
 
@@ -267,7 +273,8 @@ def test_the_command_judges_by_a_benchmark(tmp_path):
     ):
         result = CliRunner().invoke(app, [*command, *wrong])
         assert (
-            result.exit_code == 2 and "give opinions, or --benchmark with --root" in result.stderr
+            result.exit_code == 2
+            and "pass a file of opinions, or --benchmark with --root" in result.stderr
         )
 
 
@@ -277,7 +284,7 @@ def test_the_command_checks_a_folder_as_training_takes_it(name, tmp_path):
     result = CliRunner().invoke(app, ["data", "check", f"{name}:{tmp_path}", "--skip-pictures"])
     if name == "ava":  # the opinions of its two images are equal, and a third one is missing
         assert "every MOS is the same" in result.stdout
-        assert "1 files are not there: they are left out" in result.stdout
+        assert "1 files are missing and skipped" in result.stdout
     else:
         assert result.exit_code == 0, result.output
         assert result.stdout.startswith(f"{len(expected)} rows of opinions, 0 bad")
@@ -292,10 +299,10 @@ def test_the_check_names_every_bad_image_of_a_folder(tmp_path):
     assert result.exit_code == 1
     first, second, counts = result.stdout.splitlines()
     assert first.startswith("row 2: ") and "I01_01_01.png" in first
-    assert second.startswith("row 3: there is no image")
+    assert second.startswith("row 3: the image")
     assert counts == "2 rows of opinions, 2 bad, 0 duplicates"
     missing = CliRunner().invoke(app, ["data", "check", f"spaq:{tmp_path}"])
-    assert missing.exit_code == 1 and "holds no Annotations/MOS" in missing.stderr
+    assert missing.exit_code == 1 and "Annotations/MOS" in missing.stderr
 
 
 def test_images_of_one_reference_are_told(tmp_path):

@@ -176,7 +176,7 @@ def test_a_csv_list_keeps_its_other_columns(model, scorer, images):
     assert rows[0]["note"] == 'two\nlines, "one" row' and rows[0]["input_std"] == "0.5"
     assert_scores(rows[:1], scorer, ["images/a.png"])
     for row, error in zip(
-        rows[1:], ["there is no image", "leads out of", "expected 4 values, got 3"], strict=True
+        rows[1:], ["does not exist", "is outside", "expected 4 values, got 3"], strict=True
     ):
         assert error in row["error"]
     assert rows[3]["image"] == "list.csv: row 6"
@@ -243,7 +243,7 @@ def test_data_sets_are_scored_from_a_folder_the_hub_and_memory(scorer, images, m
     assert_scores(table("hub.csv"), scorer, photos)
     rows = with_paths
     score_dataset(scorer, ["someone/photos"], "paths.csv", **options)
-    assert all("there is no image" in row["error"] for row in table("paths.csv"))
+    assert all("does not exist" in row["error"] for row in table("paths.csv"))
 
 
 def test_images_that_the_hub_has_as_files_are_fetched_from_their_own_data_set(
@@ -452,12 +452,12 @@ def test_a_changed_folder_costs_only_the_parts_that_changed(scorer, images, monk
 def test_scores_of_other_settings_are_not_mixed(model, scorer, images, monkeypatch):
     begin(scorer, [str(images)], "out.csv", monkeypatch)
     other = Scorer(scorer.model, scorer.processor, PRESET, (0.0, 1.0), batch_size=4)
-    with pytest.raises(ValueError, match="was begun with another preset: give the same again"):
+    with pytest.raises(ValueError, match="was started with another preset: use the same"):
         score_dataset(other, [str(images)], "out.csv", num_workers=0, part_rows=4)
     score_dataset(other, [str(images)], "out.csv", num_workers=0, part_rows=4, overwrite=True)
     assert all(float(row["score"]) <= 1 for row in table() if row["score"])
     result = run(model, images, "--out", "out.csv")
-    assert result.exit_code == 1 and "is there already" in result.stderr
+    assert result.exit_code == 1 and "already exists" in result.stderr
 
 
 def test_two_runs_do_not_write_one_file(scorer, images, monkeypatch):
@@ -477,11 +477,17 @@ def test_two_runs_do_not_write_one_file(scorer, images, monkeypatch):
         (["images", "--out", "out.csv", "--json"], "leave out --json and --csv"),
         (["images", "--workers", "1"], "--workers needs --out"),
         (["images/*.tiff", "--out", "out.csv"], "no file matches images/*.tiff"),
-        (["none.jpg", "--out", "out.csv"], "there is no file or folder 'none.jpg'"),
-        (["empty", "--out", "out.csv"], "hold no images"),
-        (["list.csv", "--out", "out.csv"], "expected the column image, got a, b; --column"),
+        (["none.jpg", "--out", "out.csv"], "'none.jpg' does not exist"),
+        (["empty", "--out", "out.csv"], "contain no images"),
+        (
+            ["list.csv", "--out", "out.csv"],
+            "expected the column image, got a, b; choose one with --column",
+        ),
         (["images", "--out", "out.csv", "--task", "beauty"], "expected a task of quality"),
-        (["images", "--out", "out.csv", "--image-folder", "none"], "no image folder 'none'"),
+        (
+            ["images", "--out", "out.csv", "--image-folder", "none"],
+            "the image folder 'none' does not exist",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(model, images, rest, expected):

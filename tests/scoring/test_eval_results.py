@@ -69,12 +69,12 @@ def test_a_task_of_the_benchmark_may_have_another_name_than_the_statistic(tmp_pa
     ("arguments", "message"),
     [
         ({"benchmark": "no/such/id"}, "Repo id must be in the form"),
-        ({"tasks": ["srcc", "srcc"]}, "expected each task once, .* got 'srcc'"),
-        ({"tasks": ["=srcc"]}, "expected each task once"),
-        ({"tasks": ["accuracy"]}, "with one of srcc, krcc, plcc, .* got 'accuracy'"),
-        ({"tasks": ["kl"]}, "task 'kl': these opinions and scores have no kl"),
+        ({"tasks": ["srcc", "srcc"]}, "expected TASK=STATISTIC, each task once .* got 'srcc'"),
+        ({"tasks": ["=srcc"]}, "expected TASK=STATISTIC, each task once"),
+        ({"tasks": ["accuracy"]}, "a statistic of srcc, krcc, plcc, .* got 'accuracy'"),
+        ({"tasks": ["kl"]}, "task 'kl': kl is not defined for these opinions and scores"),
         ({"report": report("one", "two")}, r"one data set .* got 2 \('one', 'two'\)"),
-        ({"report": report(srcc=float("nan"))}, "task 'srcc': .* have no srcc"),
+        ({"report": report(srcc=float("nan"))}, "task 'srcc': srcc is not defined"),
         ({"folder": "lost"}, "expected the folder of a model .* got 'lost'"),
     ],
 )
@@ -105,7 +105,7 @@ def test_the_command_writes_them_into_the_folder_of_the_model(model, folder):  #
         name: pytest.approx(statistics[name]["value"], abs=1e-6) for name in ("srcc", "plcc")
     }
     again = judge(model, own)
-    assert again.exit_code == 1 and "tester--photos.yaml is there already" in again.stderr
+    assert again.exit_code == 1 and "tester--photos.yaml already exists" in again.stderr
     assert not again.stdout  # nothing was scored
 
 

@@ -200,17 +200,14 @@ def test_the_command_says_what_is_wrong_in_one_line(model, folder, tmp_path):
         assert result.exit_code == 1
         return [line for line in result.stderr.splitlines() if line.startswith("owl2-hf: ")]
 
-    assert errors(tmp_path / "lost.csv") == [
-        f"owl2-hf: there is no file or folder '{tmp_path / 'lost.csv'}'."
-    ]
+    assert errors(tmp_path / "lost.csv") == [f"owl2-hf: '{tmp_path / 'lost.csv'}' does not exist."]
     assert "no row has split 'val'" in errors(folder / "opinions.csv", "--split", "val")[0]
     assert (
-        "expected a plot named as one of"
+        "expected a plot file that ends in one of"
         in errors(folder / "opinions.csv", "--plot", tmp_path / "a.docx")[0]
     )
     assert (
-        "there is no folder"
-        in errors(folder / "opinions.csv", "--plot", tmp_path / "no" / "a.png")[0]
+        "does not exist" in errors(folder / "opinions.csv", "--plot", tmp_path / "no" / "a.png")[0]
     )
     rows = [{"image": str(folder / f"{index}.png"), "mos": index} for index in range(5)]
     (folder / "broken.png").write_bytes(b"no image")
@@ -218,18 +215,18 @@ def test_the_command_says_what_is_wrong_in_one_line(model, folder, tmp_path):
     (line,) = errors(folder / "rows.json")
     assert line.startswith(f"owl2-hf: {folder / 'rows.json'}: row 6: ") and "broken.png" in line
     both = run(model, folder / "opinions.csv", "--csv", "--json")
-    assert both.exit_code == 2 and "one of --json and --csv" in both.stderr
+    assert both.exit_code == 2 and "use --json or --csv" in both.stderr
 
 
 def test_a_card_does_not_replace_another_one(model, folder, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     result = run(model, folder / "opinions.csv", "--card", tmp_path / "README.md")
     assert (
-        result.exit_code == 1 and "README.md is there already: name another file" in result.stderr
+        result.exit_code == 1 and "README.md already exists: choose another name" in result.stderr
     )
     assert (tmp_path / "README.md").read_text() == "mine"
     result = run(model, folder / "opinions.csv", "--card", tmp_path / "no" / "README.md")
-    assert result.exit_code == 1 and "there is no folder" in result.stderr
+    assert result.exit_code == 1 and "does not exist" in result.stderr
 
 
 def test_a_card_shows_each_data_set(model, folder, tmp_path):

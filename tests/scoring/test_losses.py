@@ -171,15 +171,15 @@ def test_a_level_may_open_the_answer():
 def test_rows_without_a_level_are_refused():
     labels = torch.tensor([[-100, -100, 7, 11, 5], [-100, 7, 11, -100, -100], [7, 12, 5, 2, 2]])
     assert level_positions(labels[:1], [7, 11]).tolist() == [4]
-    with pytest.raises(ValueError, match=r"2 of 3 rows hold no level behind the tokens \[7, 11\]"):
+    with pytest.raises(ValueError, match=r"2 of 3 rows have no level after the tokens \[7, 11\]"):
         level_positions(labels, [7, 11])
-    with pytest.raises(ValueError, match="1 of 1 rows hold no level"):
+    with pytest.raises(ValueError, match="1 of 1 rows have no level"):
         level_positions(torch.full((1, 4), -100), [])
     with pytest.raises(ValueError, match="longer than the 3 tokens before the level, got 3"):
         level_positions(labels[:, :3], [1, 2, 3])
     with pytest.raises(ValueError, match="fidelity or bce, got 'hinge'"):
         pair_loss((labels, labels), (labels, labels), kind="hinge")
-    with pytest.raises(ValueError, match="bce takes no standard deviations"):
+    with pytest.raises(ValueError, match="bce does not use standard deviations"):
         pair_loss((labels, labels), (labels, labels), (labels, labels), kind="bce")
 
 

@@ -138,23 +138,23 @@ def test_without_a_model_the_published_weights_are_loaded(place, monkeypatch):  
     for name in ("qalign", "deqa"):
         create_metric(name)
     assert asked == ["q-future/one-align", "zhiyuanyou/DeQA-Score-Mix3"]
-    with pytest.raises(ValueError, match="'q-instruct' has no published weights here: give model="):
+    with pytest.raises(ValueError, match="'q-instruct' has no default weights: pass model="):
         create_metric("q-instruct")
 
 
 def test_what_makes_no_metric_is_refused(default, paths, tmp_path):
     for name, message in (
         ("musiq", "expected a metric of qalign, one-align, deqa, .*, got 'musiq'"),
-        ("qalign_4bit", "expected 'qalign', got 'qalign_4bit': give it a quantization_config"),
+        ("qalign_4bit", "expected 'qalign', got 'qalign_4bit': pass it with a quantization_config"),
         ("compare2score", "use owl2_hf.scoring.comparison.Comparator"),
     ):
         with pytest.raises(ValueError, match=message):
             create_metric(name, **default)
-    with pytest.raises(ValueError, match="expected the model's processor beside a model"):
+    with pytest.raises(ValueError, match="expected the model's processor together with the model"):
         create_metric(PRESET, model=default["model"])
-    with pytest.raises(ValueError, match="dtype are for loading"):
+    with pytest.raises(ValueError, match="dtype apply only to loading"):
         create_metric(PRESET, dtype=torch.float16, **default)
-    with pytest.raises(ValueError, match="there is no such folder"):
+    with pytest.raises(ValueError, match="the folder does not exist"):
         create_metric("qalign", model=tmp_path / "missing")
     with pytest.raises(ValueError, match="loss_reduction of mean, sum, none, got 'max'"):
         create_metric(PRESET, loss_reduction="max", **default)

@@ -150,8 +150,8 @@ def test_deqa_scores_two_files_are_one_source(folder):
         ({"image": "a.png", "mos": "nan"}, "row 2: expected a number as 'mos', got 'nan'"),
         ({"image": "a.png", "mos": True}, "row 2: expected a number as 'mos', got True"),
         ({"image": "a.png", "mos": 2, "std": -1}, "row 2: expected a 'std' of at least 0, got -1"),
-        ({"image": "lost.png", "mos": 2}, "row 2: there is no image"),
-        ({"image": "../a.png", "mos": 2}, "row 2: '../a.png' leads out of the image folder"),
+        ({"image": "lost.png", "mos": 2}, "row 2: the image"),
+        ({"image": "../a.png", "mos": 2}, "row 2: '../a.png' is outside the image folder"),
         (
             {"image": "a.png", "mos": 2, "level_probs": [0.5, 0.9]},
             "row 2: expected 'level_probs' of at least 0",
@@ -177,8 +177,8 @@ def test_a_bad_row_is_named_with_its_file(folder, row, message):
         (b"image,mos\na.png,1,2\n", r"row 2: expected 2 values, got 3"),
         (b"image,mos,std\na.png,1\n", r"row 2: expected 3 values, got 2"),
         (b"image,mos\n\xff\xfe,1\n", "is not UTF-8"),
-        (b'image,mos\n"a.png,1\n', "is no CSV"),
-        (b"image,mos\n", "holds no rows"),
+        (b'image,mos\n"a.png,1\n', "is not a CSV file"),
+        (b"image,mos\n", "has no rows"),
         (b"", "expected the columns image and mos, got none"),
     ],
 )
@@ -191,14 +191,14 @@ def test_a_broken_csv_is_refused(folder, content, message):
 
 def test_other_broken_sources_are_refused(folder):
     (folder / "rows.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(ValueError, match=r"rows\.parquet is no Parquet file"):
+    with pytest.raises(ValueError, match=r"rows\.parquet is not a Parquet file"):
         load_opinions(folder / "rows.parquet")
     (folder / "mos.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"mos\.json: expected an object, got list"):
         load_opinions(folder)
-    with pytest.raises(ValueError, match=r"there is no file or folder 'lost\.csv'"):
+    with pytest.raises(ValueError, match=r"'lost\.csv' does not exist"):
         load_opinions("lost.csv")
-    with pytest.raises(ValueError, match="there is no image folder"):
+    with pytest.raises(ValueError, match=r"the image folder .* does not exist"):
         load_opinions(folder / "rows.parquet", folder / "nowhere")
     assert not is_opinions(folder / "a.png") and not is_opinions("some/data")
 
@@ -224,7 +224,7 @@ def test_the_command_counts_and_names_what_is_bad(folder):
         and "is in 'test' here and in 'train' in row 2" in lines[0]
     )
     assert lines[1].startswith("row 6: ") and "broken.png" in lines[1]
-    assert lines[2].startswith("row 5: its image") and lines[2].endswith("is that of row 3.")
+    assert lines[2].startswith("row 5: its image") and lines[2].endswith("is also in row 3.")
     assert lines[3] == "6 rows of opinions, 2 bad, 1 duplicates"
     assert (
         lines[4]
@@ -256,7 +256,7 @@ def test_conversations_beside_opinions_are_looked_at_too(folder):
 
 def test_tokens_of_opinions_are_not_counted(folder):
     result = check(write_csv(folder / "rows.csv", ROWS), "--opinions", "--model", "default")
-    assert result.exit_code == 1 and "leave out --opinions, or --model" in result.stderr
+    assert result.exit_code == 1 and "leave out --opinions or --model" in result.stderr
 
 
 def test_a_reference_in_two_parts_is_bad(folder):
@@ -268,8 +268,8 @@ def test_a_reference_in_two_parts_is_bad(folder):
     assert load_opinions(write_csv(folder / "rows.csv", rows)).rows[2].reference == "I02.png"
     result = check(folder / "rows.csv")
     assert result.exit_code == 1 and result.stdout.splitlines()[:2] == [
-        "row 3: its reference 'I01.png' is in 'test' here and in 'train' in row 2: leave it in "
-        "one part.",
+        "row 3: its reference 'I01.png' is in 'test' here and in 'train' in row 2: keep it in "
+        "one split.",
         "3 rows of opinions, 1 bad, 0 duplicates",
     ]
     apart = [{**row, "dataset": row["split"]} for row in rows]

@@ -153,7 +153,7 @@ def test_the_preset_beside_the_weights_is_the_default(parts, arrays, expected, t
         (np.zeros((2, 3, 8, 8), np.uint8), r"an array \(N, H, W, 3\)"),
         (np.zeros((2, 8, 8, 3), np.int64), "floats or uint8, got int64"),
         ([np.zeros((8, 8), np.uint8)], r"an array \(N, H, W, 3\)"),
-        (["no such file.png"], "no such file"),
+        (["no such file.png"], "expected an existing file"),
     ],
 )
 def test_images_that_are_not_of_these_kinds_are_refused(parts, images, message):

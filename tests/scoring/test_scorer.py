@@ -245,7 +245,7 @@ def test_folders_are_their_pictures_or_one_video(tmp_path):
     (tmp_path / "clip.MP4").write_bytes(b"")
     assert expand_paths([str(tmp_path)], is_video=True)[0] == [str(tmp_path / "clip.MP4")]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="contains no images"):
         expand_paths([str(tmp_path / "empty")])
 
 
@@ -326,7 +326,7 @@ def test_the_command_prints_json_and_csv(folder, default, pictures, tmp_path):
     assert set(table[0]) == {"image", "score", "std", "yes", "no"}
     assert float(table[0]["yes"]) + float(table[0]["no"]) == pytest.approx(1, abs=1e-5)
     both = run(folder, pictures[0], "--csv", "--json")
-    assert both.exit_code == 2 and "one of --json and --csv" in both.stderr and not both.stdout
+    assert both.exit_code == 2 and "use --json or --csv" in both.stderr and not both.stdout
     assert "of 1 to 5" in run(folder, pictures[0]).stdout
 
 
@@ -362,7 +362,7 @@ def test_an_empty_folder_costs_no_other_its_score(folder, default, pictures, tmp
     assert result.exit_code == 1
     assert [json.loads(line)["image"] for line in result.stdout.splitlines()] == pictures[:2]
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("owl2-hf: ")]
-    assert error.startswith(f"owl2-hf: {tmp_path / 'empty'} holds no images")
+    assert error.startswith(f"owl2-hf: {tmp_path / 'empty'} contains no images")
 
 
 def test_images_are_opened_no_sooner_than_their_batch_is_scored(default, pictures, tmp_path):

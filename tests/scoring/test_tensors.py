@@ -300,8 +300,8 @@ def test_what_cannot_be_scored_is_refused(default, scorer):
             "pad",
             "gradients need bilinear or bicubic .* lanczos",
         ),
-        ({"max_image_pixels": 500}, "pad", "30 x 20 pixels, at most 500 are taken"),
-        ({"max_image_pixels": 10_000}, "crop", "too long to cut its centre"),
+        ({"max_image_pixels": 500}, "pad", "30 x 20 pixels, the limit is 500 in all"),
+        ({"max_image_pixels": 10_000}, "crop", "too long and narrow for a center crop"),
         ({}, "anchors", "one square of each image, got image_aspect_ratio 'anchors'"),
     ):
         processor = MplugOwl2ImageProcessor(size={"height": 64, "width": 64}, **settings)

@@ -201,13 +201,13 @@ def test_the_stream_ends_as_openai_s_does(server, client):
 def test_models_lists_the_one_model(client):
     assert [model.id for model in client.models.list()] == ["default"]
     assert client.models.retrieve("default").id == "default"
-    with pytest.raises(openai.NotFoundError, match="'other' is not here"):
+    with pytest.raises(openai.NotFoundError, match="unknown model 'other'"):
         client.models.retrieve("other")
 
 
 def test_no_other_model_is_loaded(client, server):
     with pytest.raises(
-        openai.NotFoundError, match="'org/other' is not here; this is 'default'"
+        openai.NotFoundError, match="unknown model 'org/other': this server has 'default'"
     ) as error:
         client.chat.completions.create(model="org/other", messages=message("Hi"))
     assert error.value.code == "model_not_found"
@@ -332,7 +332,7 @@ def test_the_client_sees_a_wrong_key(server):
 
 
 def test_an_oversized_body_is_413(client, server):
-    with pytest.raises(openai.APIStatusError, match="may have 300,000 bytes at most") as error:
+    with pytest.raises(openai.APIStatusError, match="must be at most 300,000 bytes") as error:
         ask(client, "x" * 20_000_000)
     assert error.value.status_code == 413
     # Chunks, without a content length.
@@ -344,12 +344,13 @@ def test_an_oversized_body_is_413(client, server):
 def test_too_many_pixels_are_400(client):
     bomb = data_url(Image.new("1", (8_000, 8_000)))
     with pytest.raises(
-        openai.BadRequestError, match="image 1 of 1: it has 8000 x 8000 pixels, at most 250,000"
+        openai.BadRequestError,
+        match="image 1 of 1: it has 8000 x 8000 pixels, the limit is 250,000",
     ):
         ask(client, "What is this?", bomb)
     half = data_url(Image.new("RGB", (400, 400)))
     with pytest.raises(
-        openai.BadRequestError, match="image 2 of 2: it has 400 x 400 pixels, at most 90,000"
+        openai.BadRequestError, match="image 2 of 2: it has 400 x 400 pixels, the limit is 90,000"
     ):
         ask(client, "What is this?", half, half)
 
@@ -359,12 +360,21 @@ def test_too_many_pixels_are_400(client):
     [
         (data_url(b"no image"), "image 1 of 1: it is not an image in one of the formats"),
         (bundled_picture("emoji-banana")[:422], "it is damaged"),
-        ("data:image/png;base64,???", "is not base64"),
+        ("data:image/png;base64,???", "is not valid base64"),
         ("data:text/html;base64,AAAA", "expected a data URL such as"),
-        (str(owl2_hf.default_pictures()["emoji-banana"]), "paths and bare base64 are not read"),
-        (owl2_hf.default_pictures()["emoji-banana"].as_uri(), "paths and bare base64 are not read"),
-        (bundled_picture("emoji-banana").partition(",")[2], "paths and bare base64 are not read"),
-        ("https://example.com/picture.png", "fetches no URLs"),
+        (
+            str(owl2_hf.default_pictures()["emoji-banana"]),
+            "paths and bare base64 are not supported",
+        ),
+        (
+            owl2_hf.default_pictures()["emoji-banana"].as_uri(),
+            "paths and bare base64 are not supported",
+        ),
+        (
+            bundled_picture("emoji-banana").partition(",")[2],
+            "paths and bare base64 are not supported",
+        ),
+        ("https://example.com/picture.png", "does not fetch URLs"),
         ("", "expected a data URL such as"),
     ],
 )
@@ -410,7 +420,7 @@ def test_what_is_no_json_object_is_400(server, body):
             {"messages": [{"role": "user", "content": [{"type": "image", "path": "/etc/passwd"}]}]},
             "Input tag 'image'",
         ),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "is not Unicode"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "is not valid Unicode"),
         ({"max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
         ({"temperature": float("nan")}, "temperature: Input should be a finite number"),
@@ -492,7 +502,7 @@ def test_signals_end_it_within_seconds_while_it_generates():
             "logit_bias": ENDLESS,
             "stream": stream,
         }
-        cut_off = r"(?i)connection|disconnected|the server is going down"
+        cut_off = r"(?i)connection|disconnected|the server is shutting down"
         # Older clients let errors of their transport through.
         with pytest.raises(Exception, match=cut_off):
             for _ in range(50):
@@ -775,9 +785,9 @@ def test_only_public_addresses_are_public(address, expected):
         ("http://public.test:{port}/to-file", "expected an http or https URL"),
         ("http://public.test:{port}/loop", "redirects more than 4 times"),
         ("http://public.test:{port}/large", "more than 1,000,000 bytes"),
-        ("http://public.test:{port}/slow-header", "did not arrive within the 0.5 seconds"),
-        ("http://public.test:{port}/slow-body", "did not arrive within the 0.5 seconds"),
-        ("https://public.test:{port}/ok", "could not be fetched|did not arrive"),
+        ("http://public.test:{port}/slow-header", "took more than 0.5 seconds"),
+        ("http://public.test:{port}/slow-body", "took more than 0.5 seconds"),
+        ("https://public.test:{port}/ok", "could not be fetched|took more than"),
     ],
 )
 def test_urls_that_are_not_fetched(web, url, expected):
@@ -923,7 +933,7 @@ def test_a_limit_below_one_is_refused():
 
 def test_another_family_s_model_is_refused():
     with pytest.raises(
-        ValueError, match="expected an MplugOwl2ForConditionalGeneration to serve, it is a Linear"
+        ValueError, match="it: expected an MplugOwl2ForConditionalGeneration, got Linear"
     ):
         serving.build_app("it", torch.nn.Linear(1, 1), None)
 
@@ -989,7 +999,7 @@ def test_the_chat_of_transformers_finds_the_one_model_there(server):
         connection.request("POST", "/load_model", json.dumps({"model": name}), headers)
         event = json.loads(connection.getresponse().read().decode().removeprefix("data: "))
         assert event["status"] == status
-    assert event["message"] == "the model 'other/model' is not here; this is 'default'."
+    assert event["message"] == "unknown model 'other/model': this server has 'default'."
     assert post(server, b'{"model": 5}', path="/load_model")[0] == 400
     assert (
         post(server, b'{"model": "default"}', {"Authorization": ""}, path="/load_model")[0] == 401

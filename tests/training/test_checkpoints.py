@@ -71,7 +71,7 @@ def test_each_damaged_file_is_named(tmp_path, name, damage):
     folder = make(tmp_path)
     damage(folder / name)
     assert (
-        find_damage(folder) == f"{name} is {'empty' if damage is empty else 'cut short or damaged'}"
+        find_damage(folder) == f"{name} is {'empty' if damage is empty else 'truncated or damaged'}"
     )
 
 
@@ -80,7 +80,7 @@ def test_a_changed_byte_of_a_state_is_seen(tmp_path, name):
     folder = make(tmp_path)
     torch.save({"state": torch.ones(99)}, folder / name)
     change(folder / name)
-    assert find_damage(folder) == f"{name} does not have the checksum that it was written with"
+    assert find_damage(folder) == f"{name} is damaged: its checksum is wrong"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_each_missing_file_is_named(tmp_path, name):
 def test_an_adapter_needs_its_weights(tmp_path):
     folder = make(tmp_path, adapter=True)
     cut(folder / "adapter_model.safetensors")
-    assert find_damage(folder) == "adapter_model.safetensors is cut short or damaged"
+    assert find_damage(folder) == "adapter_model.safetensors is truncated or damaged"
     (folder / "adapter_model.safetensors").unlink()
     assert find_damage(folder) == "adapter_model.safetensors is missing"
 
@@ -130,13 +130,14 @@ def test_every_shard_of_the_weights_is_looked_at(tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert find_damage(folder) is None
     cut(folder / shards[1])
-    assert find_damage(folder) == f"{shards[1]} is cut short or damaged"
+    assert find_damage(folder) == f"{shards[1]} is truncated or damaged"
     (folder / shards[1]).unlink()
     assert (
-        find_damage(folder) == f"model.safetensors.index.json names {shards[1]}, which is missing"
+        find_damage(folder)
+        == f"model.safetensors.index.json names {shards[1]}, which does not exist"
     )
     cut(folder / "model.safetensors.index.json")
-    assert find_damage(folder) == "model.safetensors.index.json is cut short or damaged"
+    assert find_damage(folder) == "model.safetensors.index.json is truncated or damaged"
 
 
 def test_deepspeed_keeps_its_state_in_a_folder(tmp_path):
@@ -150,7 +151,7 @@ def test_deepspeed_keeps_its_state_in_a_folder(tmp_path):
     assert find_damage(folder) is None
     cut(folder / "global_step2" / "zero_pp_rank_0_optim_states.pt")
     assert (
-        find_damage(folder) == "global_step2/zero_pp_rank_0_optim_states.pt is cut short or damaged"
+        find_damage(folder) == "global_step2/zero_pp_rank_0_optim_states.pt is truncated or damaged"
     )
 
 
@@ -166,7 +167,7 @@ def test_the_newest_whole_checkpoint_is_found_and_the_others_are_named(tmp_path)
     )
     assert found == tmp_path / "checkpoint-4"
     assert named == [
-        ("checkpoint-12", "optimizer.pt is cut short or damaged"),
+        ("checkpoint-12", "optimizer.pt is truncated or damaged"),
         ("checkpoint-10", "config.json is missing"),
     ]
     assert last_checkpoint(tmp_path / "nothing") is None

@@ -370,7 +370,7 @@ def test_a_batch_without_a_label_has_loss_zero():
         (row("a", "", id="x"), "row 'x': answer 1 is empty"),
         (row("a", ""), "row number 2 of the batch: answer 1 is empty"),
         (row("<image>", "b", id=3, image=b"no image"), "row 3: bytes: it is not an image"),
-        (row("<image>", "b", id="x", image="no.png"), "row 'x': there is no image"),
+        (row("<image>", "b", id="x", image="no.png"), "row 'x': the image"),
     ],
 )
 def test_a_bad_row_is_named(sample, message):

@@ -84,7 +84,7 @@ def test_every_bad_row_is_named_and_the_others_counted(mixed):
     report = check_rows(mixed)
     assert [(bad.row, bad.id) for bad in report.bad] == [(2, "gone"), (3, "broken"), (5, "7")]
     for bad, reason in zip(
-        report.bad, ["there is no image", "not an image", "answer 1 is empty"], strict=True
+        report.bad, ["does not exist", "not an image", "answer 1 is empty"], strict=True
     ):
         assert reason in bad.reason
     counts = (report.rows, report.text_only, report.images, report.turns, report.answers)
@@ -111,7 +111,7 @@ def run(*arguments):
 def test_the_command_names_bad_rows_and_fails(mixed):
     result = run(mixed)
     assert result.exit_code == 1
-    assert "row 2 (id 'gone'): there is no image" in result.stdout
+    assert "row 2 (id 'gone'): the image" in result.stdout
     assert "5 rows, 3 bad, 1 text only; 1 images, 6 turns, 3 answers" in result.stdout
     assert [bad["id"] for bad in json.loads(run(mixed, "--json").stdout)["bad"]] == [
         "gone",
@@ -138,8 +138,8 @@ def test_the_command_counts_tokens_with_a_model(folder, golden_dir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-length", "5"], "--max-length counts tokens, which needs --model"),
-        (["--skip-pictures", "--model", "x"], "--model looks into images"),
+        (["--max-length", "5"], "--max-length needs --model"),
+        (["--skip-pictures", "--model", "x"], "--model opens the images"),
         (["--image-folder", "/no/folder"], "there is no image folder"),
     ],
 )

@@ -151,13 +151,13 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, images, caplog):
 
     cache._writer = (os.getpid(), Full())
     assert torch.equal(pixels(one, cache.fetch_images(images)), pixels(one, images))
-    assert caplog.text.count("takes no more images (there is no space left)") == 1
+    assert caplog.text.count("(no space left on the disk)") == 1
 
 
 def test_folders_that_are_no_cache_are_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match=r"mine holds other files and no image-cache.json"):
+    with pytest.raises(ValueError, match=r"mine contains other files and no image-cache.json"):
         ImageCache(tmp_path / "mine", processor())
     with pytest.raises(ValueError, match="is a file: expected a folder"):
         ImageCache(tmp_path / "mine" / "thesis.txt", processor())
@@ -165,7 +165,7 @@ def test_folders_that_are_no_cache_are_refused(tmp_path):
     (tmp_path / "cache" / "image-cache.json").write_text('{"version": 2}')
     with pytest.raises(ValueError, match="is damaged or of another version: remove the folder"):
         ImageCache(tmp_path / "cache", processor())
-    with pytest.raises(ValueError, match="makes crops, or does not resize: leave it out"):
+    with pytest.raises(ValueError, match="makes crops, or does not resize"):
         ImageCache(tmp_path / "other", processor(image_aspect_ratio="anchors"))
 
 

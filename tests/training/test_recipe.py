@@ -81,7 +81,7 @@ def test_a_recipe_survives_being_written(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("trains: [", "is no YAML"),
+        ("trains: [", "is not valid YAML"),
         ("- a", "expected keys with values, got list"),
         ("modell: default", "unknown key 'modell', did you mean 'model'"),
         (
@@ -103,7 +103,7 @@ def test_a_recipe_survives_being_written(tmp_path):
         ),
         (
             "image_size: 448\nadapter: {r: 4}",
-            "image_size changes the model, which an adapter cannot carry",
+            "image_size changes the model, which an adapter cannot save",
         ),
         ("learning_rates: {connector: fast}", "Invalid key or value in dict 'learning_rates'"),
         (
@@ -125,14 +125,14 @@ def test_mistakes_are_named(tmp_path, text, message):
 
 def test_unknown_recipes_and_settings_are_named():
     with pytest.raises(
-        ValueError, match="stage3: expected the file of a recipe, or one of instruct, lora"
+        ValueError, match="stage3: expected a recipe file, or one of instruct, lora"
     ):
         load_recipe("stage3")
     with pytest.raises(ValueError, match="expected key=value, got 'trainer'"):
         load_recipe("lora", ["trainer"])
-    with pytest.raises(ValueError, match="model holds a value, no keys"):
+    with pytest.raises(ValueError, match="model is a value and has no keys"):
         load_recipe("lora", ["model=default", "model.size=3"])
-    with pytest.raises(ValueError, match="the value is no YAML"):
+    with pytest.raises(ValueError, match="the value is not valid YAML"):
         load_recipe("lora", ["data.train=["])
 
 

@@ -50,6 +50,6 @@ def test_the_same_size_changes_nothing():
 def test_a_size_of_broken_patches_is_refused():
     model, processor = owl2_hf.load_default()
     with pytest.raises(
-        ValueError, match="expected an image_size in whole patches of 8 pixels, got 60"
+        ValueError, match="expected an image_size that is a multiple of 8 pixels, got 60"
     ):
         set_image_size(model, processor, 60)

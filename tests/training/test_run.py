@@ -512,7 +512,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     caplog.clear()
     report = train(made, resume=True)
     assert (
-        f"not whole is checkpoint-4: {file.name} is cut short or damaged; going on from "
+        f"not whole is checkpoint-4: {file.name} is truncated or damaged; going on from "
         "checkpoint-2." in caplog.text
     )
     assert report.resumed_from == str(run / "checkpoint-2") and losses(run) == whole
@@ -569,7 +569,7 @@ def test_an_error_in_the_middle_leaves_a_checkpoint_to_go_on_from(
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
         patch.setattr(run_module, "Collator", failing_rows())
         train(made)
-    assert "The run ends in step 3; checkpoint-2 holds it until then." in caplog.text
+    assert "The run failed in step 3; checkpoint-2 has the state before it." in caplog.text
     report = train(made, resume=True)
     assert report.resumed_from == str(tmp_path / "run" / "checkpoint-2")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
@@ -602,6 +602,6 @@ def test_a_bad_row_of_one_rank_ends_all_of_them_with_a_checkpoint(damaged, recip
     )
     assert done.returncode == 1
     assert re.search(r"owl2-hf: \S+rows\.jsonl: row 36 \(id 'r36'\)", done.stderr)
-    assert "owl2-hf: the rows of process 1 ended the run, as it says itself." in done.stderr
+    assert "owl2-hf: process 1 failed to read its rows: see its error." in done.stderr
     kept = last_checkpoint(tmp_path / "run")
     assert kept.name == "checkpoint-16" and num_processes(kept) == 2

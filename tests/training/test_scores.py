@@ -255,9 +255,7 @@ def test_levels_have_to_be_single_tokens_of_the_answer(default):
     assert prefix == [] and len(ids) == 2
     with pytest.raises(ValueError, match="the level 'excellent' is not one token"):
         answer_ids(collator, ScoreRecipe())
-    with pytest.raises(
-        ValueError, match=r"'high' is not one token of its own in 'It is un\{level\}'"
-    ):
+    with pytest.raises(ValueError, match=r"'high' is not a single token in 'It is un\{level\}'"):
         answer_ids(collator, ScoreRecipe(levels=["high", "bad"], answer="It is un{level}"))
 
 
@@ -614,16 +612,16 @@ def test_the_lora_recipes_train_the_originals_modules():
         ({"scores": {"questions": []}}, "questions: expected at least one"),
         (
             {"scores": {"weights": [1.0]}},
-            r"scores\.weights: expected one of each of data\.train, 2, got 1",
+            r"scores\.weights: expected 2 values, one for each of data\.train, got 1",
         ),
         ({"scores": {"weights": [1.0, 0]}}, "weights: expected numbers above 0"),
         ({"scores": {"density": "pmf"}}, "density: expected one of pdf, cdf, got 'pmf'"),
         (
             {"scores": {"density": ["pdf"]}},
-            r"scores\.density: expected one of each of data\.train, 2, got 1",
+            r"scores\.density: expected 2 values, one for each of data\.train, got 1",
         ),
         ({"scores": {"keep_best": 0}}, "keep_best: expected at least 1, got 0"),
-        ({"scores": {"keep_best": 1}}, "keep_best compares SRCC: name the opinions"),
+        ({"scores": {"keep_best": 1}}, "keep_best compares SRCC: set data.eval"),
         (
             {"scores": {"keep_best": 1}, "data": {"eval": "x"}},
             r"set trainer\.eval_strategy to steps or epoch",
@@ -632,15 +630,15 @@ def test_the_lora_recipes_train_the_originals_modules():
             {"scores": {"keep_best": 1}, "trainer": {"save_total_limit": 1}},
             "both remove checkpoints",
         ),
-        ({"data": {"streaming": True}}, r"data\.streaming: a scorer needs all its rows"),
-        ({"trainer": {"label_smoothing_factor": 0.1}}, "a scorer has labels of its own"),
+        ({"data": {"streaming": True}}, r"data\.streaming: a scorer needs all rows"),
+        ({"trainer": {"label_smoothing_factor": 0.1}}, "with a scorer's own labels"),
         (
             {"scores": {"train_split": "val"}},
             r"one\.csv: no row has split 'val'; the file has 'test', 'train'",
         ),
         (
             {"scores": {"labels": "soft"}, "data": {"max_length": 20}},
-            "rows hold no level behind the tokens",
+            "rows have no level after the tokens",
         ),
     ],
 )
@@ -682,14 +680,14 @@ def test_bad_opinions_are_left_out_where_a_recipe_says_so(recipe, tmp_path, capl
     report = train(made)
     assert report.counts["skipped"] == 3 and report.steps == 4
     assert "3 rows skipped" in report.summary()
-    for row, reason in ((3, "a number as 'mos'"), (4, "no image"), (5, "cut.png")):
+    for row, reason in ((3, "a number as 'mos'"), (4, "does not exist"), (5, "cut.png")):
         (line,) = (m for m in caplog.messages if f"mine.csv: row {row}: " in m)
         assert reason in line and line.endswith("The row is skipped.")
     rows, eval_rows, _ = checked_score_rows(made, 0)
     assert [row.row for row in rows.groups[0].rows] == [2, 6, 7] and len(rows) == 3
     assert len(eval_rows) == 3 and rows.groups[0].bounds == (1.0, 4.0)
     (tmp_path / "mine.csv").write_text("\n".join([lines[0], lines[4], "cut.png,3,0.5"]))
-    with pytest.raises(ValueError, match="no row of 'mine' is left, all are bad"):
+    with pytest.raises(ValueError, match="all rows of 'mine' are bad"):
         checked_score_rows(made, 0)
 
 
@@ -717,6 +715,6 @@ def test_videos_are_scored_and_learned_from(recipe, tmp_path):
 
 def test_a_damaged_preset_is_refused(tmp_path):
     (tmp_path / "scorer.json").write_text('{"levels": 3}')
-    with pytest.raises(ValueError, match=r"scorer\.json is no preset of a scorer"):
+    with pytest.raises(ValueError, match=r"scorer\.json is not a valid scorer preset"):
         load_preset(str(tmp_path))
     assert load_preset(str(tmp_path.parent / tmp_path.name / "..")) is None

@@ -64,8 +64,8 @@ def attention_shares(
     queries = tokens.bool() if query_mask is None else query_mask.to(tokens.device) & tokens.bool()
     if not queries.any(-1).all():
         raise ValueError(
-            "every row needs at least one query whose attention counts; query_mask or padding "
-            "left none."
+            "every row needs at least one query, got a row with none: check query_mask and "
+            "attention_mask."
         )
     shares = []
     for layer, weights in enumerate(attentions):
@@ -76,7 +76,7 @@ def attention_shares(
                 "pass, without a cache."
             )
         means = weights.float().mean(1) * tokens.to(weights.device, torch.float)[:, None]
-        # Rows of half precision sum to one only nearly.
+        # In half precision, rows sum to one only approximately.
         means = means / means.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float).tiny)
         counted = queries.to(weights.device, torch.float)
         by_key = torch.einsum("bl,blk->bk", counted / counted.sum(-1, keepdim=True), means)
@@ -126,7 +126,7 @@ def query_maps(abstractor_attentions: Sequence[Tensor], grid_size: int) -> Query
     if num_class_tokens not in (0, 1):
         raise ValueError(
             f"expected {num_queries} queries, {grid_size} x {grid_size} patches and at most one "
-            f"class token as keys, got {num_keys}: grid_size is another model's."
+            f"class token as keys, got {num_keys}: check that grid_size is this model's."
         )
     weights = weights / weights.sum(-1, keepdim=True)
     groups = weights.split([num_queries, num_class_tokens, grid_size**2], dim=-1)

@@ -87,7 +87,7 @@ class Findings:
         self.without = other
         if other.has_module:
             other.notes.append(
-                "This model was given as one without the modality-adaptive module, but has one."
+                "Expected a second model without the modality-adaptive module, but this one has it."
             )
 
     def to_dict(self, with_maps: bool = True) -> dict[str, Any]:

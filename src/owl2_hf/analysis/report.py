@@ -276,12 +276,12 @@ def _check(
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in MODEL_TYPES or not hasattr(model, "lm_head"):
         raise ValueError(
-            f"expected a MplugOwl2ForConditionalGeneration, got {type(model).__name__} "
+            f"expected an MplugOwl2ForConditionalGeneration, got {type(model).__name__} "
             f"({model_type!r})."
         )
     if answer is not None and not answer.strip():
         raise ValueError(
-            "the answer is empty: give some text, or none at all to have the model answer."
+            "the answer is empty: pass some text, or leave it out to have the model answer."
         )
     if max_new_tokens < 1:
         raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}.")
@@ -290,7 +290,7 @@ def _check(
 def _notes(config: MplugOwl2Config) -> list[str]:
     notes = []
     if config.connector_type != "abstractor":
-        notes.append("This model's H-Reducer has no learnable queries: there are no maps of them.")
+        notes.append("This model's H-Reducer has no learnable queries, so there are no query maps.")
     if not config.text_config.has_modality_adaptive_module:
         notes.append(
             "This model has no modality-adaptive module: one branch reads both modalities."
@@ -330,7 +330,7 @@ def _common_length(prompt: Tensor, whole: Tensor) -> int:
 
 def _open(processor: MplugOwl2Processor, image: Any) -> Image.Image:
     if isinstance(image, (list, tuple)):
-        raise ValueError(f"expected one image, got {len(image)} of them in a list.")
+        raise ValueError(f"expected one image, got a list of {len(image)}.")
     return processor.image_processor.process_image(image)
 
 

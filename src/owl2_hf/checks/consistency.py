@@ -74,14 +74,14 @@ def attention(name: str, subject: Subject) -> Found:
     model = subject.model
     if name.startswith("flash"):
         if model.device.type == "cpu":
-            raise Skipped("it runs on GPUs alone")
+            raise Skipped("it runs only on GPUs")
         if model.dtype == torch.float32:
-            raise Skipped("it computes in half precision alone: run again with --dtype bfloat16")
+            raise Skipped("it does not support float32: run again with --dtype bfloat16")
     stance, detail = nullcontext(), ""
     if name == "flex_attention":
         if model.device.type == "mps":
-            raise Skipped("PyTorch has it for CPUs and for CUDA")
-        if model.device.type == "cpu":  # compiling it takes longer than all the rest
+            raise Skipped("PyTorch supports it only on CPUs and CUDA GPUs")
+        if model.device.type == "cpu":  # compiling takes longer than all other checks
             stance, detail = torch.compiler.set_stance("force_eager"), "not compiled"
     before = model.config._attn_implementation
     try:
@@ -98,7 +98,7 @@ def compiled(subject: Subject) -> Found:
     """One graph for each decoding step, with a static cache."""
     _check_compiler(subject.model.device)
     config = CompileConfig(fullgraph=True, dynamic=False, mode="default")
-    config._compile_all_devices = True  # transformers compiles on GPUs alone unless told
+    config._compile_all_devices = True  # by default, transformers compiles only on GPUs
     options = {"cache_implementation": "static", "compile_config": config}
     return Found(subject.decoding_error((ONE_IMAGE,), **options), subject.tolerance)
 
@@ -120,7 +120,7 @@ def _attention(subject: Subject) -> dict[str, Any]:
 def _same(before: Tensor | None, after: Tensor | None) -> bool:
     if before is None or after is None:
         return False
-    if hasattr(before, "__tensor_flatten__"):  # quantised: torchao has no equality
+    if hasattr(before, "__tensor_flatten__"):  # torch.equal does not take torchao's tensors
         before, after = before.dequantize(), after.dequantize()
     return before.dtype == after.dtype and torch.equal(before, after)
 
@@ -128,14 +128,16 @@ def _same(before: Tensor | None, after: Tensor | None) -> bool:
 def _check_compiler(device: torch.device) -> None:
     """Raises Skipped where torch.compile has nothing to compile with."""
     if device.type == "mps":
-        raise Skipped("compiling for MPS was never tested")
+        raise Skipped("torch.compile was not tested on MPS")
     if device.type == "cuda":
         names, variable = [os.environ.get("CC", "gcc"), "clang"], "CC"
     else:
         default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
         names, variable = [os.environ.get("CXX", default)], "CXX"
     if not any(map(shutil.which, names)):
-        reason = f"{names[0]} is not here: install it, or name yours in {variable}"
-        raise Skipped(f"no C compiler, {reason}")
+        reason = f"{names[0]} was not found: install it, or set {variable} to your compiler"
+        raise Skipped(f"no C compiler: {reason}")
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        raise Skipped("no Python.h: install the headers of Python, often named python3-dev")
+        raise Skipped(
+            "Python.h was not found: install Python's headers, for example the package python3-dev"
+        )

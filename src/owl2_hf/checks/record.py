@@ -26,7 +26,7 @@ def record() -> dict[str, torch.Tensor]:
     for case in CASES:
         inputs = subject.place(encode(processor, case))
         new_ids, logits = subject.decode(inputs, case.num_new)
-        logits[..., model.config.text_config.eos_token_id] = -torch.inf  # which could not be chosen
+        logits[..., model.config.text_config.eos_token_id] = -torch.inf  # min_new_tokens forbids it
         first, second = logits[0].topk(2).values.unbind(-1)
         margin = (first - second).min().item()
         answer = processor.decode(new_ids[0])

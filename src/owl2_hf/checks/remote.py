@@ -43,7 +43,7 @@ def ask_without_the_package(subject: Subject, prompt: str, images: Sequence[str]
         Skipped: The model is an adapter on another.
     """
     if (subject.saved() / "adapter_config.json").is_file():
-        raise Skipped("an adapter is saved without the code, which comes with its base model")
+        raise Skipped("a saved adapter contains no code: the code is saved with its base model")
     model, target = subject.model, subject.scratch / "logits.safetensors"
     arguments = [subject.saved(), target, model.device, model.config._attn_implementation]
     arguments += [prompt, json.dumps(subject.image_options)]
@@ -62,5 +62,7 @@ def ask_without_the_package(subject: Subject, prompt: str, images: Sequence[str]
     )
     if result.returncode:
         words = result.stderr.strip().splitlines()
-        raise RuntimeError(words[-1] if words else f"it ended with exit code {result.returncode}")
+        raise RuntimeError(
+            words[-1] if words else f"the other process ended with exit code {result.returncode}"
+        )
     return load_file(target)["logits"]

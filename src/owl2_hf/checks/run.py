@@ -33,17 +33,17 @@ ONE_FAULT = "answers may be wrong; try the tested versions, then report this out
 # Name of a check -> what to do where it fails.
 MENDS = {
     "loading": REINSTALL,
-    "token ids": f"the tokenizer is another one: {REINSTALL}",
+    "token ids": f"the tokenizer gives other token ids: {REINSTALL}",
     "pixels": f"images are prepared in another way: try a tested version of pillow, or {REINSTALL}",
-    "visual tokens": f"the vision encoder or the connector computes something else: {REINSTALL}",
-    "logits": f"if the visual tokens are right, the decoder computes something else: {REINSTALL}",
-    "answers": f"if the logits are right, decoding goes wrong, most likely the cache: {REINSTALL}",
-    "cache": f"decoding with a cache gives other logits than the whole prompt: {ONE_FAULT}",
+    "visual tokens": f"the vision encoder or the connector gives other results: {REINSTALL}",
+    "logits": f"if the visual tokens are right, the decoder gives other results: {REINSTALL}",
+    "answers": f"if the logits are right, decoding fails, most likely its cache: {REINSTALL}",
+    "cache": f"decoding with a cache gives other logits than one pass without it: {ONE_FAULT}",
     "static cache": f"do not use cache_implementation='static': {ONE_FAULT}",
     "batch": "ask one prompt at a time, or set the tokenizer's padding_side to 'left'",
     "save and load": "do not save this model with save_pretrained here; try the tested versions",
     "remote code": "install owl2_hf wherever you load this model; try the tested versions",
-    "compiled": f"do not compile: {ONE_FAULT}",
+    "compiled": f"do not use torch.compile: {ONE_FAULT}",
     "speed": ONE_FAULT,
 }
 OTHER_ATTENTION = "use another attn_implementation"
@@ -87,7 +87,7 @@ def check(
             loaded, processor = _load(model, kind, attn_implementation)
             subject = Subject(loaded.to(where).eval(), processor, Path(scratch))
         except Exception as error:
-            if model is not None or attn_implementation is not None:  # what the user asked for
+            if model is not None or attn_implementation is not None:  # the user chose it
                 raise
             message = _words("loading", error)
             report.checks.append(Check("loading", FAILED, None, None, 0.0, message))
@@ -140,7 +140,7 @@ def _run(name: str, call: Callable[[], Found]) -> Check:
         status, message = SKIPPED, str(reason)
     except torch.OutOfMemoryError:
         status, message = SKIPPED, "the device has too little memory for it"
-    except Exception as error:  # whatever it is, the other checks go on
+    except Exception as error:  # after any error, the other checks still run
         status, message = FAILED, _words(name, error)
     return Check(name, status, difference, tolerance, time.perf_counter() - start, message)
 
@@ -169,9 +169,11 @@ def _load(
             loaded = AutoModelForImageTextToText.from_pretrained(folder, **options)
             if loaded.dtype not in RELATIVE:
                 known = ", ".join(DTYPES)
-                raise ValueError(f"expected weights in {known}, got {loaded.dtype}; give --dtype")
+                raise ValueError(
+                    f"expected weights in {known}, got {loaded.dtype}; choose one with --dtype"
+                )
             return loaded, AutoProcessor.from_pretrained(folder)
-    except ImportError as error:  # of what an attention implementation needs
+    except ImportError as error:  # the attention implementation needs a package
         raise ValueError(f"the model cannot be loaded: {error}") from error
     except ValueError as error:
         if model is not None or attention is None:
@@ -183,7 +185,7 @@ def _check_type(folder: str) -> None:
     """Raises ValueError for another kind of model; loading tells of what has no configuration."""
     try:
         model_type = AutoConfig.from_pretrained(folder).model_type
-    except (ValueError, OSError):  # an adapter, or nothing
+    except (ValueError, OSError):  # an adapter, or a missing folder
         return
     if model_type not in registration.MODEL_TYPES:
         raise ValueError(f"expected a model of type 'mplug_owl2', got {model_type!r}")
@@ -196,11 +198,11 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.zeros(1, device=device)
         if found.is_meta:
-            raise RuntimeError("it holds no numbers")
+            raise RuntimeError("tensors there have no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         name = f"device {str(device)!r}"
-        raise ValueError(f"{name} cannot be used ({reason}); give cpu, cuda:0 or mps") from error
+        raise ValueError(f"{name} cannot be used ({reason}); use cpu, cuda:0 or mps") from error
     return found.device
 
 

@@ -9,14 +9,14 @@ from ..modeling.modeling_mplug_owl2 import MplugOwl2ForConditionalGeneration
 from .subject import Found, Subject, num_bytes
 
 NUM_TOKENS = 32
-COPIED = {"cpu": 2**26, "cuda": 2**29}  # bytes; more than caches hold
+COPIED = {"cpu": 2**26, "cuda": 2**29}  # bytes; larger than the caches
 
 
 def speed(subject: Subject) -> Found:
     """Never fails for being slow; what it measures is in `detail`."""
     device = subject.model.device
     inputs = subject.rows(0)
-    subject.decode(inputs, 2)  # what is done once is done
+    subject.decode(inputs, 2)  # warm-up
     rest = _seconds(lambda: subject.decode(inputs, 1), device)
     seconds = max(_seconds(lambda: subject.decode(inputs, 1 + NUM_TOKENS), device) - rest, 1e-9)
     tokens, bandwidth = NUM_TOKENS / seconds, copy_bandwidth(device)

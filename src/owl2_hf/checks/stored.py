@@ -33,7 +33,7 @@ CASES = (
     Case("one image", ("emoji-tiger-face", "What is this?"), 3),
     Case("text only", ("What kind of thing is a banana?",), 3),
     Case("two images", ("emoji-wide-cat-face", "What is this?", "emoji-tiger-face"), 3),
-    # Ten different tokens, and 0.24 between the best two at the closest choice.
+    # Ten different tokens. The logits of the best two are at least 0.24 apart.
     Case("long answer", ("emoji-banana", "shapes-0", "What kind of thing is it?"), 16),
 )
 
@@ -42,7 +42,8 @@ PIXELS = 1e-5
 # Measured on a CPU with eager and sdpa attention: 5e-6 in float32, 0.065 in bfloat16, 0.0071 in
 # float16. The rest is for devices that round in another order.
 ABSOLUTE = {torch.float32: 5e-5, torch.bfloat16: 0.25, torch.float16: 0.03}
-# Between the best two tokens of a stored answer, so that rounding in any dtype chooses the same.
+# The logits of the best two tokens of a stored answer are at least this far apart, so that rounding
+# does not change the answer.
 MARGIN = 0.2
 
 
@@ -105,7 +106,11 @@ class Stored:
         """NaN counts as the largest."""
         name = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
         found = Found(errors[name], tolerance)
-        return found if found.is_ok else found._replace(wrong=f"most for the prompt {name!r}")
+        return (
+            found
+            if found.is_ok
+            else found._replace(wrong=f"the difference is largest for the prompt {name!r}")
+        )
 
     def _inputs(self, case: Case) -> dict[str, Tensor]:
         """What the processor makes of a case now."""
@@ -161,7 +166,7 @@ class Stored:
             if differs.any() and not wrong:
                 decode = self.subject.processor.decode
                 said, meant = decode(found[0]).strip(), decode(new_ids).strip()
-                wrong = f"the prompt {case.name!r} is answered by {said!r}, not by {meant!r}"
+                wrong = f"expected the answer {meant!r} to the prompt {case.name!r}, got {said!r}"
         worst = self._worst(errors, self.absolute)
         return worst._replace(wrong=wrong or worst.wrong)
 

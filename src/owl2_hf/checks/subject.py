@@ -135,7 +135,7 @@ class Subject:
         needed = inputs["input_ids"].shape[1] + num_new
         context = self.model.config.text_config.max_position_embeddings
         if needed > context:
-            raise Skipped(f"it takes {needed} positions, the context of the model has {context}")
+            raise Skipped(f"it needs a context of {needed} tokens, the model has {context}")
         output = self.model.generate(
             **inputs,
             min_new_tokens=num_new,
@@ -175,7 +175,7 @@ class Subject:
             for what, room in rooms.items():
                 if room < 1.1 * needed:
                     sizes = f"{needed / 1e9:.1f} GB, {room / 1e9:.1f} GB are {what}"
-                    raise Skipped(f"a second copy takes {sizes}")
+                    raise Skipped(f"a second copy needs {sizes}")
             folder = self.scratch / "saved"
             self.model.save_pretrained(folder)
             self.processor.save_pretrained(str(folder))

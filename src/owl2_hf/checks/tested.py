@@ -31,7 +31,7 @@ TESTED = {
     "gradio": Tested("6.31.0", "6.31.0"),
 }
 
-# Without these there is no model; the others are named where they are installed.
+# Every model needs these. The others are listed only where they are installed.
 REQUIRED = (
     "python",
     "torch",

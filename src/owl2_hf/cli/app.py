@@ -27,7 +27,7 @@ def say(line: str, err: bool = False) -> None:
 
 
 def say_json(value: Any) -> None:
-    typer.echo(json.dumps(value))  # which escapes all but ASCII itself
+    typer.echo(json.dumps(value))  # json.dumps escapes all but ASCII
 
 
 def say_mistake(error: Exception) -> None:
@@ -43,14 +43,13 @@ def say_mistake(error: Exception) -> None:
     say(f"owl2-hf: {' '.join(message.split())}", err=True)
 
 
-# Libraries that write to the screen while they are imported, about parts of theirs that no command
-# needs.
+# Libraries that print warnings during import, about features that no command uses.
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 def silence_start_up() -> None:
     """Hide the warnings that other libraries print during import. Keep their errors."""
-    # What is wrong with an image is in the error.
+    # Errors already say what is wrong with an image.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     # PEFT asks by a name that transformers has renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)

@@ -54,7 +54,7 @@ def describe(
         else Streamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     )
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
-    if max_new_tokens is None:  # in a generation config it is cut to what the context leaves
+    if max_new_tokens is None:  # generate shortens a limit in generation_config to fit
         config = copy.deepcopy(loaded.generation_config)
         config.update(do_sample=False, max_new_tokens=config.max_new_tokens or 256)
         settings = {"generation_config": config}
@@ -127,7 +127,7 @@ def analyze(
             name=name or "the bundled model",
         )
 
-    # One after the other, so that two large models need not fit side by side.
+    # One after the other, so that memory for one model is enough.
     found = analyze_loaded(model, answer)
     if without is not None:
         found.compare_with(analyze_loaded(without, found.answer))

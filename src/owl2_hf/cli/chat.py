@@ -83,7 +83,7 @@ def chat(
     conversation.waiting += opened
     session = Session(conversation, debug)
     if session.is_terminal:
-        with suppress(ImportError):  # Windows has editing and earlier lines of its own
+        with suppress(ImportError):  # Windows has its own line editing and history
             import readline  # noqa: F401, input() then edits lines and brings back earlier ones
 
         say(f"{name} on {loaded.device}. /help lists the commands, Ctrl-D ends the chat.", err=True)
@@ -113,7 +113,7 @@ class Session:
 
     def run(self) -> None:
         """Handle lines until the input ends or /quit."""
-        # Bytes that are no text would end the conversation.
+        # An error for bytes that are not UTF-8 would end the conversation.
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         while (line := self.read_line()) is not None and line.split() != ["/quit"]:
             try:
@@ -137,7 +137,7 @@ class Session:
                 if self.is_terminal:
                     typer.echo()
                 return None
-            except KeyboardInterrupt:  # leaves out the line, as a shell does
+            except KeyboardInterrupt:  # drops the line, as a shell does
                 if not self.is_terminal:
                     raise
                 typer.echo()
@@ -149,7 +149,7 @@ class Session:
             return
         name, _, argument = line.partition(" ")
         if name not in self.commands:
-            raise ValueError(f"there is no command {name}; /help lists the commands.")
+            raise ValueError(f"unknown command {name}: /help lists the commands.")
         self.commands[name](argument.strip())
 
     def answer(self, question: str) -> None:
@@ -172,7 +172,7 @@ class Session:
 
     def say_ending(self, reply: "Reply") -> None:
         """Print why an answer was cut off."""
-        kept = "its beginning stays" if reply.text else "the message is left out"
+        kept = "the text so far is kept" if reply.text else "the message is removed"
         endings = {
             "stopped": f"stopped; {kept}.",
             "length": f"cut off after {self.conversation.max_new_tokens} tokens; "
@@ -191,7 +191,7 @@ class Session:
             source = source[1:-1]
         self.conversation.add_image(source)
         name = source if len(source) <= 200 else f"{source[:200]}..."
-        say(f"{name} goes with your next message.", err=True)
+        say(f"{name} is added to your next message.", err=True)
 
     def clear(self, argument: str) -> None:
         self.conversation.clear()

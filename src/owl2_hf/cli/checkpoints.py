@@ -105,7 +105,7 @@ def convert(
     elif report.is_noop:
         say(
             f"{source} is in this package's format already: nothing to convert, {target} was not "
-            "made"
+            "created"
         )
     else:
         say(f"{target}: {report.summary()}")
@@ -222,7 +222,7 @@ def export(
     from ..export import export_scorer, export_vision
 
     if not scorer and (task != "quality" or preset is not None):
-        say("owl2-hf: --task and --preset are for --scorer", err=True)
+        say("owl2-hf: --task and --preset need --scorer", err=True)
         raise typer.Exit(2)
     if not scorer:
         difference, outputs = export_vision(place(model), target), "image_features"
@@ -232,7 +232,7 @@ def export(
     if as_json:
         say_json({"file": str(target), "difference": difference})
         return
-    say(f"{target}: pixel_values to {outputs}, at most {difference:.1e} from torch")
+    say(f"{target}: pixel_values to {outputs}, differs from torch by at most {difference:.1e}")
 
 
 class RoundTo(str, Enum):
@@ -257,10 +257,12 @@ def quantize(
         str, typer.Argument(help="Folder or Hub id of a model, 'default' or 'default-scorer'.")
     ],
     target: Annotated[Path, typer.Argument(help="Folder to make.")],
-    to: Annotated[RoundTo, typer.Option(help="Type of the rounded weights.")] = RoundTo.int8,
+    to: Annotated[RoundTo, typer.Option(help="Data type of the quantised weights.")] = RoundTo.int8,
     by: Annotated[
         RoundBy,
-        typer.Option(help="Package to round with. Only llmcompressor stores int4 in half a byte."),
+        typer.Option(
+            help="Package to quantise with. Only llmcompressor stores int4 in half a byte."
+        ),
     ] = RoundBy.torchao,
     group_size: Annotated[
         int | None,
@@ -271,11 +273,11 @@ def quantize(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Opinions to judge a scorer by: CSV, JSON, JSON lines, Parquet, or a data set."
+            help="Opinions to evaluate a scorer on: CSV, JSON, JSON lines, Parquet, or a data set."
         ),
     ] = None,
     image_folder: Annotated[
-        Path | None, typer.Option(help="What paths of images in --data start from.")
+        Path | None, typer.Option(help="Folder that relative image paths in --data start from.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Use only this part of the rows.")] = None,
     image: Annotated[
@@ -296,7 +298,7 @@ def quantize(
     from ..compression import quantize as quantize_model
 
     if data is not None and image:
-        say("owl2-hf: give one of --data and --image, not both", err=True)
+        say("owl2-hf: use --data or --image, not both", err=True)
         raise typer.Exit(2)
     report = quantize_model(
         model,
@@ -357,4 +359,4 @@ def push(
     for name, size in report.files:
         say(f"{size:>16,}  {name}")
     total = f"{len(report.files)} files, {sum(size for _, size in report.files):,} bytes"
-    say(f"{total} would go to {report.repo_id}" if dry_run else f"{total}: {report.url}")
+    say(f"{total} would be uploaded to {report.repo_id}" if dry_run else f"{total}: {report.url}")

@@ -122,10 +122,10 @@ def evaluate_scores(
     from ..scoring.judging import check_plot
 
     if as_json and as_csv:
-        say("owl2-hf: give one of --json and --csv, not both", err=True)
+        say("owl2-hf: use --json or --csv, not both", err=True)
         raise typer.Exit(2)
     if (data is None) == (benchmark is None) or (benchmark is None) != (root is None):
-        say("owl2-hf: give opinions, or --benchmark with --root", err=True)
+        say("owl2-hf: pass a file of opinions, or --benchmark with --root", err=True)
         raise typer.Exit(2)
     if benchmark == "qbench" and root is not None:
         _refuse_options(context, _OF_SCORES)
@@ -177,11 +177,11 @@ def _refuse_options(context: typer.Context, names: tuple[str, ...]) -> None:
     given = [
         f"--{name.replace('_', '-')}"
         for name in names
-        # By its name: some releases of typer carry a click of their own.
+        # Compared by name, because some releases of typer bundle their own click.
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     ]
     if given:
-        say(f"owl2-hf: qbench asks questions: leave out {', '.join(given)}", err=True)
+        say(f"owl2-hf: qbench does not support {', '.join(given)}: leave it out", err=True)
         raise typer.Exit(2)
 
 

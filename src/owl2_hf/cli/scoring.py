@@ -131,7 +131,7 @@ def score(
     from ..scoring.parts import check_kind
 
     if as_json and as_csv:
-        say("owl2-hf: give one of --json and --csv, not both", err=True)
+        say("owl2-hf: use --json or --csv, not both", err=True)
         raise typer.Exit(2)
     if not images:
         from ..default_scorer import default_scorer_images
@@ -153,7 +153,7 @@ def score(
     if out is not None:
         check_kind(out)
         if as_json or as_csv:
-            raise ValueError("the name of --out tells the format: leave out --json and --csv.")
+            raise ValueError("the file name in --out sets the format: leave out --json and --csv.")
     chosen = preset_of(model, preset, task, prompt, levels)
     bounds = None if scale is None else tuple(float(bound) for bound in scale.value.split("-"))
     if out is not None:

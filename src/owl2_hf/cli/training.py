@@ -90,7 +90,7 @@ def train(
         for line in format_table(rows).split("\n"):
             say(line, err=True)
 
-    with redirect_stdout(sys.stderr):  # where the Trainer's log belongs
+    with redirect_stdout(sys.stderr):  # the Trainer prints its log to stdout
         report = run(loaded, resume, dry_run, show)
     if as_json:
         say_json(dataclasses.asdict(report))
@@ -174,13 +174,11 @@ def check_data(
     from ..training.data import DataReport, check_rows
 
     if model is None and max_length is not None:
-        raise ValueError("--max-length counts tokens, which needs --model.")
+        raise ValueError("--max-length needs --model, which counts the tokens.")
     if model is not None and skip_pictures:
-        raise ValueError("--model looks into images: leave out --skip-pictures, or --model.")
+        raise ValueError("--model opens the images: leave out --skip-pictures or --model.")
     if model is not None and opinions:
-        raise ValueError(
-            "--model counts tokens of conversations: leave out --opinions, or --model."
-        )
+        raise ValueError("--model counts tokens of conversations: leave out --opinions or --model.")
 
     def show_progress(rows: int) -> None:
         if rows % 10_000 == 0:

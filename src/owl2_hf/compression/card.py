@@ -9,16 +9,16 @@ from ..modeling.adapters_mplug_owl2 import find_file
 from ..modeling.presets_mplug_owl2 import Preset
 from ..scoring.card import one_liner
 
-# Of the whole model's card, what holds for the compressed one too.
+# Metadata of the original model's card that also applies to the quantised model.
 _KEPT = ("license", "license_name", "license_link", "language", "base_model", "datasets")
 _TEXT = """\
 # {title}
 
-{summary} The vision encoder, the connector and the head are not rounded.
+{summary} The vision encoder, the connector and the head are not quantised.
 
 ## What was lost
 
-Measured by `owl2-hf quantize` on {subject}, against the whole model: {losses}.
+Measured by `owl2-hf quantize` on {subject}, compared with the model before quantisation: {losses}.
 {table}
 ## Use
 
@@ -91,7 +91,7 @@ def _kept(source: str) -> dict[str, Any]:
         return {}
     try:
         found = ModelCard.load(path).data.to_dict()
-    except Exception:  # YAML's errors have no base in common with the card's own
+    except Exception:  # YAML's errors and the card's own share no base class
         return {}
     kept = {name: found[name] for name in (*_KEPT, "tags") if found.get(name)}
     if kept.get("license") != "other" and "license" in kept:

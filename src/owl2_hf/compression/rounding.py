@@ -29,9 +29,9 @@ from .losses import QUESTIONS, Losses, Trial
 
 TYPES = ("int8", "int4", "fp8")
 TOOLS = ("torchao", "llmcompressor")
-# Columns that share a scale in int4, the largest that divides all widths is taken.
+# Columns that share a scale in int4. The largest that divides all widths is used.
 GROUP_SIZES = (128, 64, 32, 16, 8)
-_PACKED = 8  # llmcompressor stores so many columns of 4 bits in one number
+_PACKED = 8  # columns of 4 bits that llmcompressor stores in one number
 _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md")
 _INSTALL = {
     "torchao": "pip install 'owl2_hf[quantization]'",
@@ -67,7 +67,7 @@ class QuantizeReport:
         scale = "row" if self.group_size is None else f"{self.group_size} columns of a row"
         sizes = f"{self.num_bytes / 1e6:,.1f} MB, {self.bytes_before / 1e6:,.1f} MB with 16 bits"
         return (
-            f"{self.matrices} matrices of the decoder are rounded to {self.to} by {self.by}, "
+            f"{self.matrices} matrices of the decoder are quantised to {self.to} with {self.by}, "
             f"with a scale for each {scale}. The weights take {sizes}."
         )
 
@@ -125,11 +125,11 @@ def quantize(
         group = _group_size(taken, group_size) if to == "int4" else None
     trial = Trial(whole, opinions, images, questions, split)
     before = trial(whole, processor)
-    # By their places: tied tables count once.
+    # By address, so that tied tables count once.
     tensors = {tensor.data_ptr(): tensor for tensor in whole.state_dict().values()}
     bytes_before = 2 * sum(tensor.numel() for tensor in tensors.values())
     dtype = torch.bfloat16 if whole.dtype == torch.float32 else whole.dtype
-    del whole  # before the next is loaded
+    del whole  # frees its memory before the next model is loaded
     rounded = (
         _round_by_torchao(source, to, group, dtype)
         if by == "torchao"
@@ -143,7 +143,7 @@ def quantize(
         saved = _load(str(staging), device, is_rounded=True)
         if not torch.equal(_logits(saved, processor, trial.images[0]), expected):
             raise ValueError(
-                f"{target}: the saved weights compute something else than before saving."
+                f"{target}: the saved model gives other results than before saving: do not use it."
             )
         files = staging.glob("model*.safetensors")
         report = QuantizeReport(
@@ -164,12 +164,14 @@ def _check(to: str, by: str, group_size: int | None) -> None:
     if to not in TYPES:
         raise ValueError(f"expected a type of {', '.join(TYPES)}, got {to!r}.")
     if by not in TOOLS:
-        raise ValueError(f"expected {' or '.join(TOOLS)} to round by, got {by!r}.")
+        raise ValueError(f"expected {' or '.join(TOOLS)} to quantise with, got {by!r}.")
     if group_size is not None and to != "int4":
-        raise ValueError(f"a group size is for int4, got {to}: leave it out.")
+        raise ValueError(f"only int4 has a group size, got {to}: leave it out.")
     if group_size is not None and (group_size < _PACKED or group_size % _PACKED):
-        raise ValueError(f"expected a group size that {_PACKED} divides, got {group_size}.")
-    # It tells each of its steps, on stdout.
+        raise ValueError(
+            f"expected a group size that is a multiple of {_PACKED}, got {group_size}."
+        )
+    # It logs every step to stdout.
     os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
     try:
         __import__(by)
@@ -181,7 +183,7 @@ def _check_free(target: Path, overwrite: bool) -> None:
     """Before the model is measured; at the end the folder is looked at again."""
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise ValueError(
-            f"{target} is not empty: remove it, choose another, or ask to overwrite it."
+            f"{target} is not empty: remove it, choose another, or overwrite it (--overwrite)."
         )
 
 
@@ -199,7 +201,7 @@ def _load(
     if not isinstance(model, MplugOwl2ForConditionalGeneration):
         raise ValueError(f"expected a model of this package, got {type(model).__name__}.")
     if not is_rounded and getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("its weights are rounded already: take the whole model.")
+        raise ValueError("its weights are quantised already: use the model before quantisation.")
     return (model.to(device) if device else model).eval()
 
 
@@ -225,7 +227,7 @@ def _group_size(matrices: dict[str, nn.Linear], given: int | None) -> int:
     found = f"widths {', '.join(map(str, widths))}"
     if given is None:
         raise ValueError(
-            f"no int4: {GROUP_SIZES[-1]} does not divide all of its {found}; take int8."
+            f"int4 needs widths that are multiples of {GROUP_SIZES[-1]}, got {found}: use int8."
         )
     raise ValueError(f"expected a group size that divides its {found}, got {given}.")
 
@@ -243,7 +245,7 @@ def _round_by_torchao(
     kinds = {
         "int8": lambda: Int8WeightOnlyConfig(),
         "fp8": lambda: Float8WeightOnlyConfig(),
-        # torchao's packed int4 runs on GPUs alone; this one runs everywhere.
+        # torchao's packed int4 runs only on GPUs; this one runs everywhere.
         "int4": lambda: IntxWeightOnlyConfig(getattr(torch, "int4"), PerGroup(group)),  # noqa: B009
     }
     return AutoModelForImageTextToText.from_pretrained(
@@ -277,7 +279,7 @@ def _round_by_llmcompressor(
     oneshot(
         model=model, recipe=QuantizationModifier(config_groups={"group_0": scheme}, ignore=others)
     )
-    remove_dispatch(model)  # its hooks turn the named tuples between our layers into plain ones
+    remove_dispatch(model)  # its hooks turn the named tuples between layers into plain tuples
     return model
 
 
@@ -290,7 +292,7 @@ def _save(
 ) -> None:
     """The model, its processor, and the files that its licence asks to keep."""
     if by == "llmcompressor":
-        # Otherwise it copies the source's config.json, with its dtype and layout.
+        # Otherwise llmcompressor copies the source's config.json, with its dtype and layout.
         model.config._name_or_path = ""
     model.save_pretrained(folder)
     (folder / "recipe.yaml").unlink(missing_ok=True)
@@ -300,7 +302,7 @@ def _save(
         if file is not None:
             shutil.copyfile(file, folder / name)
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    assert "quantization_config" in config, "the configuration does not tell how to load it"
+    assert "quantization_config" in config, "the configuration has no quantization_config"
 
 
 @torch.no_grad()

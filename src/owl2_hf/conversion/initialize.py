@@ -172,10 +172,10 @@ def _read_language_config(source: str | Path) -> LlamaConfig:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
-        raise ValueError(f"{source} has no configuration of a model: {error}") from None
+        raise ValueError(f"{source} has no valid config.json: {error}") from None
     if config.model_type != "llama":
         raise ValueError(
-            f"{source} is a model of type {config.model_type!r}: expected 'llama', a stock LLaMA."
+            f"{source}: expected a stock LLaMA of model_type 'llama', got {config.model_type!r}."
         )
     check_not_quantized(source, config)
     return config
@@ -221,7 +221,7 @@ def _model_config(
         where = "behind" if image_token_id > num_ids else "inside"
         report.notes.append(
             f"The placeholder is id {image_token_id}, {where} the {num_ids} ids of the language "
-            "model's table: the tokenizer has another length."
+            "model's table: the tokenizer and the table differ in length."
         )
     return MplugOwl2Config(
         vision_config=vision,
@@ -238,7 +238,7 @@ def _model_config(
 def _copy_language(language: LlamaForCausalLM, model: MplugOwl2ForConditionalGeneration) -> None:
     num_rows = model.config.text_config.vocab_size
     state = language.model.state_dict()
-    # A copy: what shares memory is taken for tied when it is saved.
+    # A copy, because saving treats tensors that share memory as tied.
     state.update(
         {
             _ADAPTED.sub(r"visual_\1", name): value.clone()
@@ -263,7 +263,7 @@ def _generation_config(
     own: GenerationConfig, tokenizer: PreTrainedTokenizerFast
 ) -> GenerationConfig:
     """The language model's, which also stops where the chat template ends an answer."""
-    # Transformers 5 refuses to save settings of sampling where nothing is sampled.
+    # Transformers 5 does not save sampling settings if do_sample is false.
     if not own.do_sample:
         own.temperature = own.top_p = own.top_k = own.typical_p = None
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
@@ -296,8 +296,8 @@ def _abstractor_config(
     num_heads = max(1, width // 64)
     if width % num_heads or width % 4:
         raise ValueError(
-            f"the vision encoder is {width} wide: expected a multiple of 4 that {num_heads} heads "
-            "of the visual abstractor divide. Choose another vision encoder."
+            f"expected a vision encoder whose width is a multiple of 4 and of {num_heads}, the "
+            f"heads of the visual abstractor, got {width}. Choose another vision encoder."
         )
     return MplugOwl2AbstractorConfig(
         num_learnable_queries=num_queries,
@@ -337,6 +337,5 @@ def _check_loads(folder: Path) -> None:
     missing = sorted(info["missing_keys"])
     if unexpected or missing or processor.image_token_id != model.config.image_token_id:
         raise ValueError(
-            f"the new model does not load as it was saved: {missing} missing, {unexpected} "
-            "unexpected."
+            f"the saved model does not load: {missing} missing, {unexpected} unexpected."
         )

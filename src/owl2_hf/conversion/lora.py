@@ -20,7 +20,7 @@ from .sources import OnFile, Piece, Source, expected_tensors, nobody, read_confi
 _CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _OTHER_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
-# What would change the sum W + scale * B A, and its harmless value.
+# Settings that would change the sum W + scale * B A -> the value that does not.
 _PLAIN = {
     "peft_type": "LORA",
     "bias": "none",
@@ -69,7 +69,7 @@ class LoraSource:
     def __post_init__(self) -> None:
         self.layout = f"a LoRA fine-tune on {self.base.layout}"
         adapter = self.folder
-        # The fine-tune's configuration says how its images became square.
+        # The fine-tune's configuration sets how images become square.
         self.config = (
             read_config(adapter)[0] if (adapter / "config.json").is_file() else self.base.config
         )
@@ -81,7 +81,7 @@ class LoraSource:
         ]
         if not self.own_files or self.own_files[0].name not in _ADAPTER_FILES:
             raise ConversionError(
-                f"{adapter} holds no adapter: expected {' or '.join(_ADAPTER_FILES)}."
+                f"{adapter} contains no adapter: expected {' or '.join(_ADAPTER_FILES)}."
             )
         if len(self.own_files) > 1:
             _describe_scorer(self.config, read_tensors(self.own_files[1]))
@@ -102,8 +102,7 @@ class LoraSource:
                 piece.key,
                 [(name, self._merged(name, tensor)) for name, tensor in piece.tensors],
             )
-        # The base may lack the tables that are computed and a scorer's head, and nothing else that
-        # the fine-tune has.
+        # Of the fine-tune's parameters, the base may lack only computed tables and a scorer's head.
         for name in sorted(left):
             if not (name.endswith("_pos_embed") or name.startswith("score.")):
                 raise ConversionError(
@@ -125,8 +124,8 @@ class LoraSource:
         merged = total.to(dtype)
         if is_finite(total) and not is_finite(merged):
             raise ConversionError(
-                f"{self.own_files[-1].parent}: what the fine-tune makes of {name} is too large for "
-                f"the base's {dtype}; convert the base with --dtype float32 first."
+                f"{self.own_files[-1].parent}: the merged {name} is too large for the base's "
+                f"{dtype}; convert the base with --dtype float32 first."
             )
         return merged
 
@@ -145,10 +144,11 @@ class LoraSource:
         updates = {}
         for module, pair in pairs.items():
             if pair.keys() != {"A", "B"}:
-                raise ConversionError(f"{wheres[module]}: lora_A and lora_B do not come in a pair.")
+                raise ConversionError(
+                    f"{wheres[module]}: expected a pair of lora_A and lora_B, got only one of them."
+                )
             scale = _scale(self.settings, module, pair["A"].shape[0])
-            # B has the rows of the weight itself: what splits or pads the one splits or pads the
-            # other.
+            # B has the same rows as the weight, so it is split or padded in the same way.
             for name, up in self._under_our_names(wheres[module], f"{module}.weight", pair["B"]):
                 updates[name] = self._checked(
                     wheres[module], name, LoraUpdate(pair["A"], up, scale)
@@ -170,7 +170,7 @@ class LoraSource:
         replaced = {}
         for key, tensor in read_tensors(file).items():
             where = describe(file, key)
-            # Newer PEFT keeps the weight below an update in a module of its own.
+            # Newer PEFT keeps an adapted weight in a module `base_layer`.
             own_key = _strip(key).replace(".base_layer.", ".")
             for name, value in self._under_our_names(where, own_key, check_tensor(where, tensor)):
                 if value.shape != self._expected[name].shape:
@@ -189,7 +189,7 @@ class LoraSource:
         for name, _ in renamed:
             if name not in self._expected:
                 raise ConversionError(
-                    f"{where}: the configuration has no place for it (as {name})."
+                    f"{where}: the model of config.json has no such parameter ({name})."
                 )
         return renamed
 
@@ -227,7 +227,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConversionError(str(error)) from None
     if not settings:
-        raise ConversionError(f"{folder / _CONFIG} is missing: it tells the scale of the adapter.")
+        raise ConversionError(
+            f"{folder / _CONFIG} does not exist: it is needed for the adapter's scale."
+        )
     for key, plain in _PLAIN.items():
         if (found := settings.get(key, plain)) not in (plain, None):
             raise ConversionError(f"{folder / _CONFIG}: expected {key} {plain!r}, got {found!r}.")
@@ -267,7 +269,7 @@ def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
 
     if rank != (expected := of_module("rank_pattern", settings["r"])):
         raise ConversionError(
-            f"{_CONFIG} says r {expected} for {module}, its lora_A has {rank} rows."
+            f"{_CONFIG}: expected r {rank}, the rows of lora_A of {module}, got {expected}."
         )
     alpha = of_module("alpha_pattern", settings["lora_alpha"])
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
@@ -332,4 +334,4 @@ def load_non_lora(model: torch.nn.Module, folder: str | Path) -> None:
     file = Path(folder) / _OTHER_FILES[0]
     result = model.load_state_dict(read_tensors(file), strict=False)
     if result.unexpected_keys:
-        raise ConversionError(f"{file}: the model has no {result.unexpected_keys[0]}.")
+        raise ConversionError(f"{file}: the model has no parameter {result.unexpected_keys[0]}.")

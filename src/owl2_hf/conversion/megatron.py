@@ -48,8 +48,8 @@ def _whole(
     return {f"{source}.{leaf}": (f"{target}.{leaf}", None) for leaf in leaves}
 
 
-# Megatron's name -> the original's name in the Hugging Face layout, and the dimension that ranks
-# split.
+# Megatron's name -> the original's name in the Hugging Face layout, and the dimension that is split
+# over ranks.
 RENAMED: dict[str, tuple[str, Split]] = {
     _LLM + "embedding.word_embeddings.weight": ("model.embed_tokens.weight", 0),
     _LLM + "encoder.lm_head.weight": ("lm_head.weight", 0),
@@ -87,7 +87,7 @@ RENAMED: dict[str, tuple[str, Split]] = {
     **_linear(_ABSTRACTOR_LAYER + "mlp.w1", _TO_CROSS + "output.mlp.w1", 0, bias=True),
     **_linear(_ABSTRACTOR_LAYER + "mlp.w3", _TO_CROSS + "output.mlp.w3", 0, bias=True),
     **_linear(_ABSTRACTOR_LAYER + "mlp.w2", _TO_CROSS + "output.mlp.w2", 1, bias=True),
-    # This norm works on the rows that w1 and w3 make.
+    # This norm is applied to the outputs of w1 and w3.
     _ABSTRACTOR_LAYER + "mlp.ffn_ln.weight": (_TO_CROSS + "output.mlp.ffn_ln.weight", 0),
     _ABSTRACTOR_LAYER + "mlp.ffn_ln.bias": (_TO_CROSS + "output.mlp.ffn_ln.bias", 0),
 }
@@ -168,13 +168,13 @@ def rank_files(folder: Path) -> list[Path]:
     )
     if pipeline := [path.name for path in ranks if not re.fullmatch(r"mp_rank_\d+", path.name)]:
         raise ConversionError(
-            f"{folder} has {pipeline[0]!r}: checkpoints of several pipeline stages are not "
+            f"{folder} has {pipeline[0]!r}: checkpoints with several pipeline stages are not "
             "supported."
         )
     expected = [folder / f"mp_rank_{rank:02d}" for rank in range(max(len(ranks), 1))]
     if missing := [path for path in expected if path not in ranks]:
         raise ConversionError(
-            f"{missing[0]} is missing: the ranks here are {[path.name for path in ranks]}."
+            f"{missing[0]} does not exist, found only {[path.name for path in ranks]}."
         )
     return [_rank_file(path) for path in ranks]
 
@@ -183,7 +183,7 @@ def _rank_file(rank: Path) -> Path:
     for name in _WEIGHT_NAMES:
         if (rank / name).is_file():
             return rank / name
-    raise ConversionError(f"{rank} holds no weights: expected {' or '.join(_WEIGHT_NAMES)}.")
+    raise ConversionError(f"{rank} contains no weights: expected {' or '.join(_WEIGHT_NAMES)}.")
 
 
 def _iteration(folder: Path) -> Path:
@@ -202,7 +202,9 @@ def _iteration(folder: Path) -> Path:
         if len(iterations) == 1:
             return iterations[0]
         names = ", ".join(sorted(path.name for path in iterations))
-        raise ConversionError(f"{folder} holds {names} and no {_TRACKER}: name one of them.")
+        raise ConversionError(
+            f"{folder} has no {_TRACKER} and contains {names}: choose one of these folders."
+        )
     with tracker.open("rb") as file:
         content = file.read(64).decode("ascii", "replace").strip()
     if content != "release" and not re.fullmatch(r"\d{1,12}", content):
@@ -212,7 +214,7 @@ def _iteration(folder: Path) -> Path:
     pattern = content if content == "release" else rf"iter_0*{int(content)}"
     found = [path for path in iterations if re.fullmatch(pattern, path.name)]
     if not found:
-        raise ConversionError(f"{tracker} names {content}, which is missing.")
+        raise ConversionError(f"{tracker} names {content}, which does not exist.")
     return found[0]
 
 
@@ -239,7 +241,7 @@ class MegatronSource:
             path for path in (self.base, self.folder) if path and (path / "config.json").is_file()
         ]
         if self.base and not with_config:
-            raise ConversionError(f"{self.base} has no config.json, which the weights need.")
+            raise ConversionError(f"{self.base}: expected a folder with config.json, got none.")
         self.is_published = not with_config
         self.config = MplugOwl2Config() if self.is_published else read_config(with_config[0])[0]
         self.folder = with_config[0] if with_config else self.folder
@@ -252,7 +254,9 @@ class MegatronSource:
             ranks.append(self._read_rank(file))
         for other, file in zip(ranks[1:], self.files[1:], strict=True):
             if different := sorted(ranks[0].keys() ^ other.keys()):
-                raise ConversionError(f"{file}, tensor {different[0]!r}: it is not in every rank.")
+                raise ConversionError(
+                    f"{file}, tensor {different[0]!r}: not every rank has this tensor."
+                )
         for key in list(ranks[0]):
             where = describe(self.files[0], key)
             template, number = split_number(key)
@@ -262,7 +266,7 @@ class MegatronSource:
             target = target.format(number)
             if target not in shapes:
                 raise ConversionError(
-                    f"{where}: the configuration has no place for it{self._hint()}."
+                    f"{where}: the model of config.json has no such parameter{self._hint()}."
                 )
             parts = [check_tensor(where, rank.pop(key), meta) for rank in ranks]
             try:
@@ -272,7 +276,10 @@ class MegatronSource:
             yield Piece(where, key, rename(where, target, tensor, self.config))
 
     def _hint(self) -> str:
-        hint = "; the checkpoint has no config.json, so the published model's sizes are expected: give them with --base"
+        hint = (
+            "; the checkpoint has no config.json, so the published model's sizes are expected: "
+            "pass a folder with config.json as --base"
+        )
         return hint if self.is_published else ""
 
     def _read_rank(self, file: Path) -> dict[str, Any]:
@@ -286,7 +293,7 @@ class MegatronSource:
         size = settings.get("tensor_model_parallel_size", settings.get("model_parallel_size"))
         if isinstance(size, int) and size != len(self.files):
             raise ConversionError(
-                f"{file} is one of {size} tensor-parallel ranks, but {len(self.files)} came."
+                f"{file}: expected {size} tensor-parallel ranks, got {len(self.files)}."
             )
         return dict(_flatten(model))
 
@@ -326,7 +333,7 @@ def merge_ranks(
         if parts[0].is_meta or all(torch.equal(parts[0], part) for part in parts[1:]):
             return parts[0]
         if not may_be_padded:  # half of a padded table may be as long as the table
-            raise ValueError("the ranks hold different values of what each should hold whole")
+            raise ValueError("expected equal values in all ranks, got different ones")
     shapes = [tuple(part.shape) for part in parts]
     try:
         merged = torch.cat(parts, dim=dim or 0)

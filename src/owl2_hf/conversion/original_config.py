@@ -16,7 +16,7 @@ from .reading import ConversionError
 
 # Release of transformers that the original's code is written for.
 _TRANSFORMERS_VERSION = "4.31.0"
-# The settings that it knows; what is not here has no effect there.
+# The settings that it reads; others have no effect there.
 _TEXT = [
     "attention_bias",
     "attention_dropout",
@@ -74,7 +74,7 @@ _ABSTRACTOR = [
     "use_cls_token",
 ]
 _H_REDUCER = ["hidden_size", "initializer_range", "layer_norm_eps"]
-# What DocOwl's vision encoder always does; its configuration has no word for it.
+# Fixed in DocOwl's vision encoder, whose configuration has no such settings.
 _FIXED_IN_DOCOWL = ("use_cls_token", "use_post_layernorm")
 _OURS = {
     "vision_config",
@@ -98,8 +98,8 @@ def original_config(config: MplugOwl2Config) -> dict[str, Any]:
     """
     if config.output_vocab_size is None:
         raise ConversionError(
-            "the original's code has no output_vocab_size None: its tables end with the last "
-            "token, so give the number of tokens in config.json."
+            "the original's code needs output_vocab_size, got None: set it in config.json to "
+            "the number of tokens."
         )
     text, has_abstractor = config.text_config.to_dict(), config.connector_type == "abstractor"
     release = {"transformers_version": _TRANSFORMERS_VERSION}
@@ -202,7 +202,7 @@ def _check_nothing_lost(flat: dict[str, Any], config: MplugOwl2Config) -> None:
     except (ValueError, StrictDataclassError) as error:
         reason = str(error.__cause__ or error)
         raise ConversionError(
-            f"the original's code has no model of this configuration: {reason}"
+            f"the original's code does not support this configuration: {reason}"
         ) from None
     pairs = zip((config, *_parts(config)), (back, *_parts(back)), strict=True)
     for ours, theirs in pairs:
@@ -213,7 +213,7 @@ def _check_nothing_lost(flat: dict[str, Any], config: MplugOwl2Config) -> None:
             )
             if not ignored and before.get(key) != after.get(key):
                 raise ConversionError(
-                    f"the original's code has no {key} {before.get(key)!r}: it would read "
+                    f"the original's code does not support {key} {before.get(key)!r}, only "
                     f"{after.get(key)!r}."
                 )
 
@@ -230,7 +230,7 @@ def save_original_processor(processor: MplugOwl2Processor, vocabulary: Path, fol
     else:
         shutil.copyfile(vocabulary, folder / f"tokenizer{vocabulary.suffix}")
         settings = _llama_tokenizer_configs(processor)
-    # Upstream: DocOwl's are arguments of its code.
+    # Upstream: DocOwl has no such file, its settings are in its code.
     if processor.image_processor.image_aspect_ratio != "anchors":
         settings["preprocessor_config.json"] = _preprocessor_config(processor)
     for name, values in settings.items():
@@ -238,7 +238,7 @@ def save_original_processor(processor: MplugOwl2Processor, vocabulary: Path, fol
 
 
 def _qwen_tokenizer_config(processor: MplugOwl2Processor) -> dict[str, Any]:
-    # Upstream: the class comes from a tokenization_qwen.py beside, which Qwen's folders carry.
+    # Upstream: the class is in tokenization_qwen.py, which Qwen's folders contain.
     return {
         "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
         "clean_up_tokenization_spaces": False,

@@ -19,7 +19,7 @@ _WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)")
 _MAX_NAME_LENGTH = 512
 _BLOCK = 2**23
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Types that weights may be asked for, by their names.
+# Names of the dtypes that weights can be converted to.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -47,29 +47,29 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         ConversionError: If there are none, or the index names what it must not name.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
-        # transformers prefers the single file, too.
+        # As in transformers, the single file comes first.
         if (folder / name).exists():
             return {_existing(folder / name): None}
         if (folder / f"{name}.index.json").exists():
             return _indexed_files(folder / f"{name}.index.json")
     raise ConversionError(
-        f"{folder} holds no weights: expected pytorch_model.bin, model.safetensors, or shards with "
-        "their index."
+        f"{folder} contains no weights: expected pytorch_model.bin, model.safetensors, or shards "
+        "with their index."
     )
 
 
 def _indexed_files(index: Path) -> dict[Path, set[str] | None]:
     placed: dict[str, set[str]] = {}
     for key, name in _read_weight_map(index).items():
-        # The name is checked, not the resolved path: honest caches are made of links that leave
-        # their folder.
+        # The name is checked, not the resolved path, because the files of a Hub cache are links to
+        # other folders.
         if not isinstance(name, str) or not _WEIGHT_FILE.fullmatch(name):
             raise ConversionError(
-                f"{index} names {name!r}, which is not a weight file of this folder."
+                f"{index} names {name!r}: expected a weight file in the same folder."
             )
         placed.setdefault(name, set()).add(key)
     return {
-        _existing(index.parent / name, f"{index} names {name!r}, which is"): placed[name]
+        _existing(index.parent / name, f"{index} names {name!r}, which"): placed[name]
         for name in _natural(placed)
     }
 
@@ -94,7 +94,7 @@ def _natural(names: Sequence[str] | dict[str, Any]) -> list[str]:
 def _existing(path: Path, words: str | None = None) -> Path:
     if not path.is_file():
         raise ConversionError(
-            f"{words or f'{path} is'} {'not a file' if path.exists() else 'missing'}."
+            f"{words or path} {'is not a file' if path.exists() else 'does not exist'}."
         )
     return path
 
@@ -175,14 +175,14 @@ class _Records:
 
     def __init__(self, path: Path):
         self.path = path
-        # Start, end, entry; the next one last.
+        # Start, end, entry; in reverse order.
         self._waiting: list[tuple[int, int, zipfile.ZipInfo]] = []
         self._found = 0
         if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
             return
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             for entry in archive.infolist():
-                if entry.CRC:  # PyTorch may be told not to compute any
+                if entry.CRC:  # PyTorch can be set to write no checksums
                     start = record_start(file, entry)
                     self._waiting.append((start, start + entry.file_size, entry))
         self._waiting.sort(key=lambda record: -record[0])

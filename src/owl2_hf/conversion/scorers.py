@@ -17,8 +17,7 @@ logger = logging.get_logger(__name__)
 
 # Settings that DeQA-Score's training leaves in config.json.
 _DEQA_SETTINGS = {"level_ids", "level_prefix", "softkl_loss"}
-# What the published checkpoints are called, in `_name_or_path`: the name that they had where they
-# were saved.
+# `_name_or_path` of the published checkpoints: their name when they were saved.
 _NAMES = {
     "one-align": re.compile(r"(one|q)[-_]?align"),
     "deqa": re.compile(r"deqa"),
@@ -44,8 +43,7 @@ def find_preset(source: Source, name: str | None = None) -> tuple[Preset | None,
             raise ConversionError(f"expected a preset of {', '.join(PRESETS)}, got {name!r}.")
         if not can_score:
             raise ConversionError(
-                f"{source.folder} has a head of its own for scores, so no preset: leave --preset "
-                "out."
+                f"{source.folder} scores with its own head and has no preset: leave --preset out."
             )
         return PRESETS[name], f"{name}, as told"
     folders = [source.folder]
@@ -75,7 +73,7 @@ def _recognise(folder: Path) -> tuple[str | None, str]:
     code = folder / _CODE_FILE
     if "visual_config" in values and code.is_file():
         text = code.read_text(encoding="utf-8", errors="replace")
-        # Co-Instruct's code is OneAlign's, and can chat.
+        # Co-Instruct has OneAlign's code and a chat method.
         if "def score(" in text and "excellent" in text and "def chat(" not in text:
             return "one-align", f"the code of {_CODE_FILE}"
     return None, ""

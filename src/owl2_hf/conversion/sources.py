@@ -98,10 +98,11 @@ class HuggingFaceSource:
             tensors = read_tensors(file)
             if lost := sorted((placed or set()) - tensors.keys()):
                 raise ConversionError(
-                    f"{file}, tensor {lost[0]!r}: the index places it here, but it is not here."
+                    f"{file}, tensor {lost[0]!r}: the index names it, but the file does not "
+                    "contain it."
                 )
             while tensors:
-                # Let go of one by one, and with the last of the file itself.
+                # Free each tensor after use, and the file after the last one.
                 key = next(iter(tensors))
                 yield self._piece(file, key, tensors.pop(key), meta)
 
@@ -126,7 +127,7 @@ def rename(
         owner = owner_of(key)
         if owner is not None:
             raise ConversionError(
-                f"{where}: it is a parameter of {owner}, but config.json is {ours}'s."
+                f"{where}: it is a parameter of {owner}, but config.json is for {ours}."
             ) from None
         raise ConversionError(f"{where}: {ours} has no such parameter.") from None
     except ValueError as error:
@@ -156,19 +157,18 @@ def read_config(folder: Path) -> tuple[MplugOwl2Config, bool]:
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise ConversionError(f"{path} is missing: expected the config.json of the checkpoint.")
+        raise ConversionError(f"{path} does not exist: expected the config.json of the checkpoint.")
     try:
         values = read_json(path)
     except ValueError as error:
         raise ConversionError(str(error)) from None
-    # Upstream: DocOwl2 has DocOwl 1.5's model_type; the configuration tells them apart.
+    # Upstream: DocOwl2 has DocOwl 1.5's model_type; MplugOwl2Config detects it.
     if (found := values.get("model_type")) not in _MODEL_TYPES:
         expected = " or ".join(map(repr, _MODEL_TYPES))
         raise ConversionError(
             f"{path}: expected model_type {expected}, got {found!r}; nothing was converted."
         )
-    # Code that the source names is neither run nor carried over, nor is what only fits the machine
-    # it comes from.
+    # Drop references to the source's code and settings that belong to the machine that saved it.
     for name in (
         "auto_map",
         "quantization_config",
@@ -187,14 +187,14 @@ def read_config(folder: Path) -> tuple[MplugOwl2Config, bool]:
     _check_sizes(path, values)
     for name in values:
         if callable(getattr(MplugOwl2Config, name, None)):
-            raise ConversionError(f"{path}: {name!r} is no setting of a model.")
+            raise ConversionError(f"{path}: {name!r} is not a setting of a model.")
     try:
         config = MplugOwl2Config.from_dict(values)
         expected_tensors(config)
-    except Exception as error:  # whatever a wrong value leads to
+    except Exception as error:  # wrong values raise almost any error
         reason = str(error.__cause__ or error) or "no reason given"
         raise ConversionError(
-            f"{path}: no model of this configuration: {reason} ({type(error).__name__})"
+            f"{path}: cannot build a model of this configuration: {reason} ({type(error).__name__})"
         ) from None
     return config, is_original
 
@@ -219,4 +219,6 @@ def _check_sizes(path: Path, values: dict[str, Any]) -> None:
             least = 0 if "ngram" in name else 1
             most = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
             if not least <= value <= most:
-                raise ConversionError(f"{path}: {name} is {value}, expected {least} to {most}.")
+                raise ConversionError(
+                    f"{path}: expected {name} from {least} to {most}, got {value}."
+                )

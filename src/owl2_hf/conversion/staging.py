@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-# What belongs to a model and is stale beside another one; all else in a folder is its owner's.
+# Files that belong to a model and are replaced with it; all other files in a folder are the user's.
 _PACKAGE = Path(__file__).parents[1]
 _CODE = {
     path.name
@@ -56,7 +56,7 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         ValueError: If the target is in use, or another process is building it.
     """
-    target = target.resolve()  # a link keeps its place, the folder behind it is what gets replaced
+    target = target.resolve()  # a link stays, and the folder that it points to is replaced
     _check_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging, previous = (
@@ -67,7 +67,7 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"{target} is being built by another process: wait for it, or choose another."
+            f"{target} is being written by another process: wait for it, or choose another."
         ) from None
     try:
         _recover(target, staging, previous)
@@ -100,14 +100,14 @@ def _check_free(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise ValueError(f"{target} is a file: expected a folder to make.")
+        raise ValueError(f"{target} is a file: expected a folder to create.")
     if target.stat().st_dev != target.parent.stat().st_dev:
         raise ValueError(
-            f"{target} is a mount point, which cannot be replaced: name a folder inside it."
+            f"{target} is a mount point, which cannot be replaced: choose a folder inside it."
         )
     if not overwrite and any(target.iterdir()):
         raise ValueError(
-            f"{target} is not empty: remove it, choose another, or ask to overwrite it."
+            f"{target} is not empty: remove it, choose another, or overwrite it (--overwrite)."
         )
 
 
@@ -129,7 +129,7 @@ def _carry_over(target: Path, staging: Path) -> None:
         if copy.exists():
             if path.name != "README.md" or path.read_bytes() == copy.read_bytes():
                 continue
-            copy = staging / "README.previous.md"  # its owner may have written in it
+            copy = staging / "README.previous.md"  # the user may have edited it
         if is_folder:
             shutil.copytree(path, copy, symlinks=True)
         else:
@@ -147,7 +147,7 @@ def _flush(folder: Path) -> None:
 
 def _flush_names(folder: Path) -> None:
     if os.name != "posix":
-        return  # elsewhere a folder cannot be opened
+        return  # other systems cannot open a folder
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -38,7 +38,7 @@ def read_tokenizer(
         try:
             tokenizer, legacy = load_tokenizer(folder)
         except ValueError:
-            pass  # another kind
+            pass  # not a BPE tokenizer
         else:
             if _has_the_ids_of(folder, tokenizer):
                 return tokenizer, legacy
@@ -68,9 +68,7 @@ def _has_the_ids_of(folder: Path, tokenizer: PreTrainedTokenizerFast) -> bool:
         return added <= vocab
     try:
         own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except (
-        Exception
-    ):  # tokenizers raises bare ones; the file is looked at again where it is the only one
+    except Exception:  # tokenizers raises plain Exceptions; another function reports the file
         return False
     added |= set(own.get_vocab())
     probe = own.encode(_PROBE, add_special_tokens=False).ids
@@ -83,17 +81,16 @@ def _has_the_ids_of(folder: Path, tokenizer: PreTrainedTokenizerFast) -> bool:
 def _load_fast_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare ones
+    except Exception as error:  # tokenizers raises plain Exceptions
         raise ValueError(f"{source}: its tokenizer cannot be loaded: {error}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
-            f"{source} has a {type(tokenizer).__name__}: expected a fast tokenizer, one with a "
-            "tokenizer.json."
+            f"{source}: expected a fast tokenizer with a tokenizer.json, got a "
+            f"{type(tokenizer).__name__}."
         )
     if tokenizer.eos_token is None:
         raise ValueError(
-            f"{source}: its tokenizer has no eos_token, with which an answer ends; set one and "
-            "save it."
+            f"{source}: its tokenizer has no eos_token to end an answer; set one and save it."
         )
     return tokenizer
 
@@ -112,7 +109,7 @@ def _adapt_tokenizer(
     }
     if "pad_token" not in special:
         special["pad_token"] = special["eos_token"]
-        notes.append(f"The tokenizer has no pad_token: {special['eos_token']!r} pads.")
+        notes.append(f"The tokenizer has no pad_token: {special['eos_token']!r} is used.")
     max_length = own.model_max_length if own.model_max_length < 10**6 else max_positions
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_deleting_noncharacters(own.backend_tokenizer),
@@ -148,6 +145,6 @@ def _check_placeholder(own: PreTrainedTokenizerFast, tokenizer: PreTrainedTokeni
     index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if taken.get(index, IMAGE_TOKEN) != IMAGE_TOKEN:
         raise ValueError(
-            f"the tokenizer gives {IMAGE_TOKEN!r} the id {index}, which {taken[index]!r} has: its "
-            f"ids have gaps. Add {IMAGE_TOKEN!r} to its tokenizer.json with a free id."
+            f"the tokenizer has gaps in its ids: it gives {IMAGE_TOKEN!r} the id {index} of "
+            f"{taken[index]!r}. Add {IMAGE_TOKEN!r} to its tokenizer.json with a free id."
         )

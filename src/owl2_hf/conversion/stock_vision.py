@@ -76,7 +76,7 @@ def load_whole(source: str | Path, model_class: Any, dtype: Any) -> Any:
     if lost := sorted(key for key in info["missing_keys"] if not key.endswith("mask_token")):
         raise ValueError(
             f"{source} lacks {len(lost)} parameters of its model, the first is {lost[0]}: the "
-            "checkpoint is incomplete, or its configuration is another model's."
+            "checkpoint is incomplete, or its configuration does not match."
         )
     return model.eval()
 
@@ -107,9 +107,9 @@ def read_vision(source: str | Path, image_size: int | None) -> StockVision:
     }
     if config.model_type not in readers:
         raise ValueError(
-            f"{source} is a model of type {config.model_type!r}: expected a ViT with a class token "
-            f"and without registers, of type {', '.join(map(repr, readers))} (so not SigLIP). "
-            "Leave vision out for a fresh one."
+            f"{source}: expected a ViT with a class token and without registers, of model_type "
+            f"{', '.join(map(repr, readers))} (not SigLIP), got {config.model_type!r}. Leave "
+            "vision out for a new one."
         )
     check_not_quantized(source, config)
     tower = readers[config.model_type](source, getattr(config, "vision_config", config))
@@ -127,7 +127,7 @@ def _vision_config(
     """Ours, from the fields that CLIP and DINOv2 share."""
     if config.num_channels != 3:
         raise ValueError(
-            f"{source} has {config.num_channels} channels: expected 3, images are RGB."
+            f"{source}: expected 3 channels for RGB images, got {config.num_channels}."
         )
     return MplugOwl2VisionConfig(
         hidden_size=config.hidden_size,
@@ -145,7 +145,7 @@ def _vision_config(
 def _side(source: str | Path, name: str, value: Any) -> int:
     sides = set(value) if isinstance(value, (list, tuple)) else {value}
     if len(sides) != 1:
-        raise ValueError(f"{source} has {name} {value}: expected a square.")
+        raise ValueError(f"{source}: expected a square {name}, got {value}.")
     return sides.pop()
 
 
@@ -170,8 +170,8 @@ def _read_dinov2(source: str | Path, config: PreTrainedConfig) -> StockVision:
     """
     if config.use_swiglu_ffn:
         raise ValueError(
-            f"{source} has use_swiglu_ffn: expected a DINOv2 with an MLP, such as its S, B and L "
-            "sizes."
+            f"{source}: expected a DINOv2 with an MLP, such as the sizes S, B and L, got "
+            "use_swiglu_ffn."
         )
     ours = _vision_config(
         source,

@@ -19,7 +19,7 @@ from .layouts import open_source
 from .reading import ConversionError, is_finite
 from .sources import HuggingFaceSource, Source, expected_tensors, model_class, read_config
 
-# Ids that LLaMA-2's tokenizer gives; a piece of its vocabulary tells it from others.
+# Ids of LLaMA-2's tokenizer, which is recognised by a piece of its vocabulary.
 _LLAMA2_PIECE = ("▁USER", 3148, 1001)
 _LLAMA2_IDS = {
     "Hello": [1, 15043],
@@ -65,7 +65,7 @@ def verify(
     if processor is not None:
         checks += _check_processor(processor, source.config)
     else:
-        checks.append("there is no processor: the folder answers to ids and pixels alone")
+        checks.append("there is no processor: the model accepts only token ids and pixels")
     checks.append(_check_code(target))
     checks += _check_preset(target, processor)
     if against is not None:
@@ -87,7 +87,8 @@ def _check_tensors(source: Source) -> str:
         for name, tensor in piece.tensors:
             if name not in expected:
                 raise ConversionError(
-                    f"{piece.where}: the configuration has no place for it, or it came before."
+                    f"{piece.where}: the model of config.json has no such parameter, or the file "
+                    "has it twice."
                 )
             if tensor.shape != (shape := expected.pop(name).shape):
                 raise ConversionError(
@@ -101,7 +102,7 @@ def _check_tensors(source: Source) -> str:
             f"{source.folder} lacks {len(expected)} parameters, the first is "
             f"{next(iter(expected))}."
         )
-    return f"all {count:,} parameters are there, of the configuration's shapes and finite"
+    return f"all {count:,} parameters exist, are finite and have the shapes of config.json"
 
 
 def _load_processor(target: Path) -> MplugOwl2Processor | None:
@@ -109,8 +110,8 @@ def _load_processor(target: Path) -> MplugOwl2Processor | None:
         return None
     try:
         return MplugOwl2Processor.from_pretrained(target, trust_remote_code=False)
-    except Exception as error:  # whatever a spoiled file leads to
-        raise ConversionError(f"{target} has a processor that does not load: {error}") from None
+    except Exception as error:  # damaged files raise almost any error
+        raise ConversionError(f"the processor of {target} cannot be loaded: {error}") from None
 
 
 def _check_code(target: Path) -> str:
@@ -126,7 +127,7 @@ def _check_code(target: Path) -> str:
             f"{target}: its generation_config.json cannot be read: {error}"
         ) from None
     return (
-        f"{len(names)} files of code are this package's own"
+        f"{len(names)} code files are identical to this package's"
         if names
         else "there is no code for trust_remote_code"
     )
@@ -143,7 +144,7 @@ def _check_preset(target: Path, processor: MplugOwl2Processor | None) -> list[st
     except ValueError as error:
         raise ConversionError(str(error)) from None
     asked = f"{PRESET_FILE} asks for {', '.join(preset.prompts)} in {len(preset.levels)} levels"
-    return [asked if processor is None else f"{asked}, whose words the vocabulary has"]
+    return [asked if processor is None else f"{asked}, and the vocabulary has all level words"]
 
 
 def _check_processor(processor: MplugOwl2Processor, config: MplugOwl2Config) -> list[str]:
@@ -157,28 +158,30 @@ def _check_processor(processor: MplugOwl2Processor, config: MplugOwl2Config) -> 
     }
     for name, (found, expected) in pairs.items():
         if found != expected:
-            raise ConversionError(f"the processor's {name} is {found}, the model's {expected}.")
+            raise ConversionError(
+                f"the processor: expected the {name} {expected} of the model, got {found}."
+            )
     chat = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
     ]
     try:
         rendered = processor.apply_chat_template(chat, add_generation_prompt=True)
-    except Exception as error:  # jinja raises many
+    except Exception as error:  # Jinja templates raise many kinds of errors
         raise ConversionError(f"the chat template cannot be rendered: {error}") from None
-    # What was converted by earlier versions leaves the first token to the tokenizer.
+    # Earlier versions left the BOS token to the tokenizer.
     if rendered.removeprefix(processor.tokenizer.bos_token or "") != _PROMPT:
-        raise ConversionError(f"the chat template gives {rendered!r}, expected {_PROMPT!r}.")
+        raise ConversionError(f"the chat template: expected {_PROMPT!r}, got {rendered!r}.")
     num_tokens = len(processor.tokenizer)
     if num_tokens > config.text_config.vocab_size:
         raise ConversionError(
-            f"the tokenizer has {num_tokens} tokens, the table {config.text_config.vocab_size} "
-            "rows."
+            f"expected at most {config.text_config.vocab_size} tokens, the rows of the embedding "
+            f"table, got a tokenizer with {num_tokens}."
         )
     inputs = processor(text=_PROMPT, images=_picture(config))
     num_positions = len(inputs["pixel_values"]) * config.num_image_tokens
     if (found := inputs["input_ids"][0].count(config.image_token_id)) != num_positions:
         raise ConversionError(
-            f"an image takes {found} positions of a prompt, the model {num_positions}."
+            f"expected {num_positions} placeholders for an image, got {found} from the processor."
         )
     return [_check_ids(processor), f"the processor fits the model: {found} positions for an image"]
 
@@ -190,18 +193,20 @@ def _check_ids(processor: MplugOwl2Processor) -> str:
     for text, expected in _LLAMA2_IDS.items() if is_llama2 else ():
         if (found := tokenizer(text).input_ids) != expected:
             raise ConversionError(
-                f"the tokenizer gives {found} for {text!r}, expected {expected} as LLaMA-2's."
+                f"the tokenizer: expected LLaMA-2's ids {expected} for {text!r}, got {found}."
             )
     for text in _PROBES:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         if tokenizer.unk_token_id not in ids and tokenizer.decode(ids).strip() != text.strip():
             raise ConversionError(
-                f"the tokenizer gives {tokenizer.decode(ids)!r} back for {text!r}."
+                f"the tokenizer: expected {text!r} after encoding and decoding, got "
+                f"{tokenizer.decode(ids)!r}."
             )
     if is_llama2:
         return f"the tokenizer gives LLaMA-2's ids for {len(_LLAMA2_IDS)} texts"
     return (
-        f"the tokenizer gives back {len(_PROBES)} texts; it is not LLaMA-2's, so no ids are known"
+        f"the tokenizer encodes and decodes {len(_PROBES)} texts without loss; it is not "
+        "LLaMA-2's, so its ids were not compared"
     )
 
 
@@ -212,11 +217,11 @@ def _compare_tensors(target: HuggingFaceSource, original: Source) -> str:
     for piece in original.read():
         for name, tensor in piece.tensors:
             if name not in expected:
-                continue  # a head that is tied
+                continue  # a tied head
             found = expected.pop(name)
             if not torch.equal(found, tensor.to(found.dtype)):
                 raise ConversionError(
-                    f"{piece.where}: its values are not those of {name} in {target.folder}."
+                    f"{piece.where}: its values differ from {name} in {target.folder}."
                 )
             compared += 1
     if left := [name for name in expected if not name.endswith("_pos_embed")]:
@@ -250,7 +255,7 @@ def _logits(folder: Path, processor: MplugOwl2Processor | None) -> Tensor:
     try:
         model = model_class(read_config(folder)[0]).from_pretrained(folder).eval()
     except (ValueError, OSError, RuntimeError) as error:
-        raise ConversionError(f"{folder} does not load: {error}") from None
+        raise ConversionError(f"{folder} cannot be loaded: {error}") from None
     logits = model(**_inputs(processor, model.config)).logits[0]
     del model
     gc.collect()
@@ -263,14 +268,14 @@ def _compare_logits(
     logits: Tensor, against: Path | None, processor: MplugOwl2Processor | None
 ) -> list[str]:
     if against is None:
-        return ["logits were not compared: transformers does not load the source as it is"]
+        return ["logits were not compared: transformers cannot load the source without conversion"]
     expected = _logits(against, processor)
     if expected.dtype != logits.dtype:
         return [
             f"logits were not compared: the source is {expected.dtype}, the folder {logits.dtype}"
         ]
-    # The weights are equal to the bit by now. Where they lie in memory may choose another kernel,
-    # which rounds otherwise.
+    # The weights are bit-identical here, but their address in memory can select another kernel,
+    # which rounds differently.
     error = (logits.float() - expected.float()).abs().max().item()
     bound = 16 * torch.finfo(logits.dtype).eps * expected.float().abs().max().item()
     if error > bound:

@@ -62,7 +62,7 @@ class ShardWriter:
         self._open_files.close()
         if exception_type is None:
             if self._flushing is not None:
-                self._flushing.result()  # an error of the disk is told to whoever flushed, and to nobody else
+                self._flushing.result()  # raises disk errors that only the flush saw
             assert not self._missing, f"never written: {sorted(self._missing)[:3]}"
             self._write_index()
 
@@ -93,7 +93,7 @@ class ShardWriter:
         """Put one tensor, of the planned shape and dtype, in its place."""
         planned = self.plan[key]
         assert tensor.shape == planned.shape and tensor.dtype == planned.dtype, (
-            f"{key} is not as planned"
+            f"{key} has another shape or dtype than planned"
         )
         name, start = self._places[key]
         file = self._files[name]

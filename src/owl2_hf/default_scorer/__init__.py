@@ -35,4 +35,4 @@ def load_default_scorer(**kwargs: Any) -> Scorer:
     folder = str(default_scorer_dir())
     model = MplugOwl2ForConditionalGeneration.from_pretrained(folder).eval()
     processor = MplugOwl2Processor.from_pretrained(folder)
-    return Scorer(model, processor, **kwargs)  # asks as scorer.json in the folder says
+    return Scorer(model, processor, **kwargs)  # Scorer reads scorer.json in this folder

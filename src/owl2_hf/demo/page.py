@@ -25,7 +25,7 @@ from .worker import DemoSettings, ModelWorker
 
 logger = logging.get_logger(__name__)
 
-FAILED = "the model failed; the log of the page says why."
+FAILED = "the model failed; the server's log says why."
 PICTURES = [f".{name.lower()}" for name in (*FORMATS, "jpg", "tif")]
 SCALES = {"the preset's": None, "1-5": (1.0, 5.0), "0-1": (0.0, 1.0)}
 OWN_PRESET = "the model's own"
@@ -33,7 +33,7 @@ OWN_PRESET = "the model's own"
 OWN_QUESTION, OWN_LEVELS = "USER: <|image|>Is this an animal? ASSISTANT:", "yes, no"
 UPLOAD_SECONDS = 24 * 3600  # how long an upload is kept
 CLEANING_SECONDS = 3600
-IDLE_SECONDS = 1.5  # at the end, for the model to leave off
+IDLE_SECONDS = 1.5  # at shutdown, to wait for the model to stop
 TERMINATED = 128 + signal.SIGTERM
 INTERRUPTED = 128 + signal.SIGINT
 LAUNCH_OPTIONS: dict[str, Any] = {
@@ -190,7 +190,7 @@ def _add_scores(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
         """Score images by the probabilities of level words."""
         with _told_to_visitor():
             if not pictures:
-                raise ValueError("there is no image: upload one or more.")
+                raise ValueError("expected at least one image, got none: upload one.")
             chosen = custom_preset(
                 presets[preset],
                 task,
@@ -282,8 +282,7 @@ def _add_analysis(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
 
     gr.Markdown(
         "How much of the answer's attention text and visual tokens get in each layer, and what "
-        "each learnable query looks at. A second image is read as one that has nothing to do with "
-        "the question."
+        "each learnable query looks at. Upload a second, unrelated image to compare."
     )
     question = gr.MultimodalTextbox(
         {"text": "What is this?", "files": []},
@@ -355,6 +354,6 @@ def _close(page: gr.Blocks, code: int) -> None:
     with suppress(OSError):
         page.close(verbose=False)
     if not is_idle:
-        # The interpreter cannot end in an orderly way while a thread is in the middle of the model.
+        # Python cannot shut down cleanly while a thread is still running the model.
         sys.stdout.flush()
         os._exit(code)

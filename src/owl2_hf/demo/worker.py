@@ -23,7 +23,7 @@ from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from ..scoring import Preset, Score, Scorer
 
 MAX_ANALYZED_TOKENS = 64
-POLL_SECONDS = 0.25  # how soon a visitor is missed while no text comes
+POLL_SECONDS = 0.25  # how often to check that the visitor is still connected
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ModelWorker:
     ) -> None:
         if not isinstance(model, MplugOwl2ForConditionalGeneration):
             raise ValueError(
-                f"expected an MplugOwl2ForConditionalGeneration to show, {name} is a "
+                f"{name}: expected an MplugOwl2ForConditionalGeneration, got "
                 f"{type(model).__name__}."
             )
         self.model, self.processor, self.name, self.settings = (
@@ -76,7 +76,7 @@ class ModelWorker:
             settings or DemoSettings(),
         )
         self.context = Context(model, processor)
-        # An analysis changes the model while it runs: nothing else may run then.
+        # An analysis changes the model while it runs, so nothing else may run then.
         self._turn = threading.Lock()
         self._is_closed = threading.Event()
 
@@ -183,7 +183,7 @@ class ModelWorker:
         """
         if len(paths) not in (1, 2):
             raise ValueError(
-                f"expected one image, or a second one that is unrelated, got {len(paths)}."
+                f"expected one image and at most one unrelated image, got {len(paths)}."
             )
         if not question.strip():
             raise ValueError("the question is empty: write one about the image.")
@@ -218,7 +218,7 @@ class ModelWorker:
             files = [Path(path).read_bytes() for path in paths]
         except OSError:
             raise ValueError(
-                "an image is not here any more: upload it again, in a new chat."
+                "an uploaded image no longer exists: start a new chat and upload it again."
             ) from None
         return open_pictures(
             files, self.settings.max_image_pixels, [Path(path).name for path in paths]

@@ -178,10 +178,10 @@ def load_questions(root: str | Path, split: str = "dev") -> list[Question]:
     folder = Path(root)
     path = folder / f"llvisionqa_{split}.json"
     if not path.is_file():
-        raise ValueError(f"qbench: there is no {path}; {_LAYOUT}.")
+        raise ValueError(f"qbench: {path} does not exist; {_LAYOUT}.")
     rows = read_rows(path)
     if not len(rows):
-        raise ValueError(f"{path} holds no rows.")
+        raise ValueError(f"{path} has no rows.")
     images = next(folder / name for name in _IMAGE_FOLDERS if (folder / name).is_dir())
     questions = []
     for number, row in enumerate(rows, 1):
@@ -202,11 +202,11 @@ def _question(row: Any, number: int, place: Place) -> Question:
         raise ValueError(f"expected a list of 2 to 4 'candidates', got {candidates!r}.")
     if row.get("correct_ans") is None:
         raise ValueError(
-            "expected 'correct_ans', the right one of the candidates, got none; the part dev has "
-            "it."
+            "expected 'correct_ans', the correct candidate, got none: use the split dev, which "
+            "has it."
         )
     if row["correct_ans"] not in candidates:
-        raise ValueError(f"'correct_ans' {row['correct_ans']!r} is none of the candidates.")
+        raise ValueError(f"'correct_ans' {row['correct_ans']!r} is not among the candidates.")
     # The last one of equal candidates, as in the scripts.
     last = max(index for index, one in enumerate(candidates) if one == row["correct_ans"])
     return Question(

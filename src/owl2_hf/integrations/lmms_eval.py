@@ -52,7 +52,7 @@ class Owl2(lmms):
         super().__init__()
         if kwargs:
             raise ValueError(
-                "expected pretrained, device, dtype, batch_size and prompt, got also "
+                "expected only pretrained, device, dtype, batch_size and prompt, got also "
                 f"{sorted(kwargs)}."
             )
         if prompt is not None and prompt not in EVALUATIONS:
@@ -127,7 +127,7 @@ class Owl2(lmms):
         )
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        raise NotImplementedError("tasks of several rounds are not supported")
+        raise NotImplementedError("multi-round tasks are not supported")
 
 
 def _batches(requests: list[Any], size: int) -> Iterator[list[tuple[int, Any]]]:

@@ -112,7 +112,7 @@ class Actor:
             own = custom_preset(preset_for(model, preset), task, prompt, levels)
             loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval()
             processor = AutoProcessor.from_pretrained(model)
-        # Ray shows an actor no other GPUs than its own.
+        # An actor sees only the GPUs that Ray gave it.
         loaded.to("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
         scorer = Scorer(loaded, processor, own, scale, batch_size, crops, original_reading)
         self.batches = BatchScorer(with_prefix(scorer), task)

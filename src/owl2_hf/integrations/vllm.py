@@ -100,12 +100,12 @@ class MplugOwl2ForVllm(TransformersMultiModalForCausalLM):
         """
         if input_ids is None:
             raise ValueError(
-                "vLLM gave embeddings without the raw token ids, so visual and text positions "
-                "cannot be told apart: this release does not know requires_raw_input_tokens; vLLM "
-                "0.30 does."
+                "vLLM passed embeddings without token ids, so visual and text positions cannot "
+                "be told apart. Install vLLM 0.30 or newer, which supports "
+                "requires_raw_input_tokens."
             )
         indicators = input_ids.eq(self.config.image_token_id).long()[None]
-        # Past MultiModalMixin, whose forward keeps all keywords from the model.
+        # Skip MultiModalMixin, whose forward does not pass on this keyword.
         return super(MultiModalMixin, self).forward(
             input_ids, positions, intermediate_tensors, inputs_embeds, mm_token_type_ids=indicators
         )
@@ -124,20 +124,19 @@ def _check_settings(vllm_config: VllmConfig) -> None:
     config, longest = vllm_config.model_config.hf_config, vllm_config.model_config.max_model_len
     if (num_stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
         raise ValueError(
-            f"pipeline_parallel_size must be 1, got {num_stages}: vLLM tells the token ids to the "
-            "first stage alone, and every layer needs to know which are visual. Use "
-            "tensor_parallel_size."
+            f"pipeline_parallel_size must be 1, got {num_stages}: vLLM passes the token ids only "
+            "to the first stage, but every layer needs them. Use tensor_parallel_size."
         )
     if config.connector_type != "abstractor":
         raise ValueError(
             "vLLM runs models with a visual abstractor, got connector_type "
-            f"{config.connector_type!r}: it tokenizes the names of DocOwl's crops apart from the "
-            "prompt, which makes other ids. Use owl2-hf serve."
+            f"{config.connector_type!r}: it tokenizes the names of DocOwl's crops separately, "
+            "which gives wrong ids. Use owl2-hf serve."
         )
     ntk_length = config.text_config.rope_dynamic_ntk_length
     if ntk_length is not None and longest > ntk_length:
         raise ValueError(
-            f"max_model_len must be at most {ntk_length}, got {longest}: longer prompts change the "
-            "rotary base, which vLLM's batches of several requests share. Pass --max-model-len "
+            f"max_model_len must be at most {ntk_length}, got {longest}: longer prompts change "
+            "the rotary base, which all requests in a vLLM batch share. Pass --max-model-len "
             f"{ntk_length}."
         )

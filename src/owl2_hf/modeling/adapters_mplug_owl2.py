@@ -18,8 +18,8 @@ from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_fil
 
 from .weight_files_mplug_owl2 import read_weights
 
-# What was trained beside the adapter in a fine-tune of the original: parameters of the base model,
-# under our names.
+# Base model parameters that a fine-tune of the original trained together with the adapter, under
+# our names.
 NON_LORA_FILE = "non_lora_trainables.safetensors"
 
 _HUB_KEYS = (
@@ -41,7 +41,7 @@ class Adapter(NamedTuple):
 
     source: str | Path
     base: str
-    hub: dict[str, Any]  # where the Hub's copy of the adapter is looked for
+    hub: dict[str, Any]  # arguments to find the adapter on the Hub
 
 
 def find_adapter(source: str | Path | None, kwargs: dict[str, Any]) -> Adapter | None:
@@ -54,7 +54,7 @@ def find_adapter(source: str | Path | None, kwargs: dict[str, Any]) -> Adapter |
     if source is None or not is_peft_available():
         return None
     adapter_kwargs = dict(kwargs.get("adapter_kwargs") or {})
-    # AutoModel looks first, and hands over the base model's name with the adapter's beside it.
+    # AutoModel finds the adapter first. It passes the base model's name, and the adapter's here.
     found = adapter_kwargs.pop("_adapter_model_path", None)
     hub = hub_kwargs({**kwargs, **adapter_kwargs})
     settings = read_settings(found or source, hub)
@@ -64,9 +64,8 @@ def find_adapter(source: str | Path | None, kwargs: dict[str, Any]) -> Adapter |
         return Adapter(found, str(source), hub)
     if not settings.get("base_model_name_or_path"):
         raise ValueError(
-            f"{source} holds an adapter whose adapter_config.json names no "
-            "base_model_name_or_path: load the model that it was trained on, then call its "
-            "load_adapter."
+            f"{source} is an adapter without base_model_name_or_path in its adapter_config.json: "
+            "load the model that it was trained on, then call its load_adapter."
         )
     return Adapter(source, settings["base_model_name_or_path"], hub)
 
@@ -88,7 +87,7 @@ def read_settings(source: str | Path, hub: dict[str, Any]) -> dict[str, Any] | N
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected an object, got {type(settings).__name__}.")
     targets = settings.get("target_modules") or []
@@ -117,7 +116,7 @@ def read_adapter(
     for name in reversed(names) if use_safetensors is False else names:
         if (tensors := _read_tensors(source, name, hub)) is not None:
             return tensors
-    raise ValueError(f"{source} holds no adapter: expected {' or '.join(names)}.")
+    raise ValueError(f"{source} contains no adapter: expected {' or '.join(names)}.")
 
 
 def whole_dora_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -164,16 +163,16 @@ def check_adapter_keys(
     problems = [
         f"{len(keys)} tensors {what}, the first is {min(keys)}"
         for keys, what in (
-            (missing, "that the model needs are not in it"),
-            (unexpected, "have no place in the model"),
+            (missing, "that the model needs are missing"),
+            (unexpected, "are unknown to the model"),
         )
         if keys
     ]
     if problems:
         raise ValueError(
-            f"The adapter {source} does not fit this model: {'; '.join(problems)}. Load the model "
-            "that it was trained on (base_model_name_or_path in its adapter_config.json), and "
-            "check that its files are whole."
+            f"The adapter {source} does not fit this model: {'; '.join(problems)}. Load the "
+            "model that it was trained on (base_model_name_or_path in its adapter_config.json), "
+            "and check that its files are complete."
         )
 
 
@@ -235,7 +234,7 @@ def check_adapter(
     placed, given = (
         {plain(name): tensor for name, tensor in state.items()} for state in (found, saved)
     )
-    # PEFT saves a whole embedding beside the update of one.
+    # PEFT also saves the whole embedding if it is adapted.
     known = set(map(plain, model.state_dict()))
     check_adapter_keys(source, placed.keys() - given.keys(), given.keys() - placed.keys() - known)
     different = [
@@ -245,8 +244,8 @@ def check_adapter(
     ]
     if different:
         raise NotPlacedError(
-            f"The adapter {source} was not loaded whole: the model has other values of "
-            f"{len(different)} tensors, the first is {min(different)}."
+            f"The adapter {source} was not loaded completely: {len(different)} tensors of the "
+            f"model have other values, the first is {min(different)}."
         )
 
 
@@ -259,6 +258,6 @@ def _is_same(tensor: Tensor, saved: Tensor) -> bool:
 
 def _original_error(source: str | Path | None) -> str:
     return (
-        f"{source} holds an adapter under the names of the original's code: bring it to this "
-        f"package's with `owl2-hf convert {source} TARGET --base BASE_MODEL --to adapter`."
+        f"{source} is an adapter in the original's layout: convert it with `owl2-hf convert "
+        f"{source} TARGET --base BASE_MODEL --to adapter`."
     )

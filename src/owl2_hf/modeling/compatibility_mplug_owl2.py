@@ -33,13 +33,13 @@ from transformers.utils import TransformersKwargs, logging
 
 logger = logging.get_logger(__name__)
 
-# Oldest and newest release that the tests ran on.
+# Oldest and newest release of transformers that the tests passed with.
 TESTED = ("5.17.0", "5.24.0")
 
 # 5.24 calls the cache of keys and values `cache`, in arguments and in outputs; before that it was `past_key_values`.
 IS_CACHE_RENAMED = "cache" in inspect.signature(masking_utils.create_causal_mask).parameters
 CACHE = "cache" if IS_CACHE_RENAMED else "past_key_values"
-TWO_CACHES = "Give cache or past_key_values, not both: they are two names of the same thing."
+TWO_CACHES = "Pass cache or past_key_values, not both: they are two names of the same argument."
 
 
 def named_cache(cache: Cache | None) -> dict[str, Cache | None]:
@@ -76,7 +76,7 @@ def takes_past_key_values(forward: Callable[..., Any]) -> Callable[..., Any]:
             kwargs["cache"] = past
         return forward(self, *args, **kwargs)
 
-    # `generate` looks here for the names that it may pass on.
+    # `generate` reads the names of arguments from this signature.
     signature = inspect.signature(forward)
     parameters = [
         p.replace(name=CACHE) if p.name == "cache" else p for p in signature.parameters.values()
@@ -257,7 +257,7 @@ def _expand(features: Tensor, mm_token_type_ids: Tensor, expand_size: int) -> Te
     features = torch.stack(list(features))
     counts = (mm_token_type_ids.sum(-1) // features.shape[1]).tolist()  # images of each prompt
     if sum(counts) != len(features):
-        return features  # which the model refuses, with the numbers
+        return features  # the model then raises an error with the numbers
     return torch.cat([images.repeat(expand_size, 1, 1) for images in features.split(counts)])
 
 
@@ -297,8 +297,8 @@ def take_chunk(tokens: Tensor, mm_token_type_ids: Tensor, start: int, end: int) 
     return tokens[rows].unsqueeze(0) if len(rows) else None
 
 
-# The guard. Arguments that transformers itself passes down to attention functions, losses and
-# output recording.
+# The guard. Arguments that transformers itself passes to attention functions, losses and output
+# recording.
 _PASSED_DOWN = frozenset(TransformersKwargs.__annotations__) | {
     "return_dict",
     "use_cache",
@@ -356,14 +356,13 @@ def _refuse_unknown(model: str, name: str, value: Any) -> None:
         return
     if not isinstance(value, (Cache, Tensor)):
         if not torch.compiler.is_compiling():
-            logger.warning_once(f"{model} ignores the argument {name!r}, which it does not know.")
+            logger.warning_once(f"{model} ignores the unknown argument {name!r}.")
         return
     kind = "cache" if isinstance(value, Cache) else "tensor"
     raise ValueError(
-        f"{model} got a {kind} as {name!r}, an argument that it does not know; without it the "
-        "answer would be wrong. If you did not pass it yourself, transformers "
-        f"{transformers.__version__} did: tested are {TESTED[0]} to {TESTED[1]}. Install one of "
-        "them, or a newer owl2_hf."
+        f"{model} got the unknown argument {name!r}, a {kind}; ignoring it would give a wrong "
+        f"answer. If you did not pass it, transformers {transformers.__version__} did. Install a "
+        f"tested transformers, {TESTED[0]} to {TESTED[1]}, or a newer owl2_hf."
     )
 
 
@@ -375,9 +374,9 @@ def check_step(model_inputs: dict[str, Any]) -> None:
     """
     if model_inputs.get(CACHE) is None:
         raise ValueError(
-            f"generate came to a decoding step without a {CACHE}: transformers "
-            f"{transformers.__version__} lost it (tested are {TESTED[0]} to {TESTED[1]}). Install "
-            "one of them, or a newer owl2_hf."
+            f"generate reached a decoding step without a {CACHE}: transformers "
+            f"{transformers.__version__} did not pass it. Install a tested transformers, "
+            f"{TESTED[0]} to {TESTED[1]}, or a newer owl2_hf."
         )
 
 
@@ -404,7 +403,7 @@ def check_positions(attention_mask: Any, num_new: int, cache: Any) -> None:
     if attention_mask.shape[1] > past + num_new:
         raise ValueError(
             f"attention_mask covers {attention_mask.shape[1]} positions, but there are {past} in "
-            f"the cache and {num_new} new ones: expected at most {past + num_new}. If you passed a "
-            f"cache, it was lost on the way (transformers {transformers.__version__}; tested are "
+            f"the cache and {num_new} new ones: expected at most {past + num_new}. If you passed "
+            f"a cache, transformers {transformers.__version__} did not pass it on (tested: "
             f"{TESTED[0]} to {TESTED[1]})."
         )

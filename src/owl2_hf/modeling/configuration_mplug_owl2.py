@@ -24,17 +24,17 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
-    # transformers 5.23; `transformers serve` looks for no other.
+    # transformers 5.23; `transformers serve` supports no other.
     "AutoModelForDecision": "modeling_mplug_owl2.MplugOwl2ForConditionalGeneration",
     "AutoModelForSequenceClassification": "modeling_mplug_owl2_classification.MplugOwl2ForSequenceClassification",
     "AutoImageProcessor": "image_processing_mplug_owl2.MplugOwl2ImageProcessor",
     "AutoProcessor": "processing_mplug_owl2.MplugOwl2Processor",
 }
-# No model is larger, and a file that says so is broken.
+# No model is larger: a file with larger values is broken.
 MAX_LAYERS, MAX_SIZE = 1000, 2**20
 _SIZES = ("_size", "_dim", "_width", "max_position_embeddings")
 CONNECTOR_TYPES = ("abstractor", "h_reducer")
-# Model types of the original whose configurations are read besides our own.
+# Model types of the original that are read, besides our own.
 DOCOWL_MODEL_TYPE = "mplug_docowl"
 
 
@@ -218,7 +218,8 @@ class MplugOwl2TextConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         _check_sizes(self)
-        # Of this configuration alone: a rule that fits no layer of a model makes transformers warn.
+        # Rules for this configuration only, because transformers warns about a rule that fits no
+        # layer.
         own = {
             f"layers.*.self_attn.visual_{name}_proj": "colwise"
             for name in self.modality_specific_projections
@@ -327,10 +328,10 @@ class MplugOwl2Config(ComposedConfig):
         self._complete_connector_config()
         if getattr(self, "auto_map", None) is None:
             kwargs.setdefault("auto_map", dict(AUTO_MAP))
-        kwargs.pop("model_type", None)  # the class says it, whatever of the family was read
+        kwargs.pop("model_type", None)  # the class sets it, whatever model type was read
         super().__post_init__(**kwargs)
         if self.is_owl21:
-            # What transformers finds the names of the original by; the class's own is saved.
+            # transformers uses it to find the original's weight names; the class's own is saved.
             self.model_type = MplugOwl21Config.model_type
 
     @PreTrainedConfig._attn_implementation.setter
@@ -374,7 +375,7 @@ class MplugOwl2Config(ComposedConfig):
         values = super().to_diff_dict()
         unused = {f"{kind}_config" for kind in CONNECTOR_TYPES if kind != self.connector_type}
         if self.connector_type == "abstractor":
-            unused.add("connector_type")  # saved as before there was a choice
+            unused.add("connector_type")  # keeps files as in versions without this field
         return {key: value for key, value in values.items() if key not in unused}
 
     def _read_original_form(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -394,9 +395,9 @@ class MplugOwl2Config(ComposedConfig):
         self.image_token_id = self.output_vocab_size = num_text_tokens
         self.vision_config = MplugOwl2VisionConfig(**_known_fields(MplugOwl2VisionConfig, vision))
         if "deepmlp_hidden_dims" in kwargs:
-            # Upstream: Q-Scorer has one score, and does not say so.
+            # Upstream: Q-Scorer has one score, but its configuration has no num_labels.
             kwargs.setdefault("num_labels", 1)
-        # The names of the original's classes; ours are written on saving.
+        # Drop the original's class names; saving writes ours.
         self.architectures: list[str] | None = None
         return kwargs
 
@@ -411,8 +412,8 @@ class MplugOwl2Config(ComposedConfig):
         )
         if "visual_hrcompressor" in found or "mPLUGDocOwl2" in (self.architectures or ()):
             raise ValueError(
-                "This is DocOwl2, whose high-resolution compressor is not supported; of the "
-                "documents' models DocOwl 1.5 is."
+                "DocOwl2 is not supported, because it has a high-resolution compressor. Use "
+                "DocOwl 1.5."
             )
         if {"visual_model", "visual_hreducer"} <= set(found):
             connector = _h_reducer_fields(visual_config["visual_hreducer"])
@@ -427,7 +428,7 @@ class MplugOwl2Config(ComposedConfig):
         raise ValueError(
             "visual_config must hold 'visual_model' and 'visual_abstractor', the components of "
             "mPLUG-Owl2, or 'visual_model' and 'visual_hreducer', those of DocOwl 1.5; got "
-            f"{found}. Another model of the family is not read by this configuration."
+            f"{found}. This configuration reads no other models."
         )
 
     def _complete_connector_config(self) -> None:
@@ -495,12 +496,12 @@ class MplugOwl2Config(ComposedConfig):
         if not 0 <= self.image_token_id < text.vocab_size:
             raise ValueError(
                 f"image_token_id ({self.image_token_id}) must be a row of the embedding table: "
-                f"text vocab_size is {text.vocab_size}. Give image_token_id, or a vocab_size above "
-                "it."
+                f"text vocab_size is {text.vocab_size}. Set another image_token_id, or a "
+                "vocab_size above it."
             )
         if self.output_vocab_size is not None and not 0 < self.output_vocab_size <= text.vocab_size:
             raise ValueError(
-                f"output_vocab_size ({self.output_vocab_size}) must lie between 1 and text "
+                f"output_vocab_size ({self.output_vocab_size}) must be between 1 and text "
                 f"vocab_size ({text.vocab_size})."
             )
 
@@ -560,7 +561,7 @@ class MplugOwl21Config(MplugOwl2Config):
         return {**super().to_dict(), "model_type": MplugOwl2Config.model_type}
 
 
-# Fields of a text configuration that LLaMA's has not.
+# Fields of a text configuration that LLaMA's lacks.
 _BEYOND_LLAMA = (
     "modality_specific_projections",
     "modality_specific_norms",
@@ -568,7 +569,7 @@ _BEYOND_LLAMA = (
     "rope_dynamic_ntk_length",
     "log_n_length",
 )
-# Qwen's settings that mPLUG-Owl2.1 leaves no choice in.
+# Settings of Qwen that are fixed in mPLUG-Owl2.1.
 QWEN_FIXED = {
     "multiway": True,
     "rotary_pct": 1.0,
@@ -590,10 +591,10 @@ def _from_qwen(values: dict[str, Any]) -> dict[str, Any]:
     values = dict(values)
     for name, expected in QWEN_FIXED.items():
         if (got := values.pop(name, expected)) != expected:
-            raise ValueError(f"{name} must be {expected}, as in every mPLUG-Owl2.1, got {got!r}.")
+            raise ValueError(f"{name} must be {expected} for mPLUG-Owl2.1, got {got!r}.")
     vocab_size = values.get("vocab_size") or QWEN_VOCAB_SIZE
     end_of_text = QWEN_END_OF_TEXT if vocab_size > QWEN_END_OF_TEXT else None
-    # Upstream: `intermediate_size` counts the gate and what it gates.
+    # Upstream: `intermediate_size` counts both halves, the gate and the values.
     width = values.pop("intermediate_size", 22016)
     _check_divisible("intermediate_size", width, "the two halves of mPLUG-Owl2.1's MLP", 2)
     has_bias = not values.pop("no_bias", True)

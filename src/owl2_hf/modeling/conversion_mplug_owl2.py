@@ -107,8 +107,8 @@ FUSED: dict[str, tuple[str, str, str]] = {
     for leaf in ("weight", "bias")
 }
 
-# Tables with one row per token id; ours hold the image placeholder and padding behind the
-# original's rows.
+# Tables with one row per token id; ours have rows for the image placeholder and padding after the
+# original's.
 PADDED = ("model.embed_tokens.weight", "lm_head.weight")
 
 _QWEN = "transformer."
@@ -119,7 +119,7 @@ def _under_qwen(key: str) -> str:
     return _QWEN + key.removeprefix("model.")
 
 
-# mPLUG-Owl2.1: Qwen's names in the decoder, the same ones of the vision side under another prefix.
+# mPLUG-Owl2.1: Qwen's names in the decoder. The vision side has the same names with another prefix.
 QWEN_RENAMED: dict[str, str | None] = {
     "lm_head.weight": "lm_head.weight",
     _QWEN + "wte.weight": "model.language_model.embed_tokens.weight",
@@ -152,7 +152,7 @@ QWEN_STACKED: dict[str, tuple[str, str, str]] = {
 QWEN_PADDED = (_QWEN + "wte.weight", "lm_head.weight")
 
 
-# The head of Q-Scorer, a scorer on mPLUG-Owl2.
+# The head of Q-Scorer, a scorer based on mPLUG-Owl2.
 Q_SCORER: dict[str, str | None] = {
     **_with_bias("deepmlp.model.{}.linear", "score.layers.{}"),
     **_with_bias("deepmlp.output_layer", "score.out_proj"),
@@ -388,7 +388,8 @@ class PadVocabulary(ConversionOps):
     ) -> dict[str, Tensor]:
         (table,) = map(_single, input_dict.values())
         if config.is_owl21 and table.shape[0] < (config.output_vocab_size or 0):
-            # Upstream: the released mPLUG-Owl2.1 has fewer rows than its configuration says.
+            # Upstream: the released mPLUG-Owl2.1 has fewer rows than vocab_size in its
+            # configuration.
             config.output_vocab_size = table.shape[0]
         if table.shape[0] == config.output_vocab_size:
             table = resize_rows(table, config.text_config.vocab_size)
@@ -446,7 +447,7 @@ def _stacked_name(source: str) -> str:
 
 def _renamings(names: _Names) -> list[WeightRenaming]:
     targets = {
-        # A table keeps its last name until it is padded.
+        # A table that is padded keeps the last part of its name until then.
         source: target.removesuffix(_last_name(target)) + _last_name(source)
         if source in names.padded
         else target
@@ -470,9 +471,9 @@ def _paddings(names: _Names) -> list[WeightConverter]:
     """
     return [
         WeightConverter(
-            # Behind a plain "weight" the reader of compressed-tensors (transformers 5.23) would set
-            # a step of its own, which loses tables; transformers leaves lookaheads out of what it
-            # writes.
+            # After a plain "weight", compressed-tensors' loader (transformers 5.23) would add its
+            # own step, which loses tables. The lookahead prevents that; transformers removes it
+            # when saving.
             re.escape(_last_name(source)) + "(?!.)",
             re.escape(_last_name(names.renamed[source] or source)),
             operations=[PadVocabulary()],
@@ -489,8 +490,8 @@ _splits = [
     )
     for leaf in ("weight", "bias")
 ]
-# transformers tells the steps of saving apart by these patterns: none may be written like one of
-# the vision encoder's.
+# transformers identifies the steps of saving by these patterns, so none may equal one of the vision
+# encoder's.
 _stacks = [
     WeightConverter(
         rf"attn\.c_attn\.multiway\.{branch}\.{leaf}",

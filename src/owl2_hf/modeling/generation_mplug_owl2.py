@@ -34,9 +34,9 @@ def room_for_answer(config: MplugOwl2Config, num_prompt: int, max_new_tokens: in
         asked = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
         mend = " or lower it" if max_new_tokens else ""
         raise ValueError(
-            f"expected at most {context} positions, the context of the model, got a prompt of "
-            f"{num_prompt}{asked}; shorten the prompt (an image takes {config.num_image_tokens})"
-            f"{mend}."
+            f"expected at most {context} tokens, the context of the model, got a prompt of "
+            f"{num_prompt}{asked}; shorten the prompt (an image needs "
+            f"{config.num_image_tokens}){mend}."
         )
     return context - num_prompt
 
@@ -100,9 +100,9 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
         for index, prompt in enumerate(prompts):
             if self.config.image_token_id in list(prompt):
                 raise ValueError(
-                    f"prompt {index} has image placeholders (id {self.config.image_token_id}), but "
-                    "continuous batching hands over no images, and the answer would be blind: use "
-                    "generate, which takes batches."
+                    f"prompt {index} has image placeholders (id {self.config.image_token_id}), "
+                    "but continuous batching does not support images: use generate, which takes "
+                    "batches."
                 )
 
     def _prepare_generated_length(
@@ -114,7 +114,7 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
         """
         generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
         num_ids, num_prompt = kwargs["input_ids_length"], kwargs["inputs_tensor"].shape[1]
-        # max_length counts ids alone, not the positions of inputs_embeds.
+        # max_length counts only ids, not the positions of inputs_embeds.
         room = self.config.get_text_config().max_position_embeddings - max(num_prompt - num_ids, 0)
         generation_config.max_length = min(generation_config.max_length, room)
         return generation_config
@@ -148,13 +148,11 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
             is_first_iteration or next_sequence_length is None or not kwargs.get("use_cache", True)
         )
         if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
-            is_prompt = (
-                True  # the assistant of assisted decoding is never told that it reads a prompt
-            )
+            is_prompt = True  # assisted decoding does not set is_first_iteration for its assistant
         if not is_prompt:
             check_step(model_inputs)
-            # An answer is text, and reads the images from the cache: decoding runs the text branch
-            # alone.
+            # An answer is text, and the images are in the cache: decoding runs only the text
+            # branch.
             return model_inputs
         ids = model_inputs.get("input_ids")
         num_new = (model_inputs["inputs_embeds"] if ids is None else ids).shape[1]
@@ -169,8 +167,8 @@ class MplugOwl2Generation(ImagesInGeneration, GenerationMixin):
                     else {"image": MplugOwl2ImageFeatures(pooler_output=chunk)}
                 )
             if mm_token_type_ids.shape[1] != num_new:
-                # Candidate tokens of assisted decoding are text; transformers adds indicators of
-                # accepted ones alone.
+                # Candidate tokens of assisted decoding are text; transformers adds indicators only
+                # for accepted ones.
                 missing = past + num_new - mm_token_type_ids.shape[1]
                 mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, max(missing, 0)))
                 mm_token_type_ids = mm_token_type_ids[:, past : past + num_new].contiguous()

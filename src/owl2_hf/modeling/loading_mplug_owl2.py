@@ -42,7 +42,7 @@ from .adapters_mplug_owl2 import (
 from .compatibility_mplug_owl2 import AdapterMethods
 from .configuration_mplug_owl2 import MplugOwl2Config
 
-# Importing it also teaches transformers the original's layout.
+# This import also registers the original's layout with transformers.
 from .conversion_mplug_owl2 import (
     owner_of,
 )
@@ -50,13 +50,14 @@ from .weight_files_mplug_owl2 import check_archive, read_weight_map, read_weight
 
 logger = logging.get_logger(__name__)
 
-# What quantisation leaves alone unless told otherwise: it is small beside the decoder, and what is
-# lost of an image is not won back. Plain names, with and without a head on top: they are saved in
-# config.json, where others compare them literally (vLLM) though transformers reads patterns.
+# Modules that quantisation skips by default: they are small compared with the decoder, and later
+# layers cannot restore lost image details. The names are plain, with and without the prefix
+# "model.", because vLLM compares the names in config.json literally, while transformers reads
+# patterns.
 _VISION_SIDE = ("vision_tower", "visual_abstractor", "h_reducer")
 UNQUANTIZED = [*_VISION_SIDE, *(f"model.{name}" for name in _VISION_SIDE), "lm_head", "score"]
 
-# Settings of generation that the original's folders may have, and of which types.
+# Generation settings that the original's folders may have -> their types.
 _GENERATION: dict[str, tuple[type, ...]] = {
     "bos_token_id": (int,),
     "eos_token_id": (int,),
@@ -72,15 +73,15 @@ _SAMPLING: dict[str, tuple[type, ...]] = {
     "top_k": (int,),
 }
 
-# Part of a name -> what has such tensors, where the model that config.json describes has not.
+# Pattern of a name that the model lacks -> where such a tensor comes from.
 _BELONGS_TO = {
-    r"\blora_": "it is an adapter's, which load_adapter loads",
-    r"^score\.": "it is the head of a classifier, MplugOwl2ForSequenceClassification's",
-    r"\bhr_compressor\b": "it is DocOwl2's, which is not supported",
-    r"\b(h_reducer|vision2text)\b": "it is the connector's of DocOwl 1.5, and config.json names another",
-    r"\bvisual_abstractor\b": "it is a visual abstractor's, and that of config.json is another, or none",
-    r"\blayers\.\d+\.": "config.json tells of fewer layers, or of layers without it",
-    "": "it may be the head of a scorer or of another task, whose own class this is not",
+    r"\blora_": "it belongs to an adapter, load that with load_adapter",
+    r"^score\.": "it is the head of MplugOwl2ForSequenceClassification",
+    r"\bhr_compressor\b": "it belongs to DocOwl2, which is not supported",
+    r"\b(h_reducer|vision2text)\b": "it belongs to DocOwl 1.5's connector, but config.json has another connector",
+    r"\bvisual_abstractor\b": "it belongs to a visual abstractor that config.json does not describe",
+    r"\blayers\.\d+\.": "config.json has fewer layers, or layers without it",
+    "": "it may be the head of another task, which needs another class",
 }
 
 
@@ -125,7 +126,7 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
             kwargs["quantization_config"] = spare_vision_side(kwargs["quantization_config"])
         if is_original and kwargs.get("generation_config") is None:
             settings = _read_json(pretrained_model_name_or_path, GENERATION_CONFIG_NAME, hub)
-            # Until there is a configuration to complete it with.
+            # A placeholder, which is completed when the configuration is loaded.
             kwargs["generation_config"] = GenerationConfig()
         try:
             model, info = super().from_pretrained(
@@ -137,14 +138,13 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
                 raise
             if is_original and (kwargs.get("tp_plan") or kwargs.get("distributed_config")):
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} is in the original's layout, which is not "
-                    "shared by ranks while loading. Bring it to this package's with `owl2-hf "
-                    "convert`."
+                    f"{pretrained_model_name_or_path} is in the original's layout, which tensor "
+                    "parallelism does not support. Convert it with `owl2-hf convert`."
                 ) from error
             raise ValueError(
-                f"{pretrained_model_name_or_path}: the weights have other shapes than config.json "
-                "says, as the report above shows: mend it. Of mPLUG-Owl2.1, `owl2-hf convert` "
-                "takes vocab_size from the weights."
+                f"{pretrained_model_name_or_path}: the weights have other shapes than "
+                "config.json describes, see the report above. Correct config.json. For "
+                "mPLUG-Owl2.1, `owl2-hf convert` reads vocab_size from the weights."
             ) from error
         is_told = (
             output_loading_info
@@ -175,7 +175,8 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
         before it is read.
         """
         for file in checkpoint_files or ():
-            if not str(file).endswith(".safetensors"):  # whose header transformers checks
+            # transformers checks the header of safetensors
+            if not str(file).endswith(".safetensors"):
                 check_archive(Path(file))
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, *args, **kwargs
@@ -193,7 +194,8 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
         saved, others = kwargs.get("adapter_state_dict"), {}
         if peft_model_id is not None:
             hub = hub_kwargs({**kwargs, **(kwargs.get("adapter_kwargs") or {})})
-            read_settings(peft_model_id, hub)  # which refuses an adapter of the original's
+            # raises an error for an adapter in the original's layout
+            read_settings(peft_model_id, hub)
             if saved is None:
                 saved = read_adapter(peft_model_id, hub, kwargs.get("use_safetensors"))
                 kwargs["adapter_state_dict"] = whole_dora_names(saved)
@@ -215,11 +217,11 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
             if "ignore_mismatched_sizes" not in str(error):
                 raise
             raise ValueError(
-                f"The adapter {peft_model_id} has tensors of other shapes than this model, as the "
-                "report above shows: load the model that it was trained on."
+                f"The adapter {peft_model_id} has tensors of other shapes than this model, see "
+                "the report above. Load the model that it was trained on."
             ) from error
         if peft_model_id is not None:
-            self._adapter_place = str(peft_model_id), hub  # a scorer has its preset there
+            self._adapter_place = str(peft_model_id), hub  # to find a scorer's preset
         return info
 
     @classmethod
@@ -237,9 +239,9 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
             }
             logger.warning_once(
                 f"{text.num_attention_heads} attention and {text.num_key_value_heads} key-value "
-                f"heads cannot be shared evenly by {size} tensor-parallel processes: each of them "
-                "computes the whole attention, and its part of everything else. A tp_size that "
-                "divides both numbers shares the attention as well."
+                f"heads cannot be divided evenly among {size} tensor-parallel processes, so each "
+                "process computes the whole attention. Choose a tp_size that divides both "
+                "numbers to split it, too."
             )
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
@@ -257,13 +259,14 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
         """
         if save_original_format and not hasattr(self, self.base_model_prefix):
             raise ValueError(
-                f"{type(self).__name__} has no language-model head, and the original's layout is "
-                "that of a model with one: save MplugOwl2ForConditionalGeneration, or leave "
-                "save_original_format out."
+                f"{type(self).__name__} has no language-model head, which the original's layout "
+                "needs: save MplugOwl2ForConditionalGeneration, or leave save_original_format "
+                "out."
             )
         if save_original_format:
             self._weight_conversions = (
-                None  # transformers takes the whole mapping, not what loading needed of it
+                # so that transformers uses the whole mapping, not only the part that loading used
+                None
             )
         super().save_pretrained(
             save_directory, *args, save_original_format=save_original_format, **kwargs
@@ -285,8 +288,7 @@ def _generation_config(
         else None
     )
     if vocabulary is not None:
-        # Upstream: no configuration names the token that ends a text. It stands behind the pieces
-        # of the vocabulary.
+        # Upstream: no configuration names the EOS token. Its id follows those of the vocabulary.
         pieces = vocabulary.read_bytes().split(b"\n")
         settings.eos_token_id = settings.pad_token_id = sum(1 for piece in pieces if piece.strip())
     return settings
@@ -300,7 +302,7 @@ def _read_json(source: str | Path | None, name: str, hub: dict[str, Any]) -> dic
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        logger.warning(f"{path} is not JSON ({error}): it is left aside.")
+        logger.warning(f"{path} is not valid JSON ({error}) and is ignored.")
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -317,7 +319,7 @@ def original_generation_config(config: MplugOwl2Config, given: dict[str, Any]) -
     values: dict[str, Any] = {
         "bos_token_id": text.bos_token_id,
         "eos_token_id": text.eos_token_id,
-        # Qwen has no token for padding, and its 0 is a text.
+        # Qwen has no padding token, and its id 0 is text.
         "pad_token_id": text.eos_token_id if config.is_owl21 else 0,
     }
     known = {**_GENERATION, **(_SAMPLING if given.get("do_sample") is True else {})}
@@ -338,7 +340,7 @@ def spare_vision_side(
     """
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
-    # torchao's FqnToConfig: "_default" stands for all that it does not name.
+    # torchao's FqnToConfig: "_default" applies to all modules that it does not name.
     taken = getattr(getattr(quantization_config, "quant_type", None), "fqn_to_config", {"_default"})
     if "_default" not in taken:
         return quantization_config
@@ -362,7 +364,7 @@ def _check_index(source: str | Path | None, hub: dict[str, Any]) -> None:
         for entry in {str(value) for value in read_weight_map(path).values()}:
             if entry != Path(entry).name or "\\" in entry:
                 raise ValueError(
-                    f"{path} names {entry!r}, which is not a weight file of this folder."
+                    f"{path} names {entry!r}: expected a weight file in the same folder."
                 )
 
 
@@ -406,26 +408,26 @@ def _check_keys(
         owner = owner_of(key)
         if lost and owner not in (None, kind):
             raise ValueError(
-                f"{source} holds the weights of {owner} ({key!r} is one), but its config.json is "
-                f"{kind}'s: mend it."
+                f"{source} has weights of {owner} (such as {key!r}), but its config.json is for "
+                f"{kind}: correct config.json."
             )
     if lost and model.config.is_owl21 and getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             f"{source} lacks {len(lost)} parameters of this model, the first is {lost[0]}: "
-            "mPLUG-Owl2.1 in the original's layout is not quantised while loading. Bring it to "
-            "this package's with `owl2-hf convert`."
+            "mPLUG-Owl2.1 in the original's layout cannot be quantised while loading. Convert "
+            "it with `owl2-hf convert`."
         )
     if lost:
         raise ValueError(
-            f"{source} lacks {len(lost)} parameters of this model, the first is {lost[0]}: "
-            "the checkpoint is incomplete, or its configuration is another model's."
+            f"{source} lacks {len(lost)} parameters of this model, the first is {lost[0]}: the "
+            "checkpoint is incomplete, or its configuration does not match."
         )
     if unexpected:
         first = min(unexpected)
         raise ValueError(
-            f"{source} has {len(unexpected)} tensors that {type(model).__name__} has no place for, "
-            f"the first is {first!r}: {_what_it_may_be(first)}. With output_loading_info=True the "
-            "model is loaded without them."
+            f"{source} has {len(unexpected)} tensors that {type(model).__name__} does not have, "
+            f"the first is {first!r}: {_what_it_may_be(first)}. To load the model without them, "
+            "pass output_loading_info=True."
         )
 
 

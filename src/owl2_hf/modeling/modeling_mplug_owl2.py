@@ -211,8 +211,8 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
             )
         if image_features.shape[-1] != inputs_embeds.shape[-1]:
             raise ValueError(
-                f"Visual tokens of width {image_features.shape[-1]} do not fit a language model of "
-                f"width {inputs_embeds.shape[-1]}: they were encoded by another model."
+                f"Visual tokens of width {image_features.shape[-1]} do not fit a language model "
+                f"of width {inputs_embeds.shape[-1]}: encode the images with this model."
             )
         can_look = not (torch.compiler.is_compiling() or image_mask.is_meta)
         if can_look and (num_positions := int(image_mask.sum())) != len(image_features):
@@ -251,11 +251,11 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
                 computed from `input_ids`.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+            raise ValueError("Expected input_ids or inputs_embeds, got both or neither.")
         encoder_output = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and encoder_output is not None:
             raise ValueError(
-                "Give pixel_values or mm_encoder_outputs, not both: they are the same images."
+                "Pass pixel_values or mm_encoder_outputs, not both: they are the same images."
             )
         if pixel_values is not None:
             encoder_output = self.get_image_features(pixel_values, return_dict=True)
@@ -342,7 +342,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         if found.get("placeholders") and not found.get("past"):
             message = (
                 f"The prompt has {found['placeholders']} image placeholders (id "
-                f"{self.config.image_token_id}) but no images came: pass pixel_values, or leave "
+                f"{self.config.image_token_id}) but got no images: pass pixel_values, or leave "
                 "the placeholders out."
             )
             is_run = (

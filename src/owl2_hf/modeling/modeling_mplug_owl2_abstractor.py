@@ -70,8 +70,7 @@ class MplugOwl2AbstractorAttention(nn.Module):
         self.k_proj = nn.Linear(config.encoder_hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.encoder_hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        # Saved with the weights, because checkpoints may carry tables rounded to their own dtype;
-        # rebuilt where absent.
+        # Saved with the weights, because a checkpoint may have rounded tables; computed if missing.
         self.register_buffer("q_pos_embed", query_position_table(config))
         self.register_buffer("k_pos_embed", image_position_table(config))
 

@@ -71,9 +71,9 @@ class MplugOwl2QScorerHead(nn.Module):
 class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
     """mPLUG-Owl2 with a head that gives each prompt `config.num_labels` scores."""
 
-    # A causal checkpoint gives all but the head of this class, and has one of its own.
+    # A causal checkpoint has all weights but the head of this class, and its own head.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
-    # The loss is a mean over prompts: Trainer divides it by its steps of accumulation.
+    # The loss is a mean over prompts: Trainer divides it by its gradient accumulation steps.
     accepts_loss_kwargs = False
 
     def __init__(self, config: MplugOwl2Config):
@@ -164,7 +164,7 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if ids is None or inputs["cache"] is not None:
             raise ValueError(
-                "Q-Scorer reads whole prompts and its own answer: expected input_ids, and no cache."
+                "Q-Scorer reads whole prompts and its own answer: pass input_ids and no cache."
             )
         if inputs["pixel_values"] is not None:
             encoded = self.get_image_features(inputs["pixel_values"], return_dict=True)
@@ -207,7 +207,7 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
         num_rows, length = hidden_states.shape[:2]
         padding = self.config.get_text_config().pad_token_id
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            # (B, L), a mask has the cache's too.
+            # (B, L), without the positions in the cache.
             is_token = attention_mask[:, -length:].to(hidden_states.device).bool()
         elif input_ids is not None and padding is not None:
             is_token = input_ids.ne(padding).to(hidden_states.device)  # (B, L)
@@ -216,13 +216,12 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
             if num_rows > 1:
                 logger.warning_once(
                     "inputs_embeds came without an attention_mask: the last position of each "
-                    "prompt is scored, as if there were no padding behind it."
+                    "prompt is scored, as if there were no padding on the right."
                 )
         else:
             raise ValueError(
-                f"Nothing tells which of the {num_rows} prompts are padded: expected an "
-                "attention_mask, or a pad_token_id in text_config. Pass the attention_mask that "
-                "the processor makes."
+                f"Padding cannot be found in {num_rows} prompts: expected an attention_mask, or "
+                "a pad_token_id in text_config. Pass the attention_mask of the processor."
             )
         positions = torch.arange(length, device=hidden_states.device)
         return (positions * is_token).argmax(-1)  # (B,)

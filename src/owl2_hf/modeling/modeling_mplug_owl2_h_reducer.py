@@ -33,7 +33,7 @@ class MplugOwl2HReducer(PreTrainedModel):
     def __init__(self, config: MplugOwl2HReducerConfig):
         super().__init__(config)
         width, kernel = config.hidden_size, (1, config.kernel_width)
-        # Upstream: a norm that every checkpoint holds and no forward pass applies.
+        # Upstream: a norm that is in every checkpoint, but that no forward pass uses.
         self.ln_q = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.reducer_before = nn.Conv2d(width, width * config.kernel_width, kernel, stride=kernel)
         self.reducer = nn.Conv2d(width, width, kernel, stride=kernel)

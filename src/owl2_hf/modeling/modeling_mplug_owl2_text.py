@@ -396,7 +396,7 @@ class MplugOwl2TextModel(PreTrainedModel):
             `hidden_states` and `attentions`.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+            raise ValueError("Expected input_ids or inputs_embeds, got both or neither.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if mm_token_type_ids is not None:

@@ -39,7 +39,7 @@ class MplugOwl2VisionEmbeddings(nn.Module):
             bias=False,
         )
         num_positions = config.position_table_side**2 + int(config.use_cls_token)
-        # The original stores the table without its leading axis where there is no class token.
+        # Without a class token, the original stores the table without its leading axis.
         table_shape = (1, num_positions) if config.use_cls_token else (num_positions,)
         self.position_embedding = nn.Parameter(torch.empty(*table_shape, config.hidden_size))
         self.pre_layernorm = (
@@ -193,8 +193,8 @@ class MplugOwl2VisionModel(PreTrainedModel):
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
             raise ValueError(
                 f"pixel_values must be (images, {', '.join(map(str, expected))}), got "
-                f"{tuple(pixel_values.shape)}. Prepare images with MplugOwl2Processor; the frames "
-                "of a video are images of their own."
+                f"{tuple(pixel_values.shape)}. Prepare images with MplugOwl2Processor; each "
+                "frame of a video is one image."
             )
         hidden_states = self.embeddings(pixel_values)  # (N, P, C)
         for layer in self.layers:

@@ -12,9 +12,9 @@ from typing import Any
 from transformers.utils import cached_file
 
 IMAGE_TOKEN = "<|image|>"
-# Beside the weights of a model that scores.
+# The file is in the folder of a scorer's weights.
 PRESET_FILE = "scorer.json"
-# All that says how a model scores: ours, and what transformers' pipeline("decision") reads.
+# All files that say how a model scores: ours, and those of transformers' pipeline("decision").
 SCORER_FILES = (PRESET_FILE, "decision.json", "decision_template.jinja")
 _ALIGN_PROMPT = (
     "USER: How would you rate the {aspect} of this {medium}?\n{image}\n"
@@ -57,7 +57,8 @@ class Preset:
             if prompt.count(IMAGE_TOKEN) != self.images_per_prompt:
                 times = "once" if self.images_per_prompt == 1 else f"{self.images_per_prompt} times"
                 raise ValueError(
-                    f"the prompt of task {task!r} must hold {IMAGE_TOKEN} {times}, got {prompt!r}."
+                    f"the prompt of task {task!r} must contain {IMAGE_TOKEN} {times}, got "
+                    f"{prompt!r}."
                 )
 
     def task_named(self, task: str) -> str:
@@ -142,4 +143,4 @@ def read_preset(file: str | Path) -> Preset:
         }
         return Preset(**{**values, **plain})
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is no preset of a scorer: {error}") from None
+        raise ValueError(f"{file} is not a valid scorer preset: {error}") from None

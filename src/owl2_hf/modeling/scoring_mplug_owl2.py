@@ -70,7 +70,7 @@ def _own_files(model: PreTrainedModel, name: str) -> Iterator[Path]:
     for source, hub in filter(None, places):
         try:
             file = find_file(source, name, hub)
-        except OSError:  # a folder that is gone, or no repository
+        except OSError:  # a deleted folder, or not a repository
             continue
         if file is not None:
             yield file
@@ -96,8 +96,8 @@ def level_id(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
     expected = _LLAMA2_IDS.get(word)
     if expected is not None and len(tokenizer) == _LLAMA2_SIZE + 1 and ids[0] != expected:
         raise ValueError(
-            f"the level {word!r} has id {ids[0]}, LLaMA-2's vocabulary has {expected}: it is "
-            "damaged."
+            f"the level {word!r} has id {ids[0]}, expected {expected} as in LLaMA-2's "
+            "vocabulary: the tokenizer is damaged."
         )
     return ids[0]
 
@@ -133,7 +133,7 @@ def level_inputs(
     """
     if not all(frames):
         raise ValueError("expected at least one frame of each video, got a list without any.")
-    # Frames of a video stand where one image would, one behind the other.
+    # The frames of a video, one after the other, replace one image.
     prompts = [prompt] * len(frames)
     if preset.images_per_prompt == 1:
         prompts = [prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * len(own)) for own in frames]
@@ -169,8 +169,8 @@ def level_logits(logits: Tensor, ids: Sequence[Sequence[int]], preset: Preset) -
     levels = gather_levels(logits, ids, preset)  # (B, K)
     if not levels.isfinite().all():
         raise ValueError(
-            f"the model's logits are not finite ({levels.tolist()}): try another dtype, or verify "
-            "it."
+            f"the model's logits are not finite ({levels.tolist()}): try another dtype, or check "
+            "the model with `owl2-hf verify`."
         )
     return levels
 
@@ -261,25 +261,27 @@ class ScoresImages:
         found, loaded_from = getattr(self, "_scoring_processor", (None, None))
         if found is not None and loaded_from == place:
             return found
-        reason = "this model was not loaded from one"
+        reason = "this model was not loaded from a folder"
         if place is not None:
-            # Not at the top: the Auto classes may be in the middle of being imported while this
-            # file is.
+            # Not at the top: the Auto classes may still be importing when this file is imported.
             from transformers import AutoProcessor
 
             name, hub = place
-            # Code of the folder runs here only where the model itself is such code: then it was
-            # trusted already.
+            # The folder's code runs only if the model was loaded from it: then the user trusted it
+            # already.
             is_remote = type(self).__module__.startswith("transformers_modules.")
             try:
                 found = AutoProcessor.from_pretrained(name, trust_remote_code=is_remote, **hub)
             except (OSError, ValueError, KeyError, ImportError) as error:
-                reason = f"{name!r} has none that loads ({' '.join(str(error).split())[:200]})"
+                reason = (
+                    f"the processor of {name!r} cannot be loaded "
+                    f"({' '.join(str(error).split())[:200]})"
+                )
             else:
                 if hasattr(found, "image_processor") and hasattr(found, "tokenizer"):
                     self._scoring_processor = (found, place)
                     return found
-                reason = f"{name!r} has none"
+                reason = f"{name!r} has no processor"
         raise ValueError(
             f"score needs the processor of the model's folder, but {reason}: pass processor=..., "
             "or convert the checkpoint again with --tokenizer."
@@ -312,8 +314,8 @@ def _prompt(preset: Preset, task: str, kind: str) -> str:
         raise ValueError(f"expected input_ 'image' or 'video', got {kind!r}.")
     if kind == "video" and "video" not in preset.prompts:
         raise ValueError(
-            "this scorer has no prompt for videos: with input_='image' each list of frames is "
-            "scored in the place of one image."
+            "this scorer has no prompt for videos: pass input_='image' to score each list of "
+            "frames like one image."
         )
     if kind == "video" and task == "quality":
         return preset.prompts["video"]
@@ -321,13 +323,12 @@ def _prompt(preset: Preset, task: str, kind: str) -> str:
     tasks = {name: prompt for name, prompt in preset.prompts.items() if name != "video"}
     if task not in tasks:
         raise ValueError(
-            f"expected a task_ of {', '.join(tasks)}, got {task!r}; videos are told by "
+            f"expected a task_ of {', '.join(tasks)}, got {task!r}; for videos, pass "
             "input_='video'."
         )
     if kind == "image":
         return tasks[task]
-    # Upstream: one template for all pairs of task and medium; the preset holds the one that was
-    # trained for.
+    # Upstream: one template for all pairs of task and medium; the preset has the trained pairs.
     return preset.prompts["video"].replace("quality", task)
 
 

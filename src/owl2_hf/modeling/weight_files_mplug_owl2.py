@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch.serialization import safe_globals
 
 _MAX_INDEX_BYTES = 64 * 2**20
-_LOCAL_HEADER = 30  # bytes of a record's own header, before its name
-# Bytes of one element of a storage, by the name that its class has in a pickle.
+_LOCAL_HEADER = 30  # bytes of a record's header, before its name
+# Name of a storage class in a pickle -> bytes of one element.
 _WIDTHS = {
     "UntypedStorage": 1,
     **dict.fromkeys(
@@ -57,7 +57,7 @@ def read_weights(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
         raise ValueError(str(error)) from None
     except MemoryError:
         raise ValueError(f"{path} does not fit in memory.") from None
-    except Exception as error:  # whatever a broken file leads to
+    except Exception as error:  # broken files raise almost any error
         raise ValueError(
             f"{path} cannot be read as weights: {_why_unreadable(path, error)}."
         ) from None
@@ -111,7 +111,9 @@ def check_archive(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             entries = archive.infolist()
             if len({entry.filename for entry in entries}) < len(entries):
-                raise _DamageError(f"{path} holds a record twice: it was not written by PyTorch.")
+                raise _DamageError(
+                    f"{path} has two records of one name: it was not written by PyTorch."
+                )
             for entry in entries:
                 if (
                     entry.compress_type != zipfile.ZIP_STORED
@@ -119,15 +121,15 @@ def check_archive(path: Path) -> bool:
                 ):
                     raise _DamageError(f"{path} is compressed: it was not written by PyTorch.")
             _check_places(path, file, entries, archive.start_dir)
-            # PyTorch's rule: the first record's folder is that of all.
+            # As in PyTorch, the first record's folder is the folder of all.
             folder = entries[0].filename.partition("/")[0]
             entry = archive.getinfo(f"{folder}/data.pkl")
-            # Not by zipfile: PyTorch may be told not to compute checksums.
+            # Not with zipfile, which checks checksums: PyTorch can be set to write none.
             file.seek(record_start(file, entry))
             storages = _StorageReader(file.read(entry.file_size)).read_sizes()
     except _DamageError:
         raise
-    except Exception as error:  # whatever a broken directory or pickle leads to
+    except Exception as error:  # broken directories and pickles raise almost any error
         raise _DamageError(
             f"{path} cannot be read as weights: {_why_unreadable(path, error)}."
         ) from None
@@ -195,8 +197,8 @@ class _Inert:
         pass
 
 
-# The one in Python keeps what it has read in a dictionary. The one in C makes a table as long as a
-# file asks for.
+# Python's unpickler stores what it reads in a dictionary. The one in C allocates as much memory as
+# a file asks for.
 class _StorageReader(pickle._Unpickler):
     """Reads from a pickle of `torch.save` how long each storage is; nothing that the pickle names
     is looked up.
@@ -221,7 +223,7 @@ class _StorageReader(pickle._Unpickler):
             or type(count) is not int
             or self.sizes.setdefault(key, size) != size
         ):
-            raise pickle.UnpicklingError("no storage of PyTorch")
+            raise pickle.UnpicklingError("expected a storage of PyTorch")
         return _Inert()
 
 
@@ -237,4 +239,4 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return "it is a web page, not the file itself; download it again"
     if isinstance(error, SafetensorError):
         return f"it is damaged or cut off ({error})"
-    return f"it is damaged, or holds more than tensors ({type(error).__name__})"
+    return f"it is damaged, or contains more than tensors ({type(error).__name__})"

@@ -31,15 +31,15 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-ASPECT_RATIOS = ("resize", "pad", "crop")  # one square of each image; "anchors" makes several
+ASPECT_RATIOS = ("resize", "pad", "crop")  # these make one square of each image, "anchors" several
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_FILE_BYTES = 64 * 2**20
 MAX_IMAGE_PIXELS = 89_478_485  # PIL's own threshold for a decompression bomb
 URL_TIMEOUT = 20.0  # seconds for a whole download
 BICUBIC = Image.Resampling.BICUBIC
 
-# Upstream: grids of crops as (rows, columns), by name. The first of several that fit equally well
-# wins, so the order counts; it is neither sorted nor the same from one name to the next.
+# Upstream: grids of crops as (rows, columns), by name. If several fit equally well, the first is
+# used, so the order matters. It is not sorted, and differs between names.
 CROP_ANCHORS: dict[str, list[tuple[int, int]]] = {
     "grid_1": [(1, 1)],
     "grid_4": [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1)],
@@ -111,7 +111,7 @@ CROP_ANCHORS: dict[str, list[tuple[int, int]]] = {
         *[(8, 2), (2, 9), (3, 6), (6, 3), (9, 2), (2, 10), (4, 5), (5, 4), (10, 2)],
     ],
 }
-# Settings of `image_aspect_ratio="anchors"` alone; others do not save them.
+# Settings that only `image_aspect_ratio="anchors"` uses and saves.
 _ANCHOR_SETTINGS = ("crop_anchors", "add_global_image", "add_text_crop_tags")
 
 
@@ -189,8 +189,7 @@ class MplugOwl2ImageProcessor(PilBackend):
             raise ValueError(
                 f"crop_anchors must be one of {names}, got {kwargs.get('crop_anchors')!r}."
             )
-        # The final image is cut by `image_aspect_ratio` alone; CLIP's own switches say nothing
-        # more.
+        # Only `image_aspect_ratio` controls the cropping; CLIP's own settings have no effect.
         kwargs.update(do_center_crop=None, crop_size=None)
         kwargs = super()._standardize_kwargs(size=size, **kwargs)
         size = kwargs["size"]
@@ -249,7 +248,7 @@ class MplugOwl2ImageProcessor(PilBackend):
     ) -> list[Image.Image]:
         flat = flatten_images(images)
         if not flat:
-            raise ValueError("No image came: give at least one.")
+            raise ValueError("Expected at least one image, got none.")
         return [
             _named(f"image {index} of {len(flat)}", partial(self.process_image, picture, **kwargs))
             for index, picture in enumerate(flat, start=1)
@@ -275,7 +274,7 @@ class MplugOwl2ImageProcessor(PilBackend):
         picture = to_rgb(image, input_data_format, original_reading)
         _check_size(picture, max_image_pixels)
         if do_rescale is False and "float" in str(getattr(image, "dtype", "")) and image.max() <= 1:
-            picture.info["is_rescaled"] = True  # 1 has become 255
+            picture.info["is_rescaled"] = True  # to_rgb multiplied by 255
         return picture
 
     def _preprocess(
@@ -310,8 +309,7 @@ class MplugOwl2ImageProcessor(PilBackend):
             data["crop_grid"] = [
                 best_anchor(image.height, image.width, size.height, anchors) for image in images
             ]
-        # A channel has 256 shades: they are computed once, (3, 256), and each pixel looks its own
-        # up.
+        # A channel has 256 values: compute them once, (3, 256), then look each pixel up.
         shades = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))
         values_of_shades = {}
         for rescale in {do_rescale or "is_rescaled" in image.info for image in images}:
@@ -446,7 +444,7 @@ def open_image(
     elif source.startswith("data:"):
         name, read = "data URL", partial(_decode_base64, source.partition(",")[2])
     else:
-        name = repr(source) if len(source) <= 100 else f"text of {len(source):,} letters"
+        name = repr(source) if len(source) <= 100 else f"text of {len(source):,} characters"
         read = partial(_decode_base64, source)
     return _named(name, lambda: _decode(read(), max_pixels, original_reading))
 
@@ -467,9 +465,9 @@ def _exists(source: str) -> bool:
 
 def _read_file(path: Path) -> bytes:
     if not path.is_file():
-        raise ValueError("it is no file." if path.exists() else "there is no such file.")
+        raise ValueError("it is not a file." if path.exists() else "the file does not exist.")
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise ValueError(f"the file has {size:,} bytes, at most {MAX_FILE_BYTES:,} are read.")
+        raise ValueError(f"the file has {size:,} bytes, the limit is {MAX_FILE_BYTES:,}.")
     return path.read_bytes()
 
 
@@ -504,11 +502,11 @@ def _download(url: str) -> bytes:
                 if len(content) > MAX_FILE_BYTES:
                     raise ValueError(f"it has more than {MAX_FILE_BYTES:,} bytes.")
                 if time.monotonic() > deadline:
-                    raise ValueError(f"it did not arrive within {URL_TIMEOUT:g} seconds.")
+                    raise ValueError(f"the download took more than {URL_TIMEOUT:g} seconds.")
         return bytes(content)
     except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
         reason = getattr(error, "reason", None) or type(error).__name__
-        raise ValueError(f"it could not be fetched ({reason}).") from None
+        raise ValueError(f"the download failed ({reason}).") from None
 
 
 def _decode_base64(text: str) -> bytes:
@@ -516,18 +514,18 @@ def _decode_base64(text: str) -> bytes:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
         raise ValueError(
-            "expected a file, an http(s) URL, a data URL or base64, and it is none of them."
+            "expected an existing file, an http(s) URL, a data URL or base64."
         ) from None
 
 
 def _decode(content: bytes, max_pixels: int, original_reading: bool) -> Image.Image:
     if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f"it has {len(content):,} bytes, at most {MAX_FILE_BYTES:,} are read.")
+        raise ValueError(f"it has {len(content):,} bytes, the limit is {MAX_FILE_BYTES:,}.")
     try:
         picture = Image.open(BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(
-            "it has more pixels than PIL opens; see PIL.Image.MAX_IMAGE_PIXELS."
+            "it has more pixels than PIL's limit; see PIL.Image.MAX_IMAGE_PIXELS."
         ) from None
     except UnidentifiedImageError:
         raise ValueError(
@@ -541,7 +539,7 @@ def _decode(content: bytes, max_pixels: int, original_reading: bool) -> Image.Im
     _load(picture)
     upright: Image.Image = picture
     if not original_reading:
-        with suppress(Exception):  # damaged EXIF data say nothing about the pixels
+        with suppress(Exception):  # with damaged EXIF data the pixels can still be good
             upright = ImageOps.exif_transpose(picture)
     return to_rgb(upright, original_reading=original_reading)
 
@@ -552,15 +550,15 @@ def _load(picture: Image.Image) -> None:
         picture.load()
     except MemoryError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # damaged, see _decode
         raise ValueError(f"it is damaged ({type(error).__name__}).") from None
 
 
 def _check_size(picture: Image.Image, max_pixels: int) -> None:
     if picture.width * picture.height > max_pixels:
         raise ValueError(
-            f"it has {picture.width} x {picture.height} pixels, at most {max_pixels:,} are taken; "
-            "make it smaller, or raise max_image_pixels."
+            f"it has {picture.width} x {picture.height} pixels, the limit is {max_pixels:,} in "
+            "all; make it smaller, or raise max_image_pixels."
         )
 
 
@@ -572,9 +570,9 @@ def to_rgb(
     """A PIL image, array or tensor as an RGB PIL image, which may be the very one that came."""
     if isinstance(image, Image.Image):
         read = partial(_pil_to_rgb, image, original_reading)
-        name = getattr(image, "filename", None)  # of one that PIL has opened and not yet read
+        name = getattr(image, "filename", None)  # PIL sets it on images from a file
         return _named(repr(str(name)), read) if name else read()
-    # A tensor, which has channels first unless its shape says otherwise.
+    # A tensor, with channels first unless its shape says otherwise.
     if hasattr(image, "detach"):
         try:
             image = image.detach().cpu()
@@ -616,7 +614,7 @@ def _convert(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     except ValueError:
         raise ValueError(
-            f"images of mode {image.mode!r} cannot be turned into RGB; convert it first."
+            f"images of mode {image.mode!r} cannot be converted to RGB here; convert it first."
         ) from None
 
 

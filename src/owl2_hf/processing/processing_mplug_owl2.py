@@ -82,7 +82,7 @@ _LOADING_OPTIONS = (
 )
 # transformers 5.20 moves the masks of answers past the placeholders of the images in front of them.
 MASKS_FOLLOW_IMAGES = "placeholder_ends" in inspect.getsource(ProcessorMixin)
-# For tokenizers that begin no text with a token of their own, though they may know one.
+# For tokenizers that add no BOS token to a text, even if they have one.
 PLAIN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("{{- bos_token -}}\n", "")
 # Upstream: mPLUG-Owl2.1 joins turns by the same characters, which are text to its tokenizer.
 QWEN_CHAT_TEMPLATE = PLAIN_CHAT_TEMPLATE.replace("eos_token", "'</s>'")
@@ -153,8 +153,8 @@ class MplugOwl2Processor(ProcessorMixin):
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(
                 f"The tokenizer has no token {image_token!r}: add it with "
-                f"tokenizer.add_special_tokens({{'image_token': {image_token!r}}}), or name "
-                "another as image_token."
+                f"tokenizer.add_special_tokens({{'image_token': {image_token!r}}}), or set "
+                "image_token to a token that it has."
             )
         super().__init__(
             image_processor,
@@ -167,8 +167,8 @@ class MplugOwl2Processor(ProcessorMixin):
         }
         if not legacy and not self._drops_noncharacters():
             raise ValueError(
-                "legacy=False needs a tokenizer whose normalizer deletes U+FDD0 and U+FDD1, as "
-                "that of a converted checkpoint does; this one does not."
+                "legacy=False needs a tokenizer whose normalizer deletes U+FDD0 and U+FDD1; "
+                "this one does not. Use the tokenizer of a converted checkpoint."
             )
 
     @classmethod
@@ -181,7 +181,7 @@ class MplugOwl2Processor(ProcessorMixin):
         Unknown options are ignored with a warning.
         """
         folder = _original_folder(pretrained_model_name_or_path, kwargs)
-        # The tokenizer would hand it to the configuration, where it is no field of its own.
+        # The tokenizer would pass it to the configuration, which has no such field.
         num_image_tokens = kwargs.pop("num_image_tokens", None)
         if folder is not None:
             processor = cls.from_original(folder, num_image_tokens=num_image_tokens)
@@ -193,8 +193,7 @@ class MplugOwl2Processor(ProcessorMixin):
         for name in kwargs.keys() - set(known):
             if not name.startswith("_") and not any(hasattr(part, name) for part in parts):
                 logger.warning(
-                    f"from_pretrained of {cls.__name__} ignores the option {name!r}, which it does "
-                    "not know."
+                    f"{cls.__name__}.from_pretrained ignores the unknown option {name!r}."
                 )
         return processor
 
@@ -282,7 +281,7 @@ class MplugOwl2Processor(ProcessorMixin):
         """
         for name in (kwargs.get("text_kwargs") or {}).keys() - TextKwargs.__annotations__.keys():
             logger.warning_once(
-                f"{type(self).__name__} ignores {name!r} of text_kwargs, which it does not know."
+                f"{type(self).__name__} ignores the unknown option {name!r} in text_kwargs."
             )
         settings: dict[str, Any] = {**(kwargs.get("text_kwargs") or {}), **kwargs}
         has_special = settings.get("add_special_tokens", True)
@@ -349,11 +348,11 @@ class MplugOwl2Processor(ProcessorMixin):
         """
         if videos is not None:
             raise ValueError(
-                "Give a video as its frames: as images, or as a chat part of type 'video' with a "
-                "list."
+                "Pass a video as a list of its frames: as images, or in a chat part of type "
+                "'video'."
             )
         if audio is not None:
-            raise ValueError("Got audio, which this model cannot hear: give text and images.")
+            raise ValueError("Audio is not supported: pass text and images.")
         if text is not None:
             text = _to_prompts(text)
         if images is not None:
@@ -391,7 +390,7 @@ class MplugOwl2Processor(ProcessorMixin):
         **kwargs: Any,
     ) -> None:
         if text is None and images is None:
-            raise ValueError("Give text, images, or both; got neither.")
+            raise ValueError("Expected text, images or both, got neither.")
         for index, prompt in enumerate(text or []):
             expected, got = prompt.count(self.image_token), len(images[index]) if images else 0
             if expected != got:
@@ -401,7 +400,7 @@ class MplugOwl2Processor(ProcessorMixin):
                 )
 
     def _count_error(self, got: str) -> str:
-        return f"{got}: {self.image_token} tokens in the prompts should be the same as the number of images."
+        return f"{got}: {self.image_token} tokens in the prompts and images must be equally many."
 
     def _process_images(self, images: list[list[Any]], **kwargs: Any) -> Any:
         flat = flatten_images(images)
@@ -493,15 +492,15 @@ class MplugOwl2Processor(ProcessorMixin):
         for name in ("tools", "documents"):
             if given.get(name) and name not in str(template):
                 raise ValueError(
-                    f"The chat template has no place for {name}: leave them out, or write a "
-                    "message."
+                    f"The chat template does not support {name}: leave them out, or put them "
+                    "into a message."
                 )
         if kwargs.get("return_assistant_tokens_mask") and not MASKS_FOLLOW_IMAGES:
             wanted = {"return_text_replacement_offsets": True}
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **wanted}
         conversation = getattr(conversation, "messages", conversation)
         if not conversation:
-            raise ValueError("The conversation is empty: give at least one message.")
+            raise ValueError("The conversation is empty: pass at least one message.")
         first = conversation[0]
         is_batch = isinstance(first, (list, tuple)) or hasattr(first, "messages")
         chats = (
@@ -517,14 +516,14 @@ class MplugOwl2Processor(ProcessorMixin):
         except Exception as error:
             if not type(error).__module__.startswith("jinja2."):
                 raise
-            raise ValueError(f"The chat template refuses this: {error}") from error
+            raise ValueError(f"The chat template raised an error: {error}") from error
 
     def _plain(self, conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The conversation with its text escaped and its videos as images; the original stays as it
         is.
         """
         if not conversation:
-            raise ValueError("The conversation is empty: give at least one message.")
+            raise ValueError("The conversation is empty: pass at least one message.")
         messages = []
         for message in conversation:
             role = message.get("role") if isinstance(message, dict) else type(message).__name__
@@ -563,7 +562,7 @@ class MplugOwl2Processor(ProcessorMixin):
             if part.get(key) is not None
         ]
         if not given:
-            return [{"type": "image"}]  # only a place, for an image that comes some other way
+            return [{"type": "image"}]  # a placeholder, for an image that is passed separately
         key, value = given[0]
         is_list = is_many(value)
         if is_list != (kind == "video") or (is_list and len(value) == 0):
@@ -597,9 +596,9 @@ class MplugOwl2Processor(ProcessorMixin):
         escaped = re.sub("|".join({re.escape(token[0]) for token in tokens}), escape, text)
         if escaped != text and not self._drops_noncharacters():
             raise ValueError(
-                "A message holds the name of a control token as text, which this tokenizer cannot "
-                "keep apart: its normalizer must delete U+FDD0, as that of a converted checkpoint "
-                "does."
+                "A message contains the name of a control token, which this tokenizer would "
+                "read as the token itself. Use the tokenizer of a converted checkpoint, whose "
+                "normalizer deletes U+FDD0."
             )
         return escaped
 
@@ -693,11 +692,11 @@ def _unexpand(offsets: Iterable[Any], replacements: list[dict[str, Any]]) -> lis
     spans, last = [], -1
     for start, end in offsets:
         image = bisect.bisect_right(ends, start)  # the next one
-        # Tokens of an image all stand in its placeholder, so that spans never go back:
-        # transformers searches them by halves.
+        # All tokens of an image get the span of its placeholder, so that spans stay sorted for
+        # transformers' binary search.
         limit = limits[image] if image < len(limits) else int(end)
         first, behind = (min(int(at) - gains[image], limit) for at in (start, end))
-        # Padding and `<s>` have no width: they stand behind what is in front of them.
+        # Padding and `<s>` have no width: they are placed at the end of the span before them.
         spans.append((last, last) if start == end else (first, behind))
         last = spans[-1][1]
     return spans
@@ -731,7 +730,7 @@ def _fill_places(
 def _to_prompts(text: Any) -> list[str]:
     prompts = list(text) if isinstance(text, (list, tuple)) else [text]
     if not prompts:
-        raise ValueError("No text came: give a prompt, or a list of at least one.")
+        raise ValueError("Expected a prompt or a list of at least one, got none.")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"Prompt {index} must be a string, got {type(prompt).__name__}.")
@@ -739,7 +738,7 @@ def _to_prompts(text: Any) -> list[str]:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"Prompt {index} is not Unicode at character {error.start}: {error.reason}."
+                f"Prompt {index} is not valid Unicode at character {error.start}: {error.reason}."
             ) from None
     return prompts
 

@@ -22,10 +22,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
-# Noncharacters of Unicode, which no text holds. The tokenizer's normaliser acts on them after
-# control tokens are found: it deletes ESCAPE, so that "<" + ESCAPE + "s>" is the text "<s>" and
-# never the control token; and a text that starts with NO_PREFIX gets no leading space. Offsets and
-# assistant masks stay right, which transformers' own `sanitize_control_tokens` cannot give.
+# Noncharacters of Unicode, which texts do not contain. The tokenizer's normaliser acts on them
+# after control tokens are found: it deletes ESCAPE, so that "<" + ESCAPE + "s>" is the text "<s>"
+# and never the control token; and a text that starts with NO_PREFIX gets no leading space. Offsets
+# and assistant masks stay right, unlike with transformers' own `sanitize_control_tokens`.
 ESCAPE = "\ufdd0"
 NO_PREFIX = "\ufdd1"
 
@@ -127,7 +127,7 @@ def qwen_tokenizer(
 
     vocab = {name(piece): rank for piece, rank in ranks.items()}
     vocab.update({token: len(ranks) + index for index, token in enumerate(QWEN_CONTROL_TOKENS)})
-    # Ids that no text has are names that no text can be split into.
+    # Reserved ids get names, into which no text is ever split.
     vocab.update(
         {f"<|reserved_{index}|>": index for index in range(len(vocab), num_text_tokens or 0)}
     )
@@ -205,7 +205,7 @@ def load_tokenizer(
         source = next((path for path in paths if path.is_file()), paths[-1])
     if not source.is_file():
         raise ValueError(
-            f"{source} is missing: expected a {', a '.join(TOKENIZER_FILES[:-1])} or a "
+            f"{source} does not exist: expected a {', a '.join(TOKENIZER_FILES[:-1])} or a "
             "tokenizer.json."
         )
     if source.suffix == ".tiktoken":
@@ -213,7 +213,8 @@ def load_tokenizer(
     vocab, merges = _read_json(source) if source.suffix == ".json" else _read_sentencepiece(source)
     if [vocab.get(token) for token in CONTROL_TOKENS] != [0, 1, 2] or IMAGE_TOKEN in vocab:
         raise ValueError(
-            f"{source} is not LLaMA's kind: expected {', '.join(CONTROL_TOKENS)} as ids 0, 1, 2."
+            f"{source} is not a LLaMA tokenizer: expected {', '.join(CONTROL_TOKENS)} as ids 0, "
+            "1, 2."
         )
     if set(vocab.values()) != set(range(len(vocab))):
         raise ValueError(
@@ -232,7 +233,7 @@ def load_tokenizer(
     ids = ids or {token: index for index, token in enumerate(added_tokens, len(vocab))}
     by_id = {index: token for token, index in ids.items() if isinstance(index, int)}
     num_rows = num_text_tokens if isinstance(num_text_tokens, int) else 0
-    rows = range(len(vocab), num_rows)  # of the weights, behind those of the pieces
+    rows = range(len(vocab), num_rows)  # ids in the weights that follow those of the pieces
     added = (
         [by_id[row] for row in rows]
         if len(rows) == len(ids) and all(row in by_id for row in rows)
@@ -240,10 +241,8 @@ def load_tokenizer(
     )
     try:
         tokenizer = llama_tokenizer(vocab, merges, max_length, added)
-    except Exception as error:  # tokenizers raises bare ones
-        raise ValueError(
-            f"{source} is not a byte-pair encoding that fits together: {error}"
-        ) from None
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise ValueError(f"{source} is not a valid byte-pair encoding: {error}") from None
     if source.suffix != ".json":
         _check_against_sentencepiece(tokenizer, source)
     legacy = settings.get("legacy") if legacy is None else legacy
@@ -277,10 +276,10 @@ def _read_tiktoken(path: Path) -> dict[bytes, int]:
             ) from None
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(
-            f"{path}: expected each rank from 0 to {len(ranks) - 1} for one of {len(ranks)} pieces."
+            f"{path}: expected {len(ranks)} pieces with the ranks 0 to {len(ranks) - 1}, each once."
         )
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise ValueError(f"{path}: expected every byte as a piece, {missing[0]:#04x} is missing.")
+        raise ValueError(f"{path}: expected a piece for every byte, {missing[0]:#04x} is missing.")
     return ranks
 
 
@@ -322,8 +321,8 @@ def _check_against_sentencepiece(tokenizer: PreTrainedTokenizerFast, path: Path)
     expected = SentencePieceProcessor(model_file=str(path)).encode(probe)
     if (got := tokenizer(probe, add_special_tokens=False).input_ids) != expected:
         raise ValueError(
-            f"{path} is not LLaMA's kind: a test text has ids {expected}, a byte-pair encoding "
-            f"gives {got}."
+            f"{path} is not a LLaMA tokenizer: for a test text it gives the ids {expected}, a "
+            f"byte-pair encoding {got}."
         )
 
 
@@ -334,7 +333,7 @@ def _read_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     if not isinstance(model, dict) or kind != "BPE" or not isinstance(model.get("vocab"), dict):
         raise ValueError(f"{path}: expected a byte-pair encoding, got {kind!r}.")
     if not model.get("byte_fallback"):
-        raise ValueError(f"{path} is not LLaMA's kind: expected byte_fallback.")
+        raise ValueError(f"{path} is not a LLaMA tokenizer: expected byte_fallback true.")
     try:
         added = {token["content"] for token in values.get("added_tokens", [])} - {
             *model["vocab"],
@@ -347,7 +346,7 @@ def _read_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         pairs = [(left, right) for left, right in merges]
     except (TypeError, ValueError, KeyError):
         raise ValueError(
-            f"{path}: merges must be pairs of pieces, and added tokens have content."
+            f"{path}: merges must be pairs of pieces, and added tokens must have content."
         ) from None
     if added:
         raise ValueError(f"{path} has tokens that the original does not have: {sorted(added)}.")

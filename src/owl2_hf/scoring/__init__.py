@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .judging import evaluate
     from .opinions import load_opinions
 
-_token_id = level_id  # its first name
-# They read files as training does, which itself needs the names above.
+_token_id = level_id  # its old name
+# Imported on first use: they import training, which imports the names above.
 _LATER = {"evaluate": "judging", "load_opinions": "opinions"}
 
 __all__ = [

@@ -14,7 +14,7 @@ from .frames import read_frames
 from .scorer import Score, Scorer
 from .sources import HubFile, Member, Row
 
-PREFIX = "input_"  # of a column of the data set that has the name of one of the output's own
+PREFIX = "input_"  # for a column of the data set that has the name of an output column
 # Batches are prepared on the CPU, wherever the model is.
 _NO_MODEL: Any = SimpleNamespace(device="cpu")
 

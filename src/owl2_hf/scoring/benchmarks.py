@@ -32,8 +32,8 @@ _CSIQ = {
     "jpeg": ("jpeg", "JPEG"),
     "jpeg2000": ("jpeg2000", "jpeg2000"),
 }
-_MAX_BYTES = 2**28  # of an unpacked workbook: the published ones have less than a hundredth
-# Nobody has all files of these any more: those that are not there are left out.
+_MAX_BYTES = 2**28  # of an unpacked workbook: the published ones are a hundred times smaller
+# Some files of these can no longer be downloaded: missing ones are skipped.
 _INCOMPLETE = ("ava", "lsvq")
 _KONIQ_SETS = {"training": "train", "validation": "val", "test": "test"}
 
@@ -68,11 +68,11 @@ def read_benchmark(
             rows.append(row)
     if missing and rows:
         logger.warning(
-            f"{name}: {missing:,} of {missing + len(rows):,} files are not in {folder}, and left "
-            "out."
+            f"{name}: {missing:,} of {missing + len(rows):,} files are missing in {folder} and "
+            "skipped."
         )
     if not rows:
-        raise ValueError(f"{name}: {folder} holds none of its {missing:,} files; {_LAYOUTS[name]}")
+        raise ValueError(f"{name}: all {missing:,} files are missing in {folder}; {_LAYOUTS[name]}")
     return opinions_of(f"{name} ({folder})", rows).select(split)
 
 
@@ -88,14 +88,14 @@ def benchmark_rows(
         raise ValueError(f"expected a benchmark of {', '.join(BENCHMARKS)}, got {name!r}.")
     folder = Path(root)
     if not folder.is_dir():
-        raise ValueError(f"{name}: there is no folder {str(root)!r}.")
+        raise ValueError(f"{name}: the folder {str(root)!r} does not exist.")
     place = Place(folder, is_open=False)
     for row in BENCHMARKS[name](folder):
         try:
             image = locate_picture(str(Path(row.image).absolute()), place)
             yield row.row, replace(row, image=image)
         except ValueError as error:
-            may_miss = name in _INCOMPLETE and "there is no image" in str(error)
+            may_miss = name in _INCOMPLETE and "does not exist" in str(error)
             yield row.row, None if may_miss else error
 
 
@@ -167,9 +167,9 @@ def _livec(root: Path) -> Iterator[Opinion]:
         path = _find(root, "livec", f"Data/{name}.mat")
         try:
             columns.append(loadmat(path)[name].ravel())
-        except Exception as error:  # what is damaged raises anything
+        except Exception as error:  # damaged files raise almost any error
             raise ValueError(
-                f"{path} is no MATLAB file with {name} ({type(error).__name__})."
+                f"{path} is not a MATLAB file with {name} ({type(error).__name__})."
             ) from None
     for number, (image, mos, std) in enumerate(zip(*columns, strict=True), 1):
         name = str(image.ravel()[0]) if hasattr(image, "ravel") else str(image)
@@ -236,7 +236,7 @@ def _lsvq(root: Path) -> Iterator[Opinion]:
         "test-1080p": "LSVQ_whole_test_1080p.csv",
     }
     found = {part: root / name for part, name in tables.items() if (root / name).is_file()}
-    if not found:  # as its authors give it
+    if not found:  # the variance, as its authors publish it
         found = {"": _find(root, "lsvq", "labels_train_test.csv", *tables.values())}
         if (root / "labels_test_1080p.csv").is_file():
             found["test-1080p"] = root / "labels_test_1080p.csv"
@@ -279,7 +279,7 @@ def _find(root: Path, name: str, *choices: str) -> Path:
     for choice in choices:
         if (root / choice).exists():
             return root / choice
-    raise ValueError(f"{name}: {root} holds no {choices[0]}; {_LAYOUTS[name]}")
+    raise ValueError(f"{name}: {choices[0]} does not exist in {root}; {_LAYOUTS[name]}")
 
 
 def _csv(path: Path) -> Iterator[tuple[int, Row]]:
@@ -310,7 +310,7 @@ def _table(path: Path, *names: str) -> Iterator[tuple[int, Row]]:
         OSError,
     ) as error:
         raise ValueError(
-            f"{path} is no workbook that can be read ({type(error).__name__})."
+            f"{path} is not a readable Excel workbook ({type(error).__name__})."
         ) from None
     for rows in sheets:
         for place, (_, head) in enumerate(rows):
@@ -320,7 +320,7 @@ def _table(path: Path, *names: str) -> Iterator[tuple[int, Row]]:
                     if row[names[0]] != "":
                         yield number, row
                 return
-    raise ValueError(f"{path}: expected the columns {' and '.join(names)} in a sheet, found none.")
+    raise ValueError(f"{path}: expected the columns {' and '.join(names)} in a sheet, got none.")
 
 
 def _sheets(archive: zipfile.ZipFile) -> Iterator[list[tuple[int, dict[str, str]]]]:
@@ -373,7 +373,9 @@ def _of_counts(counts: list[float], path: Path, number: int) -> tuple[float, flo
     """Mean and standard deviation of votes for 1, 2, and so on."""
     total = sum(counts)
     if not total > 0:
-        raise ValueError(f"{path}: row {number}: expected votes, got {counts}.")
+        raise ValueError(
+            f"{path}: row {number}: expected counts that sum to more than 0, got {counts}."
+        )
     mean = sum(value * count for value, count in enumerate(counts, 1)) / total
     return mean, math.sqrt(
         sum(count * (value - mean) ** 2 for value, count in enumerate(counts, 1)) / total

@@ -129,9 +129,9 @@ def check_new(file: str | Path) -> None:
     """
     path = Path(file)
     if path.exists():
-        raise ValueError(f"{path} is there already: name another file, or remove it.")
+        raise ValueError(f"{path} already exists: choose another name, or remove it.")
     if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {str(path.parent)!r} to write the card to.")
+        raise ValueError(f"the folder {str(path.parent)!r} for the card does not exist.")
 
 
 def _table(report: Evaluation) -> str:

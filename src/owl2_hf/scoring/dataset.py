@@ -119,14 +119,15 @@ class _Run:
         self.parts: list[Path] = []  # of all processes, in order
         self.found = 0
         self.batches = BatchScorer(scorer, task)
-        # Batches that workers have in hand, each with its part, and whether it is the part's last.
+        # Batches that the workers are preparing: its part, its rows, and whether it is the part's
+        # last.
         self.pending: deque[tuple[Path, list[Row], bool]] = deque()
 
     def score(self, sources: Sequence[Source], num_workers: int) -> None:
         loader = DataLoader(
             self.batches.prepare,
             batch_size=None,
-            sampler=self._batches(sources),  # any iterable does
+            sampler=self._batches(sources),  # any iterable works here
             num_workers=num_workers,
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # batches come ready
             worker_init_fn=_begin_worker,
@@ -156,7 +157,7 @@ class _Run:
             if part.exists():
                 self.found += len(own)
                 if not self.bar.disable:
-                    self.bar.initial += len(own)  # the rate is that of this run
+                    self.bar.initial += len(own)  # so that the bar shows this run's speed
                     self.bar.update(len(own))
                 continue
             for start in range(0, len(own), size):
@@ -249,4 +250,4 @@ def _as_it_is(prepared: Prepared) -> Prepared:
 
 def _begin_worker(index: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # which does not survive a fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork

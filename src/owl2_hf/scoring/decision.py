@@ -111,7 +111,6 @@ def check_scorer(folder: Path) -> Preset | None:
         text = (folder / name).read_text(encoding="utf-8", errors="replace")
         if text != expected.get(name):
             raise ValueError(
-                f"{folder / name} is not what follows from {PRESET_FILE}: convert or save the "
-                "model again."
+                f"{folder / name} does not match {PRESET_FILE}: convert or save the model again."
             )
     return preset

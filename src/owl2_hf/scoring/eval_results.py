@@ -43,8 +43,8 @@ def check_eval_results(
         )
     if len(datasets) != 1:
         raise ValueError(
-            f"expected opinions of one data set for the benchmark {benchmark}, got {len(datasets)} "
-            f"({', '.join(map(repr, datasets))}): evaluate each alone."
+            f"expected opinions of one data set for the benchmark {benchmark}, got "
+            f"{len(datasets)} ({', '.join(map(repr, datasets))}): evaluate each separately."
         )
     known = [*AGREEMENT, *FITTED, *DISTANCES]
     statistics: dict[str, str] = {}
@@ -52,13 +52,13 @@ def check_eval_results(
         name, _, statistic = task.partition("=")
         if not name or name in statistics or (statistic or name) not in known:
             raise ValueError(
-                f"expected each task once, as TASK=STATISTIC with one of {', '.join(known)}, got "
-                f"{task!r}."
+                f"expected TASK=STATISTIC, each task once and a statistic of {', '.join(known)}, "
+                f"got {task!r}."
             )
         statistics[name] = statistic or name
     file = Path(folder) / FOLDER / f"{benchmark.replace('/', '--')}.yaml"
     if file.exists():
-        raise ValueError(f"{file} is there already: remove it to write new results.")
+        raise ValueError(f"{file} already exists: remove it to write new results.")
     return file, statistics
 
 
@@ -97,7 +97,7 @@ def write_eval_results(
     for task, name in statistics.items():
         found = judgement.statistics.get(name)
         if found is None or found.value != found.value:  # NaN
-            raise ValueError(f"task {task!r}: these opinions and scores have no {name}.")
+            raise ValueError(f"task {task!r}: {name} is not defined for these opinions and scores.")
         own = f"{judgement.images:,} images, 95 % interval {found.low:.4f} to {found.high:.4f}"
         entries.append(
             EvalResultEntry(

@@ -61,19 +61,17 @@ def _decode(path: Path) -> list[Image.Image]:
 
     if not is_av_available():
         raise ValueError(
-            f"{str(path)!r} is no image; to read videos, install PyAV: pip install "
+            f"{str(path)!r} is not an image; to read videos, install PyAV: pip install "
             "'owl2_hf[video]'."
         )
-    path = path.resolve()  # whatever its name, no protocol of FFmpeg's
+    path = path.resolve()  # absolute, so that FFmpeg never reads its name as a protocol
     try:
         frames, _ = load_video(str(path), sample_indices_fn=partial(_every_second, path=path))
     except MemoryError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # damaged, see above
         kind = type(error).__name__
-        raise ValueError(
-            f"{str(path)!r} is neither an image nor a video that can be read ({kind})."
-        ) from None
+        raise ValueError(f"{str(path)!r} is not a readable image or video ({kind}).") from None
     return [Image.fromarray(frame) for frame in frames]
 
 
@@ -135,6 +133,6 @@ def _pictures(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
     if not files:
         raise ValueError(
-            f"{folder} holds no images: expected files named {', '.join(suffixes[:6])}, ..."
+            f"{folder} contains no images: expected files named {', '.join(suffixes[:6])}, ..."
         )
     return files

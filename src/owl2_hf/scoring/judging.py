@@ -27,18 +27,18 @@ from .statistics import (
     srcc,
 )
 
-# Of scores and MOS.
+# Statistics of scores and MOS.
 AGREEMENT: dict[str, Callable[..., float]] = {"srcc": srcc, "krcc": krcc, "plcc": plcc}
-# After the fit: the statistic, and the same of scores that are fitted already. RMSE is in units of
-# the MOS, to which only the fit brings the scores. Intervals keep the fit of all images: a fit of
-# each draw takes minutes.
+# After the logistic fit: the statistic with its own fit, and the same for scores that are already
+# fitted. RMSE needs the fit, which brings scores into units of the MOS. Intervals reuse the fit of
+# all images, because a fit for each bootstrap sample takes minutes.
 FITTED: dict[str, tuple[Callable[..., float], Callable[..., float]]] = {
     "plcc_fitted": (plcc_fitted, plcc),
     "rmse_fitted": (rmse_fitted, rmse),
 }
-# Of the opinions' Gaussian and the predicted one, on the levels' scale.
+# Distances between the Gaussians of opinions and predictions, on the scale of the levels.
 DISTANCES = {"kl": gaussian_kl, "js": gaussian_js, "wasserstein": gaussian_wasserstein}
-TEST_SHARE = 0.2  # of the images, in each split
+TEST_SHARE = 0.2  # of the images, in each random split
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def evaluate(
         raise ValueError(
             f"expected splits of at least 0 and samples of at least 1, got {splits} and {samples}."
         )
-    krcc([0.0, 1.0], [0.0, 1.0])  # scipy may be missing: say so before the images are scored
+    krcc([0.0, 1.0], [0.0, 1.0])  # fails before the images are scored if scipy is missing
     if not isinstance(opinions, Opinions):
         opinions = load_opinions(opinions)
     report = Evaluation(splits=splits)
@@ -250,10 +250,11 @@ def check_plot(file: str | Path) -> None:
         raise ValueError("a plot needs matplotlib: pip install 'owl2_hf[scoring]'.") from None
     kinds = FigureCanvasBase.get_supported_filetypes()
     if not Path(file).parent.is_dir():
-        raise ValueError(f"there is no folder {str(Path(file).parent)!r} to write the plot to.")
+        raise ValueError(f"the folder {str(Path(file).parent)!r} for the plot does not exist.")
     if Path(file).suffix.lower()[1:] not in kinds:
         raise ValueError(
-            f"expected a plot named as one of {', '.join(sorted(kinds))}, got {str(file)!r}."
+            f"expected a plot file that ends in one of {', '.join(sorted(kinds))}, got "
+            f"{str(file)!r}."
         )
 
 

@@ -9,9 +9,9 @@ section 3.2) and its released code for soft labels.
 import math
 from collections.abc import Sequence
 
-_WIDER = 1e-8  # both ends of an interval, as in the released code
-MIN_STD = 0.2  # in levels: below it a Gaussian is narrower than the levels can tell
-MAX_SHIFT = 0.1  # in levels: how far the mean of a soft label may be off
+_WIDER = 1e-8  # added to both ends of an interval, as in the released code
+MIN_STD = 0.2  # in levels: narrower Gaussians cannot be told apart
+MAX_SHIFT = 0.1  # in levels: largest error of a soft label's mean
 DENSITIES = ("pdf", "cdf")
 
 
@@ -114,8 +114,8 @@ def _check(mos: float, low: float, high: float, num_levels: int) -> None:
         raise ValueError(f"expected two or more levels, got {num_levels}.")
     if not low < high:
         raise ValueError(
-            f"expected a range of MOS from low to high, got {low:g} to {high:g}: all opinions are "
-            "alike."
+            f"expected a range of MOS from low to high, got {low:g} to {high:g}: all opinions "
+            "have the same MOS."
         )
     if not low - _WIDER <= mos <= high + _WIDER:
         raise ValueError(f"expected a MOS from {low:g} to {high:g}, got {mos:g}.")

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORED = -100
-_TINY = 1e-8  # under the roots, as in the released code: without it their slope has no end
-_FLOOR = 0.01  # of the mass beside the levels: below it there is nothing to learn
+_TINY = 1e-8  # under the roots, as in the released code, so that the gradient stays finite
+_FLOOR = 0.01  # probability outside the levels below which the gradient is 0
 PAIR_LOSSES = ("fidelity", "bce")
 
 
@@ -52,8 +52,9 @@ def level_positions(labels: Tensor, prefix: Sequence[int]) -> Tensor:
     is_found = found.any(1) & labels.gather(1, positions[:, None])[:, 0].ne(IGNORED)
     if not is_found.all():
         raise ValueError(
-            f"{int((~is_found).sum())} of {len(labels)} rows hold no level behind the tokens "
-            f"{list(prefix)}: are rows cut, or is the answer another one?"
+            f"{int((~is_found).sum())} of {len(labels)} rows have no level after the tokens "
+            f"{list(prefix)}: check that rows are not truncated and that all answers have the "
+            "recipe's form."
         )
     return positions
 
@@ -210,8 +211,7 @@ def pair_loss(
         raise ValueError(f"expected a pair loss of {' or '.join(PAIR_LOSSES)}, got {kind!r}.")
     if kind == "bce" and mos_stds is not None:
         raise ValueError(
-            "the pair loss bce takes no standard deviations of opinions: leave them out, or take "
-            "fidelity."
+            "the pair loss bce does not use standard deviations: leave them out, or use fidelity."
         )
     variance: Tensor | float = 2.0
     if score_stds is not None:
@@ -227,7 +227,7 @@ def pair_loss(
     is_better = mos[0].gt(mos[1]).to(predicted.device)  # (B,)
     if kind == "bce":
         return F.binary_cross_entropy(predicted, is_better.to(predicted))
-    # Upstream: no small number under these roots, whose arguments the choice keeps from 0.
+    # Upstream: no epsilon under these roots. The branch that is chosen is never near 0.
     return (1 - torch.where(is_better, predicted, 1 - predicted).sqrt()).mean()
 
 

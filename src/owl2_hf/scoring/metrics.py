@@ -22,10 +22,10 @@ from .scorer import Scorer
 
 # pyiqa's names -> those of the presets here.
 _NAMES = {"qalign": "one-align"}
-# Where the weights are published, for whoever names no model.
+# Hub ids of the weights, used if no model is passed.
 _PUBLISHED = {"one-align": "q-future/one-align", "deqa": "zhiyuanyou/DeQA-Score-Mix3"}
 _REDUCTIONS = ("mean", "sum", "none")
-_TOLERANCE = 1e-6  # beyond 0 and 1, as in pyiqa
+_TOLERANCE = 1e-6  # allowed below 0 and above 1, as in pyiqa
 
 
 class Metric(nn.Module):
@@ -96,13 +96,13 @@ class Metric(nn.Module):
                 why.
         """
         if input_ != "image":
-            raise ValueError(f"expected input_ 'image', got {input_!r}: Scorer scores videos.")
+            raise ValueError(f"expected input_ 'image', got {input_!r}: use Scorer for videos.")
         if isinstance(target, Tensor):
             target = self._checked(target)
         elif not isinstance(target, (list, tuple)):
             target = [target]
         if not self.as_loss:
-            # Through PIL, for the same scores as from files.
+            # Converted to PIL images, so that scores are the same as for files.
             images = target.clamp(0, 1) if isinstance(target, Tensor) else target
             return torch.tensor(
                 [found.score for found in self.scorer(images, task_)], device=self.device
@@ -163,18 +163,19 @@ def create_metric(
     if model is None:
         model = _PUBLISHED.get(preset) if isinstance(preset, str) else None
         if model is None:
-            raise ValueError(f"{metric_name!r} has no published weights here: give model=.")
+            raise ValueError(f"{metric_name!r} has no default weights: pass model=.")
     if isinstance(model, (str, Path)):
         model, processor = _load(str(model), processor, kwargs)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
     elif processor is None or kwargs:
         raise ValueError(
-            "expected the model's processor beside a model, got none."
+            "expected the model's processor together with the model, got none."
             if processor is None
-            else f"{', '.join(kwargs)} are for loading, and the model is loaded already."
+            else f"{', '.join(kwargs)} apply only to loading, but the model is loaded: leave them out."
         )
-    if device is not None and not getattr(model, "is_quantized", False):  # which loading has placed
+    # loading already placed a quantised model
+    if device is not None and not getattr(model, "is_quantized", False):
         model.to(device)
     scorer = Scorer(
         model, processor, preset, batch_size=batch_size, original_reading=original_reading
@@ -199,7 +200,7 @@ def _unknown(name: str) -> str:
     """What to do about a name that no preset has."""
     known = ", ".join([*_NAMES, *PRESETS])
     if name in ("qalign_4bit", "qalign_8bit"):
-        return f"expected 'qalign', got {name!r}: give it a quantization_config of transformers."
+        return f"expected 'qalign', got {name!r}: pass it with a quantization_config."
     if name == "compare2score":
         return f"expected a metric of {known}, got {name!r}: use owl2_hf.scoring.comparison.Comparator."
     return f"expected a metric of {known}, got {name!r}."

@@ -11,7 +11,7 @@ from ..training.messages import Place, locate_picture
 Row = Mapping[str, Any]
 MOS_KEYS = ("mos", "gt_score")
 IMAGE_KEYS = ("image", "img_path", "video")
-# Q-Align's files to train on have the MOS there alone.
+# Q-Align's training files have the MOS only there.
 _MOS_OF_ID = re.compile(r".*->(-?\d+(?:\.\d+)?)", re.DOTALL)
 
 
@@ -94,7 +94,7 @@ def opinions_of(name: str, rows: Sequence[Opinion]) -> Opinions:
         ValueError: If there are no rows.
     """
     if not rows:
-        raise ValueError(f"{name} holds no rows.")
+        raise ValueError(f"{name} has no rows.")
     moses: dict[str, list[float]] = {}
     for row in rows:
         moses.setdefault(row.dataset, []).append(row.mos)
@@ -167,7 +167,7 @@ def _level_probs(value: Any) -> tuple[float, ...] | None:
     if not isinstance(value, (list, tuple)) or len(value) < 2:
         raise ValueError(f"expected a list of probabilities as 'level_probs', got {value!r}.")
     probs = tuple(_number(prob, "level_probs") for prob in value)
-    # DeQA-Score cuts off negative shares: some sums are 0.97.
+    # DeQA-Score clips negative probabilities to 0: some of its sums are 0.97.
     if min(probs) < 0 or not 0.9 < sum(probs) < 1.1:
         raise ValueError(f"expected 'level_probs' of at least 0 that sum to 1, got {value!r}.")
     return probs

@@ -12,7 +12,7 @@ from .opinion import IMAGE_KEYS, MOS_KEYS, Row
 from .tables import read_csv, read_parquet
 
 Numbered = tuple[int, Row | ValueError]
-# DeQA-Score keeps opinions and the parts of a data set in two files.
+# DeQA-Score keeps opinions and the splits of a data set in two files.
 _MOS_FILE, _SPLIT_FILE = "mos.json", "split.json"
 
 
@@ -22,7 +22,7 @@ def name_of(source: Any) -> str:
 
 def place_of(source: Any, image_folder: str | Path | None, allow_outside: bool) -> Place:
     if image_folder is not None and not Path(image_folder).is_dir():
-        raise ValueError(f"there is no image folder {str(image_folder)!r}.")
+        raise ValueError(f"the image folder {str(image_folder)!r} does not exist.")
     if not isinstance(source, (str, Path)):
         return Place(image_folder, allow_outside or image_folder is None)
     path = Path(source)
@@ -58,7 +58,7 @@ def numbered_rows(source: Any) -> Iterator[Numbered]:
 def _numbered(rows: Any) -> Iterator[Numbered]:
     if isinstance(rows, JsonLines):
         yield from rows.numbered()
-    elif isinstance(rows, Mapping):  # parts of a data set
+    elif isinstance(rows, Mapping):  # splits of a data set
         number = 0
         for split, own in rows.items():
             for row in own:
@@ -84,11 +84,12 @@ def _rows_of_two_files(path: Path) -> Iterator[Numbered]:
         for name in names:
             if parts.setdefault(str(name), split) != split:
                 raise ValueError(
-                    f"{split_file}: {str(name)!r} is in {parts[str(name)]!r} and in {split!r}."
+                    f"{split_file}: {str(name)!r} is in {parts[str(name)]!r} and in {split!r}: "
+                    "keep it in one split."
                 )
     for number, (image, opinion) in enumerate(moses.items(), 1):
         part = parts.get(image, parts.get(image.rpartition("/")[2]))
-        # As in the released code, images of no part are left out.
+        # As in the released code, images without a split are skipped.
         if splits is None or part is not None:
             own = opinion if isinstance(opinion, Mapping) else {"mos": opinion}
             yield number, {**own, "image": image, "split": part}
@@ -107,7 +108,7 @@ def _json(path: Path) -> Mapping[str, Any]:
 def _rows_of_datasets(path: Path, source: str) -> Any:
     """All parts of a data set that `datasets` saved or finds on the Hub."""
     if not path.is_dir() and (path.suffix or source.count("/") > 1 or path.is_absolute()):
-        raise ValueError(f"there is no file or folder {source!r}.")
+        raise ValueError(f"{source!r} does not exist.")
     datasets = import_datasets(source)
     if is_saved(path):
         return datasets.load_from_disk(str(path))

@@ -143,7 +143,7 @@ class OpinionReport:
                 f"{own.without_std:,} and 0 in {own.zero_std:,}"
             )
         if self.left_out:
-            lines.append(f"{self.left_out:,} files are not there: they are left out")
+            lines.append(f"{self.left_out:,} files are missing and skipped")
         return "\n".join(lines)
 
 
@@ -192,7 +192,7 @@ def check_opinions(
                     BadRow(
                         number,
                         _id(row),
-                        f"its image {_shown(opinion.image)} is that of row {first.row}.",
+                        f"its image {_shown(opinion.image)} is also in row {first.row}.",
                     )
                 )
             good.append(opinion)
@@ -206,7 +206,9 @@ def check_opinions(
     ):
         report.bad.append(
             BadRow(
-                good[0].row, None, "every MOS is the same: there is nothing to learn or to judge."
+                good[0].row,
+                None,
+                "every MOS is the same: there is nothing to learn or to evaluate.",
             )
         )
     return report
@@ -238,7 +240,7 @@ def _check_parts(first: Opinion, opinion: Opinion, what: str) -> None:
     if first.split != opinion.split:
         raise ValueError(
             f"{what} is in {opinion.split!r} here and in {first.split!r} in row {first.row}: "
-            "leave it in one part."
+            "keep it in one split."
         )
 
 

@@ -22,7 +22,7 @@ from .tables import import_parquet
 
 SETTINGS, LOCK, NEW = "settings.json", "lock", ".new"
 SUFFIXES = (".csv", ".parquet")
-ROWS_OF_A_GROUP = 65536  # of the final Parquet file
+ROWS_OF_A_GROUP = 65536  # in the final Parquet file
 
 
 class Table:
@@ -46,7 +46,9 @@ class Table:
         check_kind(self.out)
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         if twice:
-            raise ValueError(f"two columns of the output have the name {twice[0]!r}.")
+            raise ValueError(
+                f"two columns of the output have the name {twice[0]!r}: rename one in the input."
+            )
         self.is_csv = self.out.suffix.lower() == ".csv"
         if not self.is_csv:
             self.pyarrow = import_parquet(self.out)
@@ -61,13 +63,17 @@ class Table:
                 begun with other settings.
         """
         if self.out.exists() and not overwrite and not self.folder.exists():
-            raise ValueError(f"{self.out} is there already: name another file, or --overwrite it.")
+            raise ValueError(
+                f"{self.out} already exists: choose another name, or overwrite it (--overwrite)."
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / LOCK)  # which a killed process loses
+        self.lock = FileLock(self.folder / LOCK)  # the system releases it if the process is killed
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(f"another process is writing {self.out}.") from None
+            raise ValueError(
+                f"another process is writing {self.out}: wait for it, or choose another name."
+            ) from None
         for file in self.folder.iterdir() if overwrite else ():
             if file.name != LOCK:
                 file.unlink()
@@ -79,8 +85,8 @@ class Table:
         changed = [name for name in wanted if found.get(name) != wanted[name]]
         if changed:
             raise ValueError(
-                f"{self.folder} was begun with another {', '.join(changed)}: give the same again, "
-                "name another file, or --overwrite to begin anew."
+                f"{self.folder} was started with another {', '.join(changed)}: use the same, "
+                "choose another name, or start again (--overwrite)."
             )
 
     def part(self, index: int, rows: Sequence[Row]) -> Path:
@@ -148,7 +154,7 @@ class Table:
                     tables.clear()
 
     def _write_csv(self, path: Path, rows: Iterable[Sequence[Any]]) -> None:
-        # Names of files need not be UTF-8; they keep their bytes.
+        # File names that are not UTF-8 keep their bytes.
         with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(self.names)

@@ -30,7 +30,7 @@ class PrefixScorer(Scorer):
         # Read at once, because each time the host waits for the device.
         first, is_token = torch.stack([ids[0], mask.bool().all(0).to(ids.dtype)]).tolist()
         length = first.index(self.model.config.image_token_id)
-        # Behind padding, or without text in front, there is nothing that all images share.
+        # With padding, or without text before the image, there is no prefix to share.
         if not length or not all(is_token):
             return super()._read(inputs)
         rest = {name: inputs[name][:, length:] for name in ("input_ids", "mm_token_type_ids")}

@@ -17,8 +17,8 @@ from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from .presets import Preset
 from .scorer import Scorer
 
-# Beyond 0 to 1, for what half precision rounds; further out an image is in -1 to 1, or was never
-# clipped.
+# Allowed below 0 and above 1 for rounding in half precision. Values further out mean that an image
+# is in -1 to 1 or was not clipped.
 TOLERANCE = 0.01
 COLUMNS = ("images", "image")  # TRL's own names
 
@@ -62,9 +62,11 @@ def reward(
     if style not in ("trl", "flow_grpo", "ddpo"):
         raise ValueError(f"expected a style of trl, flow_grpo, ddpo, got {style!r}.")
     if task == "video":
-        raise ValueError("expected a task for images, got 'video': score frames by another task.")
+        raise ValueError(
+            "expected a task for images, got 'video': score its frames with another task."
+        )
     scorer = Scorer(model, processor, preset, scale, batch_size)
-    scorer._prompt(task)  # which says now whether the preset has this task
+    scorer._prompt(task)  # raises now if the preset lacks this task
     model.eval()
     if device is not None:
         model.to(device)
@@ -74,12 +76,12 @@ def reward(
 class _Reward:
     def __init__(self, scorer: Scorer, task: str) -> None:
         self.scorer, self.task = scorer, task
-        self.__name__ = f"owl2_{task}"  # what TRL's logs call it
-        self._turn = threading.Lock()  # the tokenizer's padding is a state that threads share
+        self.__name__ = f"owl2_{task}"  # its name in TRL's logs
+        self._turn = threading.Lock()  # threads share the tokenizer's padding settings
 
     def _score(self, images: Any) -> list[float]:
         device = self.scorer.model.device.type
-        # A trainer's autocast is not for this model.
+        # A trainer's autocast must not change this model's dtype.
         with self._turn, torch.autocast(device, enabled=False):
             return [found.score for found in self.scorer(to_images(images), self.task)]
 
@@ -165,12 +167,12 @@ def _to_bytes(images: torch.Tensor | np.ndarray) -> np.ndarray:
         raise ValueError(f"expected {expected} of images, got shape {shape}.")
     pixels = torch.as_tensor(images).detach()
     if pixels.is_floating_point():
-        pixels = pixels.float()  # half precision would round 255 steps away
+        pixels = pixels.float()  # half precision cannot hold all 256 values
         low, high = (float(end) for end in pixels.aminmax()) if pixels.numel() else (0.0, 1.0)
-        if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also where it is NaN
+        if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also true for NaN
             raise ValueError(
-                f"expected images of floats from 0 to 1, got {low:.3g} to {high:.3g}: "
-                "(images / 2 + 0.5).clamp(0, 1) brings those from -1 to 1 there."
+                f"expected images of floats from 0 to 1, got {low:.3g} to {high:.3g}: convert "
+                "images from -1 to 1 with (images / 2 + 0.5).clamp(0, 1)."
             )
         pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
     elif pixels.dtype != torch.uint8:

@@ -189,7 +189,7 @@ class Scorer:
             raise ValueError(f"expected a task of {', '.join(self.preset.prompts)}, got {task!r}.")
         if self.crops and task == "video":
             raise ValueError(
-                "expected crops of images, got task 'video': score its frames by another task."
+                "expected crops of images, got task 'video': score its frames with another task."
             )
         return self.preset.prompts[task]
 

@@ -50,7 +50,7 @@ class HubFile:
         import fsspec
 
         with fsspec.open(self.url, "rb") as file:
-            return file.read(MAX_FILE_BYTES + 1)  # one byte more is refused
+            return file.read(MAX_FILE_BYTES + 1)  # one byte more, to detect a file over the limit
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,13 @@ class Files(Source):
         if Path(path).is_dir():
             if next(iter(self), None) is None:
                 raise ValueError(
-                    f"{path} and its folders hold no {what}: expected files named "
-                    f"{', '.join(self.suffixes[:6])}, ...; tar files are named themselves, by "
-                    f"{path}/*.tar."
+                    f"{path} and its folders contain no {what}: expected files named "
+                    f"{', '.join(self.suffixes[:6])}, ...; for tar files, pass {path}/*.tar."
                 )
         elif is_video_path(path) and not is_video:
             raise ValueError(
                 f"{path} is a video: choose --task video for a score of each video, or leave out "
-                "--out for one of each frame."
+                "--out for a score of each frame."
             )
 
     def __iter__(self) -> Iterator[Row]:
@@ -128,8 +127,8 @@ class Listing(Source):
             names = _without_bytes(parquet_schema(self.path), column)
         if column not in names:
             raise ValueError(
-                f"{path}: expected the column {column}, got {', '.join(names) or 'none'}; --column "
-                "names another."
+                f"{path}: expected the column {column}, got {', '.join(names) or 'none'}; choose "
+                "one with --column."
             )
         self.columns = {name: kind for name, kind in names.items() if name != column}
 
@@ -166,12 +165,12 @@ class DataSet(Source):
         self.name, self.column, self.place = name, column, place
         self.has_splits, self.parts = len(parts) > 1, {}
         for split, rows in parts.items():
-            if rows.features is None:  # a stream tells its columns with its first row
+            if rows.features is None:  # the columns of a stream are known after its first row
                 rows = rows._resolve_features()
             if column not in rows.features:
                 names = ", ".join(rows.features)
                 raise ValueError(
-                    f"{name}: expected the column {column}, got {names}; --column names another."
+                    f"{name}: expected the column {column}, got {names}; choose one with --column."
                 )
             if isinstance(rows.features[column], ImageFeature):  # decoded by the worker processes
                 rows = rows.cast_column(column, ImageFeature(decode=False))
@@ -189,7 +188,7 @@ class DataSet(Source):
                 path = (
                     row[self.column].get("path") if isinstance(row[self.column], Mapping) else None
                 )
-                # Of images that the Hub has as files; those of another data set are not fetched.
+                # Images that are files on the Hub; files of another data set are not fetched.
                 if path and f"hf://datasets/{self.name}@" in path and not row[self.column]["bytes"]:
                     values = {key: row.get(key) for key in self.columns}
                     yield Row(path, HubFile(path), values)
@@ -210,7 +209,7 @@ class Tar(Source):
     def __iter__(self) -> Iterator[Row]:
         try:
             with tarfile.open(self.path) as file:
-                # Of a compressed file only this process knows where it is in it.
+                # Workers can read from an offset only if the file is not compressed.
                 is_plain = isinstance(file.fileobj, io.BufferedReader)
                 for info in file:
                     file.members = []  # type: ignore[attr-defined]  # else it keeps every header
@@ -224,7 +223,7 @@ class Tar(Source):
 
     def _image(self, file: tarfile.TarFile, info: tarfile.TarInfo, is_plain: bool) -> Any:
         if info.size > MAX_FILE_BYTES:
-            return ValueError(f"it has {info.size:,} bytes, at most {MAX_FILE_BYTES:,} are read.")
+            return ValueError(f"it has {info.size:,} bytes, the limit is {MAX_FILE_BYTES:,}.")
         if is_plain:
             return Member(self.path, info.offset_data, info.size)
         member = file.extractfile(info)
@@ -256,7 +255,7 @@ def open_sources(
         ValueError: If something is not there, holds no images, or lacks the column.
     """
     if image_folder is not None and not Path(image_folder).is_dir():
-        raise ValueError(f"there is no image folder {str(image_folder)!r}.")
+        raise ValueError(f"the image folder {str(image_folder)!r} does not exist.")
     sources: list[Source] = []
     for name in names:
         if not isinstance(name, (str, Path)):
@@ -273,7 +272,7 @@ def open_sources(
                 sources.append(Listing(path, column, place))
             elif path.lower().endswith(TARS):
                 if is_video:
-                    raise ValueError(f"{path}: videos are not read from tar files; unpack it.")
+                    raise ValueError(f"{path}: videos in tar files are not supported; unpack it.")
                 sources.append(Tar(path))
             else:
                 sources.append(Files(path, is_video))
@@ -292,8 +291,8 @@ def all_columns(sources: Sequence[Source]) -> dict[str, Any]:
             if found.setdefault(name, kind) != kind:
                 known, new = (str(one or "text") for one in (found[name], kind))
                 raise ValueError(
-                    f"column {name!r} holds {known} in one source and {new} in another: score them "
-                    "into files of their own."
+                    f"column {name!r} holds {known} in one source and {new} in another: score "
+                    "them into separate files."
                 )
     return found
 
@@ -308,7 +307,7 @@ def _matches(name: str) -> list[str]:
         return found
     known = (*LISTS, *TARS, *image_suffixes(), *VIDEO_SUFFIXES)
     if not _HUB_ID.fullmatch(name) or name.lower().endswith(known):
-        raise ValueError(f"there is no file or folder {name!r}.")
+        raise ValueError(f"{name!r} does not exist.")
     return [name]
 
 
@@ -325,7 +324,7 @@ def _load(name: str, split: str | None) -> Any:
         return datasets.load_dataset(name, split=split, streaming=True)
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"there is no file or folder {name!r}, and no such data set on the Hub: {error}"
+            f"{name!r} does not exist, neither here nor as a data set on the Hub: {error}"
         ) from None
 
 
@@ -379,7 +378,7 @@ def _check_end(file: tarfile.TarFile) -> None:
     """
     file.fileobj.seek(file.offset)
     if file.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-        raise tarfile.ReadError(f"there is no header at byte {file.offset:,}")
+        raise tarfile.ReadError(f"expected a header at byte {file.offset:,}, got none")
 
 
 def _raise(error: OSError) -> None:

@@ -84,7 +84,7 @@ def logistic_fit(scores: ArrayLike, mos: ArrayLike) -> LogisticFit:
     start = [second.max(), second.min(), first.mean(), first.std() / 4]
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # how sure the parameters are is not asked
+            warnings.simplefilter("ignore")  # about the parameters' covariance, which is not used
             found, _ = optimize.curve_fit(_logistic, first, second, p0=start, maxfev=_MAX_CALLS)
     except (RuntimeError, ValueError):  # no convergence
         return none
@@ -233,7 +233,7 @@ def _pair(scores: ArrayLike, mos: ArrayLike) -> tuple[Values, Values]:
     first, second = _arrays(scores, mos)
     if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
         raise ValueError(
-            f"expected as many scores as opinions, two or more, got {first.shape} and "
+            f"expected equally many scores and opinions, at least two, got {first.shape} and "
             f"{second.shape}."
         )
     return first, second

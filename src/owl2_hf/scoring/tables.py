@@ -74,7 +74,7 @@ def open_csv(path: Path) -> Iterator[TextIO]:
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8: save it as UTF-8.") from None
     except csv.Error as error:
-        raise ValueError(f"{path} is no CSV: {error}.") from None
+        raise ValueError(f"{path} is not a CSV file: {error}.") from None
 
 
 def parquet_schema(path: Path) -> Any:
@@ -112,4 +112,4 @@ def _parquet_errors(path: Path, pyarrow: Any) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no Parquet file: {error}") from None
+        raise ValueError(f"{path} is not a Parquet file: {error}") from None

@@ -29,9 +29,9 @@ from ..processing.processing_mplug_owl2 import MplugOwl2Processor
 from .crops import crop_boxes, side_of
 from .presets import Preset
 
-# What PIL and torch both resample with, where torch can smooth while it shrinks.
+# Filters that PIL has too, and that torch can use with antialiasing.
 _MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
-_LARGEST_MEAN = 2.0  # of values from 0 to 1, with room for what a generator overshoots
+_LARGEST_MEAN = 2.0  # of values from 0 to 1; generators may go a little beyond
 
 
 class ReadsLevels(Protocol):
@@ -105,8 +105,8 @@ def _to_square(
     side, max_pixels = side_of(image_processor), image_processor.max_image_pixels
     if height * width > max_pixels:
         raise ValueError(
-            f"an image has {width} x {height} pixels, at most {max_pixels:,} are taken: "
-            "make it smaller."
+            f"an image has {width} x {height} pixels, the limit is {max_pixels:,} in all: make "
+            "it smaller."
         )
     resample = image_processor.resample
     mode = _MODES.get(Image.Resampling.BICUBIC if resample is None else resample)
@@ -120,8 +120,8 @@ def _to_square(
         longer = int(side * edge / short)
         if longer * side > max_pixels:
             raise ValueError(
-                f"an image of {width} x {height} pixels is too long to cut its centre here: "
-                "cut it before."
+                f"an image of {width} x {height} pixels is too long and narrow for a center "
+                "crop: crop it first."
             )
         size = (longer, side) if width <= height else (side, longer)
         images = _resize(images, size, mode)
@@ -223,7 +223,7 @@ def _check(image: Tensor, axes: int, wanted: str, name: str) -> None:
     if not image.is_floating_point():
         raise ValueError(
             f"{name}: expected floats from 0 to 1, got {image.dtype}: divide by 255, or call the "
-            "scorer, which takes whole numbers."
+            "scorer, which accepts integers."
         )
     if image.numel() == 0:
         raise ValueError(f"{name}: it has no pixels (shape {shape}).")

@@ -22,7 +22,7 @@ METHODS = {
     "/v1/score": "POST",
     "/load_model": "POST",
 }
-MAX_WAITING = 64  # requests that are answered or wait for it
+MAX_WAITING = 64  # requests that are running or waiting
 BODY_SECONDS = 60.0
 DRAIN_SECONDS = 5.0
 TYPES = {
@@ -95,9 +95,9 @@ class Gate:
                 self.num_waiting -= 1
         except Refusal as refusal:
             await _refuse(refusal, send, receive)
-        except asyncio.CancelledError:  # by the server, whose task for this request ends here
+        except asyncio.CancelledError:  # the server is shutting down and cancels this task
             if not has_begun:
-                await _refuse(Refusal(503, "the server is going down.", "shutting_down"), send)
+                await _refuse(Refusal(503, "the server is shutting down.", "shutting_down"), send)
 
     def _check(self, scope: Scope) -> None:
         path, headers = scope["path"], dict(scope["headers"])
@@ -110,12 +110,10 @@ class Gate:
                 message = "expected the server's API key as 'Authorization: Bearer KEY'."
                 raise Refusal(401, message, "invalid_api_key", {"www-authenticate": "Bearer"})
         if method is None:
-            raise Refusal(
-                404, f"there is no such path; there are {', '.join(METHODS)}.", "not_found"
-            )
+            raise Refusal(404, f"unknown path; expected one of {', '.join(METHODS)}.", "not_found")
         if scope["method"] != method:
             raise Refusal(
-                405, f"this path takes {method} only.", "method_not_allowed", {"allow": method}
+                405, f"this path accepts only {method}.", "method_not_allowed", {"allow": method}
             )
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > self.max_body_bytes:
@@ -123,7 +121,9 @@ class Gate:
 
     def _too_large(self) -> Refusal:
         return Refusal(
-            413, f"the body may have {self.max_body_bytes:,} bytes at most.", "request_too_large"
+            413,
+            f"the request body must be at most {self.max_body_bytes:,} bytes.",
+            "request_too_large",
         )
 
     async def _read_body(self, receive: Receive) -> bytes:
@@ -132,7 +132,7 @@ class Gate:
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise Refusal(400, "the body ended too early.", "incomplete_body")
+                    raise Refusal(400, "the request body is incomplete.", "incomplete_body")
                 body += message.get("body", b"")
                 if len(body) > self.max_body_bytes:
                     raise self._too_large()
@@ -143,7 +143,9 @@ class Gate:
             return await asyncio.wait_for(read(), BODY_SECONDS)
         except asyncio.TimeoutError:
             raise Refusal(
-                408, f"the body took more than {BODY_SECONDS:g} seconds.", "timeout"
+                408,
+                f"the request body took more than {BODY_SECONDS:g} seconds to arrive.",
+                "timeout",
             ) from None
 
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 DATA_URL = re.compile(r"data:image/[\w.+-]{1,40};base64", re.IGNORECASE)
-MAX_DOWNLOAD_BYTES = 20 * 2**20  # of a request
+MAX_DOWNLOAD_BYTES = 20 * 2**20  # for each request
 MAX_REDIRECTS = 4
 DOWNLOAD_SECONDS = 15.0  # for all downloads of a request with their redirects
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -53,17 +53,17 @@ def _decode(url: str) -> bytes:
     header, _, content = url.partition(",")
     if is_http(url):
         raise ValueError(
-            "this server fetches no URLs; send the image as 'data:image/png;base64,...'."
+            "this server does not fetch URLs; send the image as 'data:image/png;base64,...'."
         )
     if not DATA_URL.fullmatch(header):
         raise ValueError(
             "expected a data URL such as 'data:image/png;base64,...'; paths and bare base64 are "
-            "not read."
+            "not supported."
         )
     try:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError):
-        raise ValueError("what stands behind 'base64,' is not base64.") from None
+        raise ValueError("the data after 'base64,' is not valid base64.") from None
 
 
 def download(url: str, deadline: float, max_bytes: int) -> bytes:
@@ -85,13 +85,13 @@ def download(url: str, deadline: float, max_bytes: int) -> bytes:
             if status == 200:
                 return content
             if status not in (301, 302, 303, 307, 308) or not location:
-                raise ValueError(f"the URL answers with status {status}.")
+                raise ValueError(f"the URL returned status {status}.")
             url = urllib.parse.urljoin(url, location)
         raise ValueError(f"the URL redirects more than {MAX_REDIRECTS} times.")
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         if time.monotonic() >= deadline:
             raise ValueError(
-                f"it did not arrive within the {DOWNLOAD_SECONDS:g} seconds of a request."
+                f"the downloads of a request took more than {DOWNLOAD_SECONDS:g} seconds."
             ) from None
         raise ValueError(f"the URL could not be fetched ({type(error).__name__}).") from None
 
@@ -103,7 +103,7 @@ def _get(url: str, deadline: float, max_bytes: int) -> tuple[int, str | None, by
         raise ValueError("expected an http or https URL with a host.")
     port = parts.port or (443 if parts.scheme == "https" else 80)
     sock = _connect(_public_addresses(parts.hostname, port), deadline)
-    # Against a server that sends a byte now and then: no time-out of a single read would end that.
+    # A server that sends a byte now and then would never hit the timeout of a single read.
     watchdog = threading.Timer(max(0.0, deadline - time.monotonic()), _hang_up, [sock])
     watchdog.daemon = True
     watchdog.start()
@@ -137,8 +137,8 @@ def _get(url: str, deadline: float, max_bytes: int) -> tuple[int, str | None, by
 
 
 def _hang_up(sock: socket.socket) -> None:
-    with suppress(OSError):  # closed meanwhile
-        # Not the TLS layer's, which the reader is in the middle of.
+    with suppress(OSError):  # already closed
+        # Not the TLS socket's own shutdown, because another thread is reading from it.
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 

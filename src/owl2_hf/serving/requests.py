@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 4, 64  # each is compared with the whole vocabulary
-MAX_IMAGES = 256  # of a request for scores
+MAX_IMAGES = 256  # in a request for scores
 MAX_LEVELS = 32
 ROLES = {"developer": "system"}  # OpenAI's newer name
 
@@ -28,7 +28,7 @@ class TextPart(_Strict):
 class ImageURL(_Strict):
     url: str
     detail: Literal["auto", "low", "high"] | None = (
-        None  # an image is always seen in the model's own resolution
+        None  # ignored: an image always gets the model's own resolution
     )
 
 
@@ -54,7 +54,7 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[Part], BeforeValidator(_as_parts)]
     name: str | None = None
-    # An answer of the client library comes back with these.
+    # Clients send these back when they repeat an answer in the history.
     refusal: None = None
     annotations: None = None
     audio: None = None
@@ -105,13 +105,13 @@ class ChatRequest(_Strict):
         BeforeValidator(_as_list),
     ] = None
     generation_config: Annotated[ClientConfig | None, BeforeValidator(_from_json)] = None  # in JSON
-    # Only where they ask for nothing.
+    # Accepted only with the values that change nothing.
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    # Without effect on the answer.
+    # They have no effect on the answer.
     metadata: Any = None
     prompt_cache_key: Any = None
     safety_identifier: Any = None

@@ -119,7 +119,7 @@ class ScoreHandler:
         self.chat, self.preset = chat, preset
         batch_size = chat.settings.batch_size
         self.batcher = Batcher(chat.generator, batch_size)
-        # Images in memory that were made ready: a batch in the model, and the next.
+        # Limits the prepared images in memory to two batches: one in the model, and the next.
         self.room = asyncio.Semaphore(2 * batch_size)
 
     async def handle_request(self, request: Request) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class ScoreHandler:
         try:
             options, files = await self._read(request)
             self.chat.check_name(options.model)
-            async with self.chat.turn:  # the tokenizer's padding is a state that threads share
+            async with self.chat.turn:  # threads share the tokenizer's padding settings
                 scorer = await in_thread(self._scorer, options)
             scores = await self._score(scorer, options.task, files)
         except ValueError as error:
@@ -172,7 +172,7 @@ class ScoreHandler:
         """Who scores."""
         if options.task == "video":
             raise ValueError(
-                "task: expected one for images; score the frames of a video as images."
+                "task: expected a task for images; score the frames of a video as images."
             )
         preset = custom_preset(options.preset or self.preset, levels=options.levels)
         try:
@@ -207,7 +207,7 @@ class ScoreHandler:
     def _leave(self, future: "asyncio.Future[Score]") -> None:
         self.room.release()
         if not future.cancelled():
-            future.exception()  # which is not lost where an earlier image's has ended the request
+            future.exception()  # marks it as retrieved, so that asyncio logs nothing
 
 
 def _prepare(scorer: Scorer, task: str, file: bytes, max_pixels: int, name: str) -> tuple[Any, int]:

@@ -50,9 +50,9 @@ logger = logging.get_logger(__name__)
 
 FAILED = "generation failed; the server's log says why."
 MAX_DOWNLOADS = 4  # requests that download at the same time
-SHUTDOWN_SECONDS = 2  # for answers under way, after a signal
+SHUTDOWN_SECONDS = 2  # for answers that are running when a signal comes
 INTERRUPTED = 130  # exit code of the command after Ctrl-C
-IDLE_SECONDS = 1.5  # then, for the model to end those that were cut off
+IDLE_SECONDS = 1.5  # after that, for the model to stop
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class ServerSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.api_key is not None and not self.api_key.strip():
-            raise ValueError("the API key is empty: give one, or leave it out to serve everybody.")
+            raise ValueError(
+                "the API key is empty: set one, or leave it out to accept every client."
+            )
 
 
 class PinnedModel(ModelManager):
@@ -142,9 +144,9 @@ class Generator(GenerateManager):
     def async_submit(
         self, fn: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> asyncio.Future[Any]:
-        # The thread sets the result in any case, which a cancelled future would not take.
+        # shield: the thread always sets the result, and a cancelled future would raise an error.
         future = super().async_submit(fn, *args, **kwargs)
-        # Which is not lost where nobody waits for it any more.
+        # Marks errors as retrieved, so that asyncio logs nothing if nobody waits any more.
         future.add_done_callback(lambda done: done.exception())
         return asyncio.shield(future)
 
@@ -177,7 +179,7 @@ class Run:
             RuntimeError: If something went wrong, which the log says and the client need not know.
         """
         if self.is_cancelled.is_set():
-            raise RuntimeError("the client has gone.")
+            raise RuntimeError("the client disconnected.")
         if self.seed is not None:
             torch.manual_seed(self.seed)
         try:
@@ -209,7 +211,7 @@ class ChatHandler(ChatCompletionHandler):
         )
         self.generator = Generator()
         self.downloads = asyncio.Semaphore(MAX_DOWNLOADS)
-        self.turn = asyncio.Lock()  # one request's images in memory at a time
+        self.turn = asyncio.Lock()  # only one request's images in memory at a time
         self.context = Context(self.model, self.processor)
         self.num_outputs = (
             self.model.config.output_vocab_size or self.model.config.get_text_config().vocab_size
@@ -251,7 +253,7 @@ class ChatHandler(ChatCompletionHandler):
         """Refuse a request that names another model."""
         if model not in (None, self.name):
             raise HTTPException(
-                404, f"the model {ascii(model)[:200]} is not here; this is {self.name!r}."
+                404, f"unknown model {ascii(model)[:200]}: this server has {self.name!r}."
             )
 
     def _check(self, request: ChatRequest) -> None:
@@ -329,8 +331,7 @@ def build_app(
     """
     if not isinstance(model, MplugOwl2ForConditionalGeneration):
         raise ValueError(
-            f"expected an MplugOwl2ForConditionalGeneration to serve, {name} is a "
-            f"{type(model).__name__}."
+            f"{name}: expected an MplugOwl2ForConditionalGeneration, got {type(model).__name__}."
         )
     settings = settings or ServerSettings()
     pinned, state = PinnedModel(name, model, processor), GenerationState()
@@ -347,7 +348,7 @@ def build_app(
     async def score(request: Request) -> dict[str, Any]:
         return await scores.handle_request(request)
 
-    # transformers' own would load what a request names.
+    # transformers' own /load_model would load any model that a request names.
     app.router.routes[:] = [
         route for route in app.router.routes if getattr(route, "path", None) != "/load_model"
     ]
@@ -359,7 +360,7 @@ def build_app(
             raise HTTPException(400, "model: expected the name of the model.")
         event = {"status": "ready", "model": name, "cached": True}
         if wanted != name:
-            message = f"the model {ascii(wanted)[:200]} is not here; this is {name!r}."
+            message = f"unknown model {ascii(wanted)[:200]}: this server has {name!r}."
             event = {"status": "error", "model": wanted, "message": message}
         return Response(f"data: {json.dumps(event)}\n\n", media_type="text/event-stream")
 
@@ -429,5 +430,5 @@ def serve(app: ServedModel, sock: socket.socket, on_ready: Callable[[str], None]
     except KeyboardInterrupt:
         if server.is_idle:
             raise
-        # The interpreter cannot end in an orderly way while a thread is in the middle of the model.
+        # Python cannot shut down cleanly while a thread is still running the model.
         os._exit(INTERRUPTED)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _VISUAL_ATTENTION = ("visual_q_proj", "visual_k_proj", "visual_v_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
-# The connector of either kind of model; PEFT takes the one that is there.
+# The connectors of both kinds of model; PEFT uses the one that exists.
 _CONNECTORS = ["visual_abstractor", "h_reducer"]
 
 
@@ -103,13 +103,10 @@ def lora_config(
     from peft import LoraConfig
 
     if preset not in LORA_PRESETS:
-        raise ValueError(
-            f"There is no LoRA preset {preset!r}: choose one of {', '.join(LORA_PRESETS)}."
-        )
+        raise ValueError(f"Expected a LoRA preset of {', '.join(LORA_PRESETS)}, got {preset!r}.")
     if "target_modules" in kwargs:
         raise ValueError(
-            "A preset names the target_modules: leave them out, or make a peft.LoraConfig of your "
-            "own."
+            "A preset sets target_modules: leave them out, or create your own peft.LoraConfig."
         )
     if train_connector:
         kwargs["modules_to_save"] = [*(kwargs.get("modules_to_save") or []), *_CONNECTORS]
@@ -152,8 +149,10 @@ def load_adapter(
     from peft import PeftModel
 
     if read_settings(folder, {}) is None:
-        raise ValueError(f"{folder} holds no adapter: expected a folder with adapter_config.json.")
-    # Which refuses a broken file; PEFT would not say which it is, or not notice.
+        raise ValueError(
+            f"{folder} contains no adapter: expected a folder with adapter_config.json."
+        )
+    # Raises an error that names a broken file, which PEFT might not notice.
     read_adapter(folder, {})
     if (Path(folder) / NON_LORA_FILE).is_file():
         load_non_lora(model, folder)

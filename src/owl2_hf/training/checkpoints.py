@@ -10,11 +10,11 @@ from safetensors import safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 STATE = "trainer_state.json"
-# Written beside a checkpoint; tells how many processes it is of.
+# Written into a checkpoint; contains the number of processes.
 VERSIONS = "versions.json"
-# What `torch.save` writes are zip files with a checksum of each tensor.
+# `torch.save` writes zip files with a checksum of each tensor.
 _ZIPPED = {".pt", ".pth", ".bin"}
-# FSDP names its folders (and its files, without shards) so; DeepSpeed has a file that names the
+# Names of FSDP's folders (and of its files, without shards); DeepSpeed has a file that names the
 # folder.
 _WEIGHTS = (
     "model.safetensors",
@@ -108,7 +108,7 @@ def _missing(checkpoint: Path) -> str | None:
         return "the folder that `latest` names"
     if (checkpoint / "rng_state.pth").is_file():
         return None
-    # Several processes have a state each, and there are at least two of them.
+    # With several processes, at least two, each has its own state.
     count = max(num_processes(checkpoint) or 0, 2)
     if not any(checkpoint.glob("rng_state_*.pth")):
         return "rng_state.pth"
@@ -129,24 +129,20 @@ def _damage_of(path: Path) -> str | None:
         return "is empty"
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt"):  # compares the length of the file with what its header says
+            with safe_open(path, "pt"):  # compares the length of the file with its header
                 return None
         if path.suffix in _ZIPPED:
             with zipfile.ZipFile(path) as archive:
-                return (
-                    None
-                    if archive.testzip() is None
-                    else "does not have the checksum that it was written with"
-                )
+                return None if archive.testzip() is None else "is damaged: its checksum is wrong"
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
             shards = (
                 content.get("weight_map", {}).values() if path.name.endswith(".index.json") else ()
             )
             lost = sorted(name for name in set(shards) if not (path.parent / name).is_file())
-            return f"names {lost[0]}, which is missing" if lost else None
-    except Exception:  # what is damaged raises anything
-        return "is cut short or damaged"
+            return f"names {lost[0]}, which does not exist" if lost else None
+    except Exception:  # damaged files raise almost any error
+        return "is truncated or damaged"
     return None
 
 

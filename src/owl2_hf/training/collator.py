@@ -79,7 +79,7 @@ class Collator:
         self._cache = (
             None if image_cache is None else ImageCache(image_cache, processor.image_processor)
         )
-        # Workers of a DataLoader write each into a line of its own, line 0 is the main process's.
+        # Each DataLoader worker writes into its own row; row 0 is for the main process.
         self._counts = torch.zeros(MAX_WORKERS, len(COUNTS), dtype=torch.long).share_memory_()
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Collator:
                 chats.append(chat)
                 crops.append(self._count_crops(chat))
         with _naming("rows " + ", ".join(_name(row, number) for number, row in enumerate(rows, 1))):
-            # Rows may be longer than the model before truncation.
+            # Before truncation, rows may be longer than the context.
             batch = self.processor.apply_chat_template(
                 chats,
                 tokenize=True,

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Component -> pattern found in its parameters' names; the first that is found holds.
+# Component -> pattern in the names of its parameters; the first match counts.
 COMPONENTS: dict[str, str] = {
     "adapters": r"\.lora_|\.(ia3|hada|lokr|oft|boft|vera)_|\.trainable_tokens_",
     "vision_tower": r"\bvision_tower\.",
@@ -22,9 +22,9 @@ COMPONENTS: dict[str, str] = {
     "language_model": r"\blanguage_model\.",
 }
 _ALL = tuple(COMPONENTS)[1:]
-# PEFT's copy of a module that trains as a whole; the original stays beside it, unused.
+# PEFT's copy of a module that trains completely, and the unused original.
 _COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
-# What trains; adapters, where there are any, always do.
+# What trains, besides adapters, which always train.
 TRAINABLE: dict[str, tuple[str, ...]] = {
     # Stage 1 of the paper: everything that sees images.
     "pretrain": ("vision_tower", "connector", "visual_branch"),
@@ -64,17 +64,17 @@ def freeze_all_but(model: nn.Module, trains: str | Sequence[str]) -> None:
             # Quantised weights are integers: they cannot train.
             is_wanted = part in wanted and _ORIGINAL not in name
             parameter.requires_grad_(is_wanted and parameter.is_floating_point())
-    # A preset of everything covers what the model has; one that names parts has to find them.
+    # A preset of all parts may name parts that the model lacks; other presets may not.
     optional = (
         {"embeddings", "lm_head", "visual_branch"} if set(wanted) >= {"language_model"} else set()
     )
     if missing := [part for part in wanted if part not in found | optional]:
         raise ValueError(
-            f"{trains!r} should train {', '.join(missing)}, but this model has no such parameters."
+            f"trains={trains!r} names {', '.join(missing)}, but this model has no such parameters."
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            f"{trains!r} leaves no parameter to train: add an adapter, or name other parts of "
+            f"trains={trains!r} trains no parameter: add an adapter, or choose other parts of "
             f"{', '.join(_ALL)}."
         )
 
@@ -187,7 +187,7 @@ def parameter_groups(
     parts = {component_of(name) for name in names}
     if idle := [part for part in learning_rates if part not in parts]:
         raise ValueError(
-            f"learning_rates names {', '.join(idle)}, which does not train here: expected some of "
+            f"learning_rates names {', '.join(idle)}, which does not train: expected some of "
             f"{', '.join(sorted(parts))}."
         )
     num_layers = 1 + max(

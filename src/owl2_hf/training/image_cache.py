@@ -52,12 +52,12 @@ class ImageCache:
     def __init__(self, folder: str | Path, image_processor: MplugOwl2ImageProcessor):
         if image_processor.image_aspect_ratio == "anchors" or not image_processor.do_resize:
             raise ValueError(
-                "image_cache keeps one square of each image, but this model's image processor "
-                "makes crops, or does not resize: leave it out."
+                "image_cache needs an image processor that makes one square of each image; this "
+                "model's makes crops, or does not resize. Leave image_cache out."
             )
         self._processor = image_processor
         self._side = side_of(image_processor)
-        # Another release may resample in another way.
+        # Other versions may resample differently.
         releases = {"pillow": PIL.__version__, "owl2_hf": version("owl2_hf")}
         settings = json.dumps(
             {**image_processor.to_dict(), **releases}, sort_keys=True, default=str
@@ -74,7 +74,7 @@ class ImageCache:
             ]
         )
         self._maps: dict[str, np.ndarray] = {}  # file -> its records
-        # Key -> file and number of each of its records: two processes may have made the same one.
+        # Key -> file and number of each record: two processes may have written the same image.
         self._places: dict[bytes, list[tuple[str, int]]] = {}
         self._writer: tuple[int, Any] | None = None  # process and its file
         self._is_full = False
@@ -128,7 +128,7 @@ class ImageCache:
             if not entry.name.endswith(_SUFFIX):
                 continue
             known = len(self._maps.get(entry.name, ()))
-            # A record that is not whole yet, or of a process that was killed, is not counted.
+            # An incomplete record, also of a killed process, is not counted.
             count = entry.stat().st_size // self._record.itemsize
             if count <= known:
                 continue
@@ -151,11 +151,12 @@ class ImageCache:
                 self._writer = (os.getpid(), path.open("ab", buffering=0))
             data = record.tobytes()
             if self._writer[1].write(data) != len(data):
-                raise OSError("there is no space left")
+                raise OSError("no space left on the disk")
         except OSError as error:
             self._is_full = True
             logger.warning(
-                f"{self.folder} takes no more images ({error}); the run goes on without."
+                f"image_cache: cannot write to {self.folder} ({error}); the run continues "
+                "without caching more images."
             )
 
 
@@ -189,10 +190,10 @@ def _claim(folder: Path) -> None:
     mark = folder / MARK
     folder.mkdir(parents=True, exist_ok=True)
     is_used = any(not entry.name.endswith(".part") for entry in os.scandir(folder))
-    if is_used and not mark.exists():  # looked for last: another rank may have made both
+    if is_used and not mark.exists():  # checked last, because another rank may have created both
         raise ValueError(
-            f"image_cache: {folder} holds other files and no {MARK}: name an empty folder, or a "
-            "cache."
+            f"image_cache: {folder} contains other files and no {MARK}: choose an empty folder "
+            "or a cache."
         )
     if not mark.exists():
         _write_whole(mark, json.dumps(_FORMAT))
@@ -202,7 +203,7 @@ def _claim(folder: Path) -> None:
         found = None
     if found != _FORMAT:
         raise ValueError(
-            f"image_cache: {mark} is damaged or of another version: remove the folder, or name "
+            f"image_cache: {mark} is damaged or of another version: remove the folder, or choose "
             "another one."
         )
 

@@ -22,7 +22,7 @@ ROLES = {
     "system": "system",
 }
 MARKERS = re.compile(r"<\|image\|>|<image>|<video>")
-# Keys that a row gets on its way: where it stands, and of one that could not be read why.
+# Keys that loading adds to a row: its place in the file, and the reason if it could not be read.
 ORIGIN = "_origin"
 UNREADABLE = "_unreadable"
 PAYLOADS = ("image", "video", "url", "path", "base64", "image_url")
@@ -53,7 +53,7 @@ class Place:
                 else f"the image folder {str(self.folder)!r}"
             )
             raise ValueError(
-                f"{str(name)!r} leads out of {folder}: name another folder, or set allow_outside."
+                f"{str(name)!r} is outside {folder}: choose another folder, or set allow_outside."
             )
         return Path(os.path.normpath(path))
 
@@ -185,7 +185,7 @@ def _text(value: Any, expected: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{expected}, got one that is not Unicode at character {error.start}."
+            f"{expected}, got one that is not valid Unicode at character {error.start}."
         ) from None
     return value
 
@@ -249,8 +249,8 @@ def _fill(messages: Sequence[Message], images: list[Any], videos: list[list[Any]
         if len(places) != len(media):
             marker = "<|image|>" if kind == "image" else "<video>"
             raise ValueError(
-                f"the turns have {len(places)} {marker} for {len(media)} {kind}s: give each {kind} "
-                f"one marker, or a part of type {kind!r}."
+                f"expected one {marker}, or one part of type {kind}, for each of {len(media)} "
+                f"{kind}s, got {len(places)}."
             )
         for part, medium in zip(places, media, strict=True):
             part[kind] = medium
@@ -277,7 +277,7 @@ def _check_turns(messages: Sequence[Message]) -> None:
             )
     if not messages or messages[-1]["role"] != "assistant":
         got = messages[-1]["role"] if messages else "nothing"
-        raise ValueError(f"expected an answer of the assistant as the last turn, got {got!r}.")
+        raise ValueError(f"expected an answer of the assistant in the last turn, got {got!r}.")
 
 
 def _listed(row: Mapping[str, Any], *keys: str) -> list[Any]:
@@ -325,15 +325,15 @@ def locate_picture(image: Any, place: Place) -> Any:
     is_web = isinstance(image, str) and image.startswith(("http://", "https://"))
     if is_web and not place.is_open:
         raise ValueError(
-            f"{str(image).partition('?')[0]!r} is not fetched: set allow_outside for images from "
-            "the internet."
+            f"{str(image).partition('?')[0]!r} is not downloaded: set allow_outside for images "
+            "from the internet."
         )
     if is_web or (isinstance(image, str) and image.startswith("data:")):
         return image
     path = place.path(image)
     if not path.is_file():
         raise ValueError(
-            f"there is no image {str(path)!r}; relative paths start from the image folder."
+            f"the image {str(path)!r} does not exist; relative paths start from the image folder."
         )
     return str(path)
 

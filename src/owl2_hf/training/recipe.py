@@ -19,7 +19,7 @@ from ..scoring.labels import DENSITIES
 from ..scoring.losses import PAIR_LOSSES
 
 _FOLDER = Path(__file__).parent
-# Of Q-Align's training rows, in even shares; the first is the one that the released model is asked.
+# The questions of Q-Align's training rows, equally often; inference uses the first.
 QUESTIONS = (
     "How would you rate the quality of this image?",
     "What do you think about the quality of this image?",
@@ -139,7 +139,7 @@ class ScoreRecipe:
             question.count(IMAGE_TOKEN) > 1 for question in self.questions
         ):
             raise ValueError(
-                f"questions: expected at least one, with {IMAGE_TOKEN} once at most, got "
+                f"questions: expected at least one, each with at most one {IMAGE_TOKEN}, got "
                 f"{self.questions}."
             )
         if self.answer.count("{level}") != 1:
@@ -205,8 +205,7 @@ class Recipe:
             )
         if self.adapter is not None and self.image_size is not None:
             raise ValueError(
-                "image_size changes the model, which an adapter cannot carry: leave one of them "
-                "out."
+                "image_size changes the model, which an adapter cannot save: leave one of them out."
             )
         if self.scores is not None:
             self._check_scores(self.scores)
@@ -218,33 +217,35 @@ class Recipe:
             given = getattr(scores, name)
             if isinstance(given, list) and len(given) != sources:
                 raise ValueError(
-                    f"scores.{name}: expected one of each of data.train, {sources}, got "
+                    f"scores.{name}: expected {sources} values, one for each of data.train, got "
                     f"{len(given)}."
                 )
         if self.data.streaming:
             raise ValueError(
-                "data.streaming: a scorer needs all its rows for their range: leave it out."
+                "data.streaming: a scorer needs all rows to find their range of scores: leave "
+                "it out."
             )
         if self.trainer.get("label_smoothing_factor"):
             raise ValueError(
-                "trainer.label_smoothing_factor: a scorer has labels of its own: leave it out."
+                "trainer.label_smoothing_factor does not work with a scorer's own labels: leave "
+                "it out."
             )
         if scores.keep_best is not None and self.trainer.get("save_total_limit") is not None:
             raise ValueError(
-                "scores.keep_best and trainer.save_total_limit both remove checkpoints: give one "
-                "of them."
+                "scores.keep_best and trainer.save_total_limit both remove checkpoints: use "
+                "only one of them."
             )
         if scores.keep_best is not None and self.data.eval is None:
             raise ValueError(
-                "scores.keep_best compares SRCC: name the opinions to evaluate on in data.eval."
+                "scores.keep_best compares SRCC: set data.eval to the opinions to evaluate on."
             )
         if scores.keep_best is not None and self.trainer.get("eval_strategy") not in (
             "steps",
             "epoch",
         ):
             raise ValueError(
-                "scores.keep_best compares SRCC on the way: set trainer.eval_strategy to steps or "
-                "epoch."
+                "scores.keep_best compares SRCC during training: set trainer.eval_strategy to "
+                "steps or epoch."
             )
 
     def to_yaml(self) -> str:
@@ -271,12 +272,12 @@ def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
     path = shipped_recipes().get(str(name), Path(name))
     if not path.is_file():
         raise ValueError(
-            f"{name}: expected the file of a recipe, or one of {', '.join(shipped_recipes())}."
+            f"{name}: expected a recipe file, or one of {', '.join(shipped_recipes())}."
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys with values, got {type(values).__name__}.")
     for setting in settings:
@@ -297,11 +298,11 @@ def _set(values: dict[str, Any], setting: str) -> None:
             values[name] = {}
         values = values[name]
         if not isinstance(values, dict):
-            raise ValueError(f"{setting!r}: {name} holds a value, no keys.")
+            raise ValueError(f"{setting!r}: {name} is a value and has no keys.")
     try:
         values[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ValueError(f"{setting!r}: the value is no YAML: {error}") from None
+        raise ValueError(f"{setting!r}: the value is not valid YAML: {error}") from None
 
 
 def _build(kind: type, values: Any, where: str) -> Any:

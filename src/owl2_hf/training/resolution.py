@@ -21,7 +21,7 @@ def with_image_size(config: MplugOwl2Config, image_size: int) -> MplugOwl2Config
     patch_size = config.vision_config.patch_size
     if image_size < patch_size or image_size % patch_size:
         raise ValueError(
-            f"expected an image_size in whole patches of {patch_size} pixels, got {image_size}."
+            f"expected an image_size that is a multiple of {patch_size} pixels, got {image_size}."
         )
     values = copy.deepcopy(config.to_dict())
     values["vision_config"]["image_size"] = image_size

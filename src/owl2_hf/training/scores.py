@@ -77,7 +77,7 @@ class ScoreRows(Dataset[Row]):
         generator = np.random.default_rng([seed, 1])
         count = 1 if asks_first else len(recipe.questions)
         self._questions = [generator.permutation(len(group.rows)) % count for group in groups]
-        # Workers of a DataLoader that live on see the new epoch, too.
+        # Persistent DataLoader workers see the new epoch, too.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def _drawn(self, group: _Group, weight: float) -> np.ndarray:
@@ -116,7 +116,7 @@ class ScoreRows(Dataset[Row]):
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
             ],
             f"{kind}s": [opinion.image],
-            "allow_outside": True,  # where images lie was looked at when the opinions were read
+            "allow_outside": True,  # reading the opinions already checked the paths of images
             ORIGIN: f"{own.source}: row {opinion.row}",
             "level_probs": self.soft(own, opinion),
             "mos": opinion.mos,
@@ -156,7 +156,7 @@ class ScoreRows(Dataset[Row]):
         ]
         for group in groups:
             if not group.rows:
-                raise ValueError(f"{group.source}: no row of {group.name!r} is left, all are bad.")
+                raise ValueError(f"{group.source}: all rows of {group.name!r} are bad.")
         return ScoreRows(
             groups, self.recipe, self.weights, self.seed, self.in_pairs, self.asks_first
         )
@@ -206,7 +206,7 @@ def load_score_rows(
     assert scores is not None
     sources = [data.train] if isinstance(data.train, str) else data.train
     if not sources or not all(sources):
-        raise ValueError("the recipe names no data: set data.train to files of opinions.")
+        raise ValueError("the recipe has no data.train: set it to files of opinions.")
     densities = (
         [scores.density] * len(sources) if isinstance(scores.density, str) else scores.density
     )
@@ -260,12 +260,12 @@ def checked_score_rows(
     kept: list[ScoreRows] = []
     for own in [rows] if eval_rows is None else [rows, eval_rows]:
         bad: dict[int, set[int]] = {number: set() for number in range(len(own.groups))}
-        # Every rank looks at all rows, so that all leave out the same ones.
+        # Every rank checks all rows, so that all skip the same ones.
         for message, number, row in _bad_opinions(own, workers, 0, 1, decode=True):
             bad[number].add(row)
             skipped.append(message)
         kept.append(own.without(bad))
-    # A file that is trained on and evaluated on is read twice.
+    # A file used for both training and evaluation is read twice.
     return kept[0], None if eval_rows is None else kept[1], list(dict.fromkeys(skipped))
 
 
@@ -338,8 +338,8 @@ def answer_ids(collator: Collator, recipe: ScoreRecipe) -> tuple[list[int], list
     for word, own, expected in zip(recipe.levels, answers, ids, strict=True):
         if own != [*answers[0][:place], expected, *answers[0][place + 1 :]]:
             raise ValueError(
-                f"the level {word!r} is not one token of its own in {recipe.answer!r}: choose another word, or write a "
-                "space or a full stop around {level}."
+                f"the level {word!r} is not a single token in {recipe.answer!r}: choose another "
+                "word, or put a space or a full stop around {level}."
             )
     return answers[0][:place], ids
 

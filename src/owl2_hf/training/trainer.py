@@ -54,7 +54,7 @@ class Owl2Trainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self._rates, self._vision_layer_decay = dict(learning_rates or {}), vision_layer_decay
-        # What the collator calls the rows of this step.
+        # Names of the rows of this step, from the collator.
         self._rows: deque[list[str]] = deque(maxlen=self.args.gradient_accumulation_steps)
         if self.args.label_smoothing_factor and self.compute_loss_func is None:
             self.label_smoother = None
@@ -70,9 +70,9 @@ class Owl2Trainer(Trainer):
             kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)
             if taken := {"params", "model", "optimizer_dict"} & set(kwargs):
                 raise ValueError(
-                    f"optimizer {self.args.optim} makes its own groups of parameters "
-                    f"({', '.join(taken)}), so learning rates by component would not apply: choose "
-                    "another, for instance adamw_torch."
+                    f"optimizer {self.args.optim} makes its own parameter groups "
+                    f"({', '.join(taken)}) and ignores learning rates by component: choose "
+                    "another, for example adamw_torch."
                 )
             kwargs["params"] = parameter_groups(
                 target,
@@ -90,7 +90,7 @@ class Owl2Trainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         except Exception:
-            # With several, the others are not here to save their part.
+            # With several processes, the others cannot save their parts here.
             if self.args.world_size == 1:
                 self.keep_progress()
             raise
@@ -112,16 +112,17 @@ class Owl2Trainer(Trainer):
                 self._save_checkpoint(self.model, trial=None)
                 self.callback_handler.on_save(self.args, self.state, self.control)
             logger.warning(
-                f"The run ends in step {step + 1}; {PREFIX_CHECKPOINT_DIR}-{step} holds it until "
-                "then."
+                f"The run failed in step {step + 1}; {PREFIX_CHECKPOINT_DIR}-{step} has the "
+                "state before it."
             )
-        except Exception as error:  # the one that ends the run matters more
+        except Exception as error:  # the error that ended the run matters more
             logger.warning(
-                f"The run ends in step {step + 1}, and step {step} could not be kept: {error}"
+                f"The run failed in step {step + 1}, and no checkpoint of step {step} could be "
+                f"saved: {error}"
             )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # transformers looks whether the run is at its end only after a step.
+        # transformers checks whether the run is complete only after a step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -145,8 +146,7 @@ class Owl2Trainer(Trainer):
             if error is not None:
                 raise error
             raise ValueError(
-                f"the rows of process {int(failed.int().argmax())} ended the run, as it says "
-                "itself."
+                f"process {int(failed.int().argmax())} failed to read its rows: see its error."
             )
         return super().get_batch_samples(iter(batches), num_batches, device)
 
@@ -161,20 +161,21 @@ class Owl2Trainer(Trainer):
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
-        if self.accelerator.scaler is None:  # float16 scales its loss down where gradients overflow
+        # with float16, the scaler handles overflowing gradients
+        if self.accelerator.scaler is None:
             self._check_finite("gradient norm", norm)
         return norm
 
     def _check_finite(self, name: str, value: Any) -> None:
         if math.isfinite(value):
             return
-        if self.args.world_size == 1:  # several processes need not all see it
+        if self.args.world_size == 1:  # in a run of several processes, only one may see it
             self.keep_progress()
         last = last_checkpoint(self.args.output_dir)
         kept = (
-            f"the last checkpoint, {last}, is kept: go on from it"
+            f"resume from the last checkpoint, {last},"
             if last
-            else "there is no checkpoint yet: begin"
+            else "there is no checkpoint yet: start again"
         )
         names = list(itertools.chain(*self._rows))
         rows = (
