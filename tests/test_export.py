@@ -47,7 +47,7 @@ def test_the_file_computes_what_torch_computes(kind, tmp_path):
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=LARGEST)
 
 
-def test_a_file_that_is_there_is_kept(tmp_path):
+def test_existing_files_are_not_overwritten(tmp_path):
     (tmp_path / "vision.onnx").write_text("mine")
     result = run("default", tmp_path / "vision.onnx")
     assert (
@@ -129,7 +129,7 @@ def test_a_scorers_file_asks_as_it_is_told(tmp_path):
         ("default-scorer", ["--scorer", "--task", "video"], "whose prompt has one image"),
     ],
 )
-def test_what_has_no_file_of_scores_is_told(model, options, words, tmp_path):
+def test_models_that_cannot_be_exported_as_a_scorer_are_named(model, options, words, tmp_path):
     result = run(model, tmp_path / "scorer.onnx", *options)
     assert result.exit_code == 1 and words in result.stderr, result.output
     assert not list(tmp_path.iterdir())

@@ -238,7 +238,7 @@ def test_registering_again_changes_nothing():
     assert sum(isinstance(finder, registration._TableFinder) for finder in sys.meta_path) == 1
 
 
-def test_hooked_modules_look_as_if_they_were_not():
+def test_hooked_modules_keep_their_loaders():
     for name in registration.TABLES:
         module = import_module(name)
         assert type(module.__loader__) is type(
@@ -247,7 +247,7 @@ def test_hooked_modules_look_as_if_they_were_not():
         assert module.__spec__.loader is module.__loader__
 
 
-def test_what_others_registered_before_stays():
+def test_earlier_registrations_are_kept():
     entries = registration._LazyEntries({"theirs": int})
     assert entries["theirs"] is int and "theirs" in entries and "mplug_owl2" in entries
     with pytest.raises(KeyError, match="nobodys"):

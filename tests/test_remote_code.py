@@ -100,7 +100,7 @@ def ask_a_stranger(folder, picture, prompt, tmp_path):
     return torch.tensor(json.loads(result.stdout.splitlines()[-1]))
 
 
-def test_a_stranger_gets_the_same_logits(saved, tmp_path):
+def test_remote_code_without_the_package_gives_the_same_logits(saved, tmp_path):
     picture = str(next(iter(owl2_hf.default_pictures().values())))
     prompt = "USER: <|image|>What is this? ASSISTANT:"
     found = ask_a_stranger(saved, picture, prompt, tmp_path)

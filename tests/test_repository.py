@@ -124,7 +124,7 @@ def test_files_and_links_of_the_pages_exist(page):
         assert (ROOT / path).exists(), path
 
 
-def test_what_contributing_says_to_change_is_there():
+def test_code_named_in_contributing_exists():
     text = read("CONTRIBUTING.md")
     sources = "\n".join(path.read_text() for path in (ROOT / "src" / "owl2_hf").rglob("*.py"))
     sources += "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))

@@ -139,7 +139,7 @@ def test_the_command_names_a_broken_video_and_scores_the_rest(folder, default, t
     assert run(folder, videos / "a.mp4").exit_code == 0
 
 
-def test_what_is_no_video_is_named(tmp_path, monkeypatch):
+def test_files_that_are_not_videos_are_named(tmp_path, monkeypatch):
     pytest.importorskip("av", reason="PyAV is not installed")
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "empty.mp4").write_bytes(b"")

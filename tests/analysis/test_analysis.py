@@ -336,7 +336,7 @@ def test_docowls_crops_have_masses_but_no_query_maps(default, tmp_path):
     assert sorted(files) == ["analysis.json", "attention.png", "norms.png"]
 
 
-def test_what_cannot_be_analysed_is_refused(default):
+def test_inputs_that_cannot_be_analysed_are_refused(default):
     model, processor = default
     with pytest.raises(
         ValueError, match="expected an MplugOwl2ForConditionalGeneration, got MplugOwl2TextModel"

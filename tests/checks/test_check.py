@@ -181,7 +181,7 @@ def test_the_command_prints_json_for_a_program(quick):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_passes_within_a_third_of_what_is_allowed(quick, dtype):
+def test_half_precision_differs_by_less_than_a_third_of_the_tolerance(quick, dtype):
     found = owl2_hf.check(dtype=dtype, device="cpu")
     assert found.ok, str(found)
     measured = [check for check in found.checks if check.status == "ok" and check.tolerance]
@@ -444,7 +444,7 @@ def test_a_bundled_model_that_does_not_load_is_a_failed_check(copied, check_copy
 # What cannot run
 
 
-def test_what_cannot_run_is_skipped_with_its_reason(monkeypatch):
+def test_checks_that_cannot_run_are_skipped_with_a_reason(monkeypatch):
     model = torch.nn.Linear(1, 1)
     model.device, model.dtype = torch.device("cuda"), torch.float32
     fake = Subject(model, None, None)
@@ -481,7 +481,7 @@ def test_too_little_memory_for_a_check_skips_it():
     assert (found.status, found.message) == ("skipped", "the device has too little memory for it")
 
 
-def test_nothing_checked_is_not_ok():
+def test_a_report_with_only_skipped_checks_is_not_ok():
     skipped = report.Check("a", "skipped", None, None, 0.0, "")
     assert not report.Report("1", "m", {}, [], "cpu", checks=[skipped]).ok
 

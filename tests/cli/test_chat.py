@@ -246,7 +246,7 @@ def test_bytes_that_are_no_text_are_replaced():
     assert len(result.stdout.splitlines()) == 2
 
 
-def test_what_cuts_an_answer_off_is_said(tmp_path):
+def test_the_reason_for_a_truncated_answer_is_printed(tmp_path):
     model = model_folder(tmp_path, suppress_tokens=[2])
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 50

@@ -201,7 +201,7 @@ def test_wrong_arguments_exit_with_2():
 ODD = "\x1b]0;owned\x07bad\nowl2-hf: forged \u202e.png"
 
 
-def test_what_a_terminal_could_obey_is_escaped():
+def test_control_characters_are_escaped():
     assert printable(ODD) == "\\x1b]0;owned\\x07bad\\nowl2-hf: forged \\u202e.png"
     assert printable("a\nb\x1b", keep="\n") == "a\nb\\x1b"
     assert printable("Grüße, 猫 🦉.png \udcff") == "Grüße, 猫 🦉.png \\udcff"

@@ -167,7 +167,7 @@ def test_a_mistake_is_told_in_one_line(options, words, tmp_path):
 
 
 @TOOLS["torchao"]
-def test_what_cannot_be_rounded_is_refused(tmp_path):
+def test_models_that_cannot_be_quantised_are_refused(tmp_path):
     target = tmp_path / "out"
     quantize("default-scorer", tmp_path / "int8")
     result = run("quantize", tmp_path / "int8", target)
@@ -217,7 +217,7 @@ def test_a_folder_that_computes_something_else_is_not_kept(tmp_path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
-def test_no_step_of_a_quantizer_stands_in_front_of_the_tables():
+def test_compressed_tensors_adds_no_step_before_embedding_tables():
     """The reader of compressed-tensors would add one there, and it loses tensors without a
     scale.
     """

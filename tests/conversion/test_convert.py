@@ -263,7 +263,7 @@ def test_the_way_back_writes_what_the_originals_code_reads(golden_dir, tmp_path)
         ),
     ],
 )
-def test_what_the_original_has_no_word_for_does_not_go_back(
+def test_settings_that_the_original_lacks_are_refused_with_to_original(
     golden_dir, tmp_path, part, values, message
 ):
     command("convert", golden_dir("A") / "hf", tmp_path / "ours")

@@ -187,7 +187,7 @@ def test_generation_settings_that_are_given_or_broken_do_not_spoil_direct_loadin
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_same_in_half_precision_without_tables(source, tmp_path, dtype):
+def test_half_precision_weights_without_position_tables_load_directly(source, tmp_path, dtype):
     def halve(tensors):
         for key in list(tensors):
             if key.endswith("_pos_embed"):
@@ -373,7 +373,7 @@ def test_a_tensor_without_a_place_is_an_error(source, key, shape, words):
         assert len(info["unexpected_keys"]) == 1
 
 
-def test_what_transformers_leaves_out_is_no_error(source, tmp_path):
+def test_tensors_that_transformers_ignores_raise_no_error(source, tmp_path):
     buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit(source, lambda tensors: tensors.update({buffer: torch.ones(2)}))
     AutoModelForImageTextToText.from_pretrained(source).save_pretrained(tmp_path / "ours")

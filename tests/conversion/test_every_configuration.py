@@ -130,7 +130,7 @@ def test_it_saves_loads_and_converts(config):
             )
 
 
-def test_no_bound_on_the_ids_that_may_be_predicted_is_no_obstacle_for_owl21(tmp_path):
+def test_owl21_without_output_vocab_size_converts_to_original(tmp_path):
     text = {"vocab_size": 70, "hidden_size": 24, "intermediate_size": 9, "num_hidden_layers": 1}
     config = MplugOwl2Config(
         vision_config={

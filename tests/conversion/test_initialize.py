@@ -496,7 +496,7 @@ def test_generation_stops_where_the_language_model_did_and_where_the_template_en
     assert "pads" in report.notes[0]
 
 
-def test_what_is_no_llama_is_refused(tmp_path, clip):
+def test_models_other_than_llama_are_refused(tmp_path, clip):
     MistralConfig(hidden_size=32).save_pretrained(tmp_path / "mistral")
     with pytest.raises(ValueError, match=r"model_type 'llama', got 'mistral'"):
         initialize(tmp_path / "mistral", tmp_path / "new", clip)

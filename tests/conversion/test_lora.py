@@ -233,7 +233,7 @@ def test_a_sum_too_large_for_the_base_names_the_fine_tune(golden, tune, tmp_path
     assert "a-name: the merged model.language_model.norm.weight is too large" in line
 
 
-def test_tables_of_a_fine_tune_need_none_in_the_base(golden, tune, tmp_path):
+def test_position_tables_of_a_fine_tune_may_be_missing_in_the_base(golden, tune, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(golden / "mplug_owl2_base", base)
     key = "model.visual_abstractor.encoder.layers.0.crossattention.attention.q_pos_embed"

@@ -71,7 +71,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(source, tmp_path, save, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_the_switch_that_turns_safety_off_is_not_obeyed(source, tmp_path):
+def test_the_environment_variable_for_unsafe_loading_is_ignored(source, tmp_path):
     torch.save({NORM: Bomb(tmp_path / "ran")}, source / "pytorch_model.bin")
     result = subprocess.run(
         [sys.executable, "-m", "owl2_hf", "convert", source, tmp_path / "target"],
@@ -104,7 +104,7 @@ def test_a_script_of_torch_is_refused(source, tmp_path):
     ],
 )
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_what_is_no_weight_file_is_called_by_its_name(
+def test_git_lfs_pointers_web_pages_and_damaged_files_are_named(
     source, tmp_path, content, message, name
 ):
     (source / "pytorch_model.bin").unlink()

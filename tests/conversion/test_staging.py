@@ -93,7 +93,7 @@ def test_a_link_to_an_empty_folder_is_followed(source, tmp_path):
     assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
 
 
-def test_two_at_once_end_in_one_result(source, tmp_path):
+def test_two_processes_cannot_write_the_same_folder(source, tmp_path):
     with staged_folder(tmp_path / "target") as folder:
         fill(folder)
         assert "is being written by another process" in refused(

@@ -227,7 +227,7 @@ def test_the_pixels_of_all_pictures_count_together(worker, tmp_path):
         list(worker.answer([user("What is this?", *paths)], 1))
 
 
-def test_what_is_longer_than_the_context_is_refused(worker):
+def test_messages_longer_than_the_context_are_refused(worker):
     with pytest.raises(ValueError, match="the messages are longer than the context of 2048 tokens"):
         list(worker.answer([user("a" * 100_000)], 8))
     with pytest.raises(

@@ -80,7 +80,7 @@ def test_an_interrupted_run_ends_as_a_whole_one_does(data, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_what_it_leaves_loads_as_any_model_does(data, tmp_path):
+def test_the_saved_model_loads_with_the_auto_classes(data, tmp_path):
     trainer = train.run(arguments(tmp_path, 3))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     processor = AutoProcessor.from_pretrained(tmp_path / "model")

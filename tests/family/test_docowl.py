@@ -138,7 +138,7 @@ def test_gradients_of_the_h_reducer_have_the_originals_norms(golden):
         assert norm is None or abs(gradient.norm().item() / norm - 1) < 1e-5, key
 
 
-def test_the_norm_nobody_applies_gets_zeros_in_training(golden):
+def test_the_unused_norm_gets_zero_gradients_in_training(golden):
     model = copy.deepcopy(golden.model).train()
     model(**golden.inputs(golden.case("c5_labels_one_image"))).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -528,7 +528,7 @@ def test_the_pipeline_answers_about_a_document(with_tokenizer, documents, tmp_pa
     assert len(set(answers)) == 1
 
 
-def test_a_stranger_gets_the_same_logits(
+def test_remote_code_without_the_package_gives_the_same_logits(
     with_tokenizer, golden_dir, tmp_path
 ):
     command("convert", with_tokenizer, tmp_path / "a.model")

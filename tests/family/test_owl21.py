@@ -189,7 +189,7 @@ def test_save_pretrained_writes_both_layouts(source, converted, tmp_path):
         assert_same_bits(model.state_dict(), load_state(native))
 
 
-def test_what_the_originals_code_cannot_say_is_not_written_back(converted, tmp_path):
+def test_settings_that_the_originals_code_lacks_are_refused_with_to_original(converted, tmp_path):
     for number, (change, message) in enumerate(
         [
             ({"rope_dynamic_ntk_length": 256}, "does not support"),
@@ -499,7 +499,7 @@ def test_level_words_score_pictures(talking, ranks, tmp_path):
         )
 
 
-def test_a_stranger_gets_the_same_logits(talking, tmp_path):
+def test_remote_code_without_the_package_gives_the_same_logits(talking, tmp_path):
     convert(talking, tmp_path / "converted")
     Image.new("RGB", (50, 30), "red").save(tmp_path / "red.png")
     prompt = "USER: <|image|>the image ASSISTANT:"

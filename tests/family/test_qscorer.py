@@ -194,7 +194,7 @@ def test_it_trains_with_checkpointing_and_a_regression(model, checkpoint):
     assert without == {"lm_head.weight"}  # the choice of a token has no gradient
 
 
-def test_what_it_cannot_read_is_refused(model):
+def test_inputs_embeds_are_refused(model):
     with pytest.raises(
         ValueError, match=r"Q-Scorer reads whole prompts .* pass input_ids and no cache"
     ):
@@ -202,7 +202,7 @@ def test_what_it_cannot_read_is_refused(model):
 
 
 @pytest.mark.parametrize("widths", [[64, 0], ["64"], 64])
-def test_widths_that_are_none_are_refused(checkpoint, widths):
+def test_invalid_layer_widths_are_refused(checkpoint, widths):
     config = AutoConfig.from_pretrained(checkpoint[0])
     config.deepmlp_hidden_dims = widths
     with pytest.raises(

@@ -184,7 +184,7 @@ def test_other_unknown_arguments_are_ignored_with_one_warning(model, inputs, cap
 
 
 @torch.no_grad()
-def test_what_transformers_passes_down_passes(model, inputs):
+def test_arguments_that_transformers_passes_are_accepted(model, inputs):
     lengths = torch.tensor([0, inputs["input_ids"].shape[1]], dtype=torch.int32)
     flash = {
         "cu_seq_lens_q": lengths,
@@ -229,7 +229,7 @@ def test_continuous_batching_gives_what_generate_gives(loaded):
 # Bounds
 
 
-def test_the_bounds_say_the_same_everywhere():
+def test_tested_versions_agree_in_code_packaging_and_docs():
     root = Path(__file__).parents[2]
     oldest = re.search(r'"transformers>=([\d.]+)', (root / "pyproject.toml").read_text())[1]
     assert compatibility.TESTED[0] == oldest + ".0"

@@ -524,7 +524,7 @@ def test_entropy_stays_finite_with_reserved_ids(model, dtype):
     torch.testing.assert_close(entropy.float(), real, rtol=0.05, atol=0.05)
 
 
-def test_what_does_not_fit_the_context_is_refused_before_the_model_runs(model):
+def test_prompts_longer_than_the_context_are_refused_before_the_model_runs(model):
     ids = torch.full((1, 100), 5)
     calls = []
     handle = model.model.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -103,7 +103,7 @@ def test_the_head_of_a_classifier_is_left_as_it_is(tmp_path):
     assert quantized_names(model) == decoder_linears(model)
 
 
-def test_what_is_named_is_left_alone_instead(whole):
+def test_modules_to_not_convert_replaces_the_default(whole):
     config = TorchAoConfig(
         Int8WeightOnlyConfig(), modules_to_not_convert=["model.language_model", "lm_head"]
     )

@@ -73,7 +73,7 @@ def noise(size, mode="RGB"):
 
 @pytest.mark.parametrize("resample", FILTERS)
 @pytest.mark.parametrize("size", SIZES)
-def test_skipping_what_changes_nothing_gives_the_pixels_of_both_resamplings(size, resample):
+def test_skipping_a_resize_without_effect_gives_the_same_pixels(size, resample):
     edge, mean = max(size), tuple(int(channel * 255) for channel in module.OPENAI_CLIP_MEAN)
     for mode in ALL_MODES:
         picture = noise(size, mode)
@@ -129,7 +129,7 @@ def test_every_way_to_give_a_picture_is_the_same(photo, tmp_path):
     assert pixels(np.stack([array, array])).shape == (2, 3, 28, 28)
 
 
-def test_what_is_given_stays_as_it_is(photo):
+def test_the_input_array_is_not_changed(photo):
     array = np.asarray(photo).astype(np.float32) / 255
     before = array.copy()
     array.flags.writeable = False
@@ -309,7 +309,7 @@ FILES = files()
     text=st.binary(max_size=40),
 )
 @settings(max_examples=300, deadline=None)
-def test_whatever_bytes_come_are_a_picture_or_refused(kind, changes, keep, text):
+def test_random_bytes_are_an_image_or_raise_a_value_error(kind, changes, keep, text):
     content = bytearray(FILES[kind])
     for place, value in changes:
         content[int(place * len(content))] = value
@@ -346,7 +346,7 @@ def test_whatever_bytes_come_are_a_picture_or_refused(kind, changes, keep, text)
         (b"no image", "not an image"),
     ],
 )
-def test_what_is_no_picture_is_refused(image, message):
+def test_inputs_that_are_not_images_raise_a_value_error(image, message):
     with pytest.raises(ValueError, match=message) as caught:
         pixels(image)
     assert "0x" not in str(caught.value)
@@ -403,7 +403,7 @@ def test_the_reading_is_saved_where_it_is_the_original_s():
     assert "original_reading" not in processor().to_dict()
 
 
-def test_the_file_of_what_is_wrong_inside_is_named(tmp_path):
+def test_files_with_invalid_values_are_named(tmp_path):
     path = tmp_path / "part.tif"
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(path)
     for image in (path, str(path), Image.open(path)):
@@ -426,7 +426,7 @@ def test_a_tensor_without_numbers_is_refused(tensor):
         pixels(tensor)
 
 
-def test_nearest_neighbours_are_not_taken_for_a_missing_choice(photo):
+def test_resample_nearest_is_not_treated_as_missing(photo):
     nearest = pixels(photo, resample=Image.Resampling.NEAREST)
     assert not torch.equal(nearest, pixels(photo))
 

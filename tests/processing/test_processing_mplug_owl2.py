@@ -161,7 +161,7 @@ def test_an_empty_system_message_adds_nothing(processor):
     assert processor.apply_chat_template(messages) == "<s>USER: q "
 
 
-def test_a_part_may_only_hold_the_place_of_a_picture(processor):
+def test_a_chat_part_may_be_a_placeholder_for_an_image(processor):
     for kind in ("image", "video"):
         assert processor.apply_chat_template([user({"type": kind}, "a")]) == "<s>USER: <|image|>a "
     out = encode(processor, [user({"type": "image"}, "a")], processor_kwargs={"images": [RED]})
@@ -536,13 +536,13 @@ def test_settings_survive_three_rounds_of_saving(tmp_path, processor):
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(processor, call, message):
+def test_inputs_that_do_not_match_raise_a_value_error(processor, call, message):
     with pytest.raises(ValueError, match=message) as caught:
         processor(**call)
     assert " at 0x" not in str(caught.value)
 
 
-def test_what_the_chat_template_has_no_place_for_is_refused(processor):
+def test_tools_and_documents_are_refused_if_the_template_lacks_them(processor):
     tools = [{"type": "function", "function": {"name": "add"}}]
     for options in ({"tools": tools}, {"documents": [{"title": "a", "text": "b"}]}):
         (name,) = options

@@ -157,7 +157,7 @@ def test_a_published_layout_is_read(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_what_a_folder_lacks_is_named(name, tmp_path):
+def test_missing_files_of_a_benchmark_are_named(name, tmp_path):
     (tmp_path / "empty").mkdir()
     LAYOUTS[name](tmp_path)
     with pytest.raises(ValueError, match=rf"^{name}: .* does not exist in .*; expected") as error:

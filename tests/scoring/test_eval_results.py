@@ -78,7 +78,7 @@ def test_a_task_of_the_benchmark_may_have_another_name_than_the_statistic(tmp_pa
         ({"folder": "lost"}, "expected the folder of a model .* got 'lost'"),
     ],
 )
-def test_what_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, arguments, message):
+def test_invalid_results_raise_an_error_and_write_no_files(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         write_eval_results(
             **{"folder": tmp_path, "report": report(), "benchmark": BENCHMARK, **arguments}

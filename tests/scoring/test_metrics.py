@@ -142,7 +142,7 @@ def test_without_a_model_the_published_weights_are_loaded(place, monkeypatch):  
         create_metric("q-instruct")
 
 
-def test_what_makes_no_metric_is_refused(default, paths, tmp_path):
+def test_unknown_and_incomplete_metrics_are_refused(default, paths, tmp_path):
     for name, message in (
         ("musiq", "expected a metric of qalign, one-align, deqa, .*, got 'musiq'"),
         ("qalign_4bit", "expected 'qalign', got 'qalign_4bit': pass it with a quantization_config"),

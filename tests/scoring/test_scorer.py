@@ -153,7 +153,7 @@ def test_the_presets_words_have_llamas_ids(golden_dir):
                 _token_id(tokenizer, word)
 
 
-def test_what_cannot_be_scored_is_refused(default, pictures):
+def test_inputs_that_cannot_be_scored_are_refused(default, pictures):
     model, processor = default
     with pytest.raises(ValueError, match="expected a preset of one-align, deqa"):
         Scorer(model, processor, "best")

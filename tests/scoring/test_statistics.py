@@ -69,7 +69,7 @@ def test_the_fit_finds_the_curve_that_the_opinions_lie_on():
     assert plcc(fit(scores), scores) < plcc(scores, scores)
 
 
-def test_what_does_not_vary_has_no_correlation():
+def test_constant_values_have_no_correlation():
     assert all(
         math.isnan(statistic([3.0] * 5, [1, 2, 3, 4, 5]))
         for statistic in (srcc, krcc, plcc, plcc_fitted)

@@ -269,7 +269,7 @@ def test_without_gradients_nothing_is_kept(scorer, images):
     ).requires_grad  # frozen weights, plain pixels
 
 
-def test_what_cannot_be_scored_is_refused(default, scorer):
+def test_inputs_that_cannot_be_scored_are_refused(default, scorer):
     image = torch.rand(3, 20, 30)
     for bad, message in (
         (

@@ -105,7 +105,7 @@ def test_scores_keep_no_graph_and_the_processor_is_loaded_once(loaded, paths, mo
     assert not model.score(paths[:1]).requires_grad
 
 
-def test_what_cannot_be_scored_is_refused(loaded, converted, paths, tmp_path):
+def test_inputs_that_cannot_be_scored_are_refused(loaded, converted, paths, tmp_path):
     model, processor, _ = loaded
     for arguments, message in (
         ({"task_": "beauty"}, "a task_ of quality, aesthetics, got 'beauty'"),

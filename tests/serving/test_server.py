@@ -396,7 +396,7 @@ def test_pictures_that_are_not_taken_are_400(client, url, expected):
         b'{"messages": ' + b"9" * 5_000 + b"}",
     ],
 )
-def test_what_is_no_json_object_is_400(server, body):
+def test_a_body_that_is_not_a_json_object_is_400(server, body):
     status, answer = post(server, body)
     assert status == 400
     assert set(answer["error"]) == {"message", "type", "code"}

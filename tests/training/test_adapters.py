@@ -253,7 +253,7 @@ def test_tokens_that_were_trained_alone_load_in_every_way(tmp_path, is_tied, tok
         assert torch.equal(logits(loaded), expected)
 
 
-def test_what_transformers_leaves_out_of_an_adapter_peft_puts_in(model, tmp_path):
+def test_weights_that_load_adapter_missed_are_found_and_loaded_by_place_adapter(model, tmp_path):
     adapted = adapt(model, train_connector=True)
     adapted.save_pretrained(tmp_path)
     saved = read_adapter(tmp_path, {})
@@ -288,7 +288,7 @@ def test_a_name_that_is_taken_leaves_its_adapter_alone(model, saved):
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
-def test_a_refused_adapter_takes_what_was_trained_beside_it_along(model, saved):
+def test_a_refused_adapter_restores_the_non_lora_weights(model, saved):
     expected = logits(model)
     beside = {"model.language_model.norm.weight": torch.full((48,), 3.0)}
     save_file(beside, saved / "non_lora_trainables.safetensors", metadata={"format": "pt"})

@@ -447,7 +447,7 @@ def test_bad_rows_of_a_file_are_named_before_the_model_is_loaded(tmp_path, recip
             train(recipe(data=data))
 
 
-def test_what_is_not_installed_is_named(recipe):
+def test_a_tracker_that_is_not_installed_is_named(recipe):
     with pytest.raises(ValueError, match=r"^trainer: .*clearml"):
         train(recipe(trainer={"report_to": "clearml"}))
 
