@@ -181,7 +181,9 @@ def _refuse_options(context: typer.Context, names: tuple[str, ...]) -> None:
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     ]
     if given:
-        say(f"owl2-hf: qbench does not support {', '.join(given)}: leave it out", err=True)
+        say(
+            f"owl2-hf: these options do not apply to qbench: leave out {', '.join(given)}", err=True
+        )
         raise typer.Exit(2)
 
 

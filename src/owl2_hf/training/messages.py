@@ -249,7 +249,7 @@ def _fill(messages: Sequence[Message], images: list[Any], videos: list[list[Any]
         if len(places) != len(media):
             marker = "<|image|>" if kind == "image" else "<video>"
             raise ValueError(
-                f"expected one {marker}, or one part of type {kind}, for each of {len(media)} "
+                f"expected one {marker}, or one part of type {kind!r}, for each of {len(media)} "
                 f"{kind}s, got {len(places)}."
             )
         for part, medium in zip(places, media, strict=True):
