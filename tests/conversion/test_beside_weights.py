@@ -19,7 +19,7 @@ from .conftest import (
 )
 
 
-def test_what_only_fits_another_machine_is_not_carried_over(source, tmp_path):
+def test_machine_settings_are_not_converted(source, tmp_path):
     edit_config(
         source,
         attn_implementation="flash_attention_2",

@@ -61,7 +61,7 @@ def run(code, home, endpoint, *arguments, **environment):
     return result.stdout.splitlines()[-1]
 
 
-def test_a_stranger_loads_what_was_pushed_by_its_id_and_gets_the_same_logits(tmp_path):
+def test_a_pushed_model_gives_the_same_logits_without_the_package(tmp_path):
     folder = tmp_path / "saved"
     model, processor = owl2_hf.load_default(dtype=torch.float32)
     model.save_pretrained(folder, max_shard_size="4MB")
@@ -190,7 +190,7 @@ def test_weights_of_the_model_before_do_not_stay_beside_the_new_ones(
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(401, "hf auth login"), (403, "may not write"), (404, "no such")]
+    ("status", "words"), [(401, "hf auth login"), (403, "no write permission"), (404, "no such")]
 )
 def test_a_refusal_of_the_hub_is_one_clear_line(hub, folder, status, words):
     hub.refusal = status

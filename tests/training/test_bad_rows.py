@@ -25,7 +25,7 @@ def test_a_look_over_all_rows_names_the_bad_ones(tmp_path, num_workers):
     ]
 
 
-def test_a_look_neither_decodes_nor_fetches(tmp_path, monkeypatch):
+def test_look_over_neither_decodes_nor_downloads_images(tmp_path, monkeypatch):
     RED.save(tmp_path / "good.png")
     images = ["good.png", (tmp_path / "good.png").read_bytes(), RED, "https://example.org/a.png"]
     rows = [llava("<image> a", "b", image=image) for image in images]

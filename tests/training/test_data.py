@@ -58,9 +58,9 @@ def test_without_the_package_datasets_it_is_asked_for(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no.json"], "there is no file or folder 'no.json'"),
+        (["no.json"], "'no.json' does not exist"),
         ([5], "expected a path, the id of a data set or rows, got int"),
-        ([ROWS, "/no/folder"], "there is no image folder '/no/folder'"),
+        ([ROWS, "/no/folder"], "the image folder '/no/folder' does not exist"),
     ],
 )
 def test_a_source_that_does_not_exist_is_refused(arguments, message):
@@ -140,7 +140,7 @@ def test_the_command_counts_tokens_with_a_model(folder, golden_dir):
     [
         (["--max-length", "5"], "--max-length needs --model"),
         (["--skip-pictures", "--model", "x"], "--model opens the images"),
-        (["--image-folder", "/no/folder"], "there is no image folder"),
+        (["--image-folder", "/no/folder"], "the image folder"),
     ],
 )
 def test_the_command_refuses_what_makes_no_sense(mixed, arguments, message):

@@ -121,7 +121,7 @@ def test_pictures_and_videos_of_one_row_go_to_their_own_markers(folder):
 @pytest.mark.parametrize(
     "row", [llava("<image> a", "b", image=["x"]), chat([{"type": "image"}], "b", images=["x"])]
 )
-def test_the_row_stays_as_it_is(row, folder):
+def test_to_messages_does_not_change_the_row(row, folder):
     (folder / "x").write_bytes(b"")
     before = copy.deepcopy(row)
     to_messages(row, folder)
@@ -228,7 +228,7 @@ def test_pictures_come_from_the_folder_unless_told_otherwise(folder):
 
 @pytest.mark.parametrize("name", ["../a.png", "x/../../a.png", "/etc/passwd"])
 @pytest.mark.parametrize("start", [".", "", "sub", "../here/sub"])
-def test_relative_folders_are_not_left_either(tmp_path, monkeypatch, start, name):
+def test_images_outside_a_relative_folder_are_refused(tmp_path, monkeypatch, start, name):
     (tmp_path / "here" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ValueError, match="leads out of the image folder"):

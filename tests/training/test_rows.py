@@ -33,7 +33,7 @@ def test_workers_share_the_rows_out(tmp_path, streaming):
     assert sorted(identity for batch in loader for identity in batch) == list("01234")
 
 
-def test_lines_are_found_by_their_place_alone(tmp_path):
+def test_json_lines_keep_only_the_positions_of_their_rows(tmp_path):
     path = write(
         tmp_path / "rows.jsonl",
         [{"id": str(index), "text": "ü" * (index % 7)} for index in range(2000)],
@@ -46,10 +46,10 @@ def test_lines_are_found_by_their_place_alone(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.json", "5", "expected a JSON list of rows, or one JSON object a line"),
+        ("rows.json", "5", "expected a JSON list of rows, or one JSON object per line"),
         ("rows.json", "[5", "is not valid JSON"),
-        ("rows.json", "[]", "holds no rows"),
-        ("rows.jsonl", "", "holds no rows"),
+        ("rows.json", "[]", "has no rows"),
+        ("rows.jsonl", "", "has no rows"),
     ],
 )
 def test_a_file_of_another_kind_is_refused(tmp_path, name, content, message):

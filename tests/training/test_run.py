@@ -268,25 +268,25 @@ def test_pictures_of_another_size_are_trained_on(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": ""}, "the recipe names no model"),
-        ({"output_dir": ""}, "the recipe names no output_dir"),
-        ({"data": {"train": ""}}, "the recipe names no data"),
+        ({"model": ""}, "the recipe has no model"),
+        ({"output_dir": ""}, "the recipe has no output_dir"),
+        ({"data": {"train": ""}}, "the recipe has no data.train"),
         (
             {"trainer": {"optim": "adam_w"}},
             "trainer: 'adam_w' is not a valid OptimizerNames|trainer: .*adam_w",
         ),
         (
             {"trainer": {"remove_unused_columns": True}},
-            "trainer.remove_unused_columns has to be False here, got True",
+            "trainer.remove_unused_columns must be False, got True",
         ),
         ({"quantization": "4bit", "adapter": {}}, "needs bitsandbytes: pip install"),
         (
             {"data": {"streaming": True, "train": ["a.jsonl", "b.jsonl"]}},
-            "streaming reads one source, got 2",
+            "expected one source, got 2",
         ),
         (
             {"data": {"streaming": True}, "trainer": {"max_steps": -1}},
-            "trainer: data.streaming has no length",
+            "data.streaming needs trainer.max_steps",
         ),
     ],
 )
@@ -300,12 +300,10 @@ def test_mistakes_of_a_recipe_are_named(recipe, changes, message, monkeypatch):
 
 def test_a_folder_that_holds_something_is_left_alone(recipe, tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(ValueError, match="holds no whole checkpoint to go on from"):
+    with pytest.raises(ValueError, match="contains no complete checkpoint to resume from"):
         train(recipe(), resume=True)
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(
-        ValueError, match="is not empty: resume the run that it holds, or name another"
-    ):
+    with pytest.raises(ValueError, match="is not empty: resume the run in it"):
         train(recipe())
 
 
@@ -472,7 +470,7 @@ def test_a_finished_run_stays_as_it_is_when_it_is_resumed(recipe, tmp_path, leng
     assert result.exit_code == 0, result.output
     assert (
         result.stdout
-        == f"{tmp_path / 'run'}: all {steps} steps were finished before; nothing was changed\n"
+        == f"{tmp_path / 'run'}: all {steps} steps are already done; nothing was changed\n"
     )
     assert everything(tmp_path / "run") == before
 
@@ -512,7 +510,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     caplog.clear()
     report = train(made, resume=True)
     assert (
-        f"not whole is checkpoint-4: {file.name} is truncated or damaged; going on from "
+        f"incomplete or damaged: checkpoint-4: {file.name} is truncated or damaged; going on from "
         "checkpoint-2." in caplog.text
     )
     assert report.resumed_from == str(run / "checkpoint-2") and losses(run) == whole

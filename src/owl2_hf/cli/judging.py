@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from ..evaluation.qbench import QBenchReport
     from ..scoring.judging import Evaluation
 
-# Options without a meaning for questions.
+# Options that do not apply to questions.
 _OF_SCORES = (
     *("image_folder", "preset", "task", "levels", "prompt", "splits", "original_reading"),
     *("allow_outside", "plot", "card"),

@@ -37,7 +37,7 @@ def write_around_ours(
     with torch.device("meta"):
         model = model_class(source.config)(source.config)
     model.config.architectures = [type(model).__name__]
-    # The code that lets others load the folder without this package.
+    # The code with which the folder loads without this package.
     custom_object_save(model, folder)
     model.config.save_pretrained(folder)
     generation = generation_config(source)
@@ -55,11 +55,11 @@ def write_around_ours(
         fit_processor(processor, scorer)
     processor.save_pretrained(folder)
     if source.config.is_owl21 and generation.eos_token_id is None:
-        # Upstream: no configuration names the token that ends a text; the tokenizer knows it.
+        # Upstream: no configuration names the EOS token, but the tokenizer has it.
         generation.eos_token_id = generation.pad_token_id = processor.tokenizer.eos_token_id
         generation.save_pretrained(folder)
     if (vocabulary := vocabulary_file(Path(origin))) is not None:
-        shutil.copyfile(vocabulary, folder / _vocabulary_name(vocabulary))  # for the way back
+        shutil.copyfile(vocabulary, folder / _vocabulary_name(vocabulary))  # to convert back
     return Path(origin).name, processor
 
 
@@ -74,7 +74,7 @@ def write_around_original(
     origin = tokenizer or (source.folder if has_tokenizer(source.folder) else None)
     if origin is None:
         logger.warning(
-            f"{str(source.folder)!r} has no tokenizer: the target has none. Give one with "
+            f"{str(source.folder)!r} has no tokenizer: the target has none. Add one with "
             "--tokenizer PATH."
         )
     else:
@@ -85,8 +85,8 @@ def write_around_original(
         name = QWEN_VOCABULARY if source.config.is_owl21 else SENTENCEPIECE_VOCABULARY
         if vocabulary is None or _vocabulary_name(vocabulary) != name:
             logger.warning(
-                f"{str(origin)!r} has no {name}, as the original's code needs: give one with "
-                "--tokenizer PATH."
+                f"{str(origin)!r} has no {name}, which the original's code needs: choose one "
+                "with --tokenizer PATH."
             )
             vocabulary = Path(origin) / "tokenizer.json" if Path(origin).is_dir() else Path(origin)
         save_original_processor(processor, vocabulary, folder)
@@ -101,7 +101,7 @@ def load_processor(source: Source, tokenizer: str | Path | None) -> MplugOwl2Pro
         tokenizer: Where to read the tokenizer from, where not from the source.
     """
     config = source.config
-    # Q-Scorer's, which the processor of its base does not have.
+    # Tokens of Q-Scorer that its base model lacks.
     added = getattr(config, "score_tokens", None) or ()
     processor = None
     try:
@@ -125,8 +125,8 @@ def load_processor(source: Source, tokenizer: str | Path | None) -> MplugOwl2Pro
         processor.image_processor.image_aspect_ratio = "pad"
     if processor.image_token_id != config.image_token_id:
         raise ConversionError(
-            f"the tokenizer of {tokenizer or source.folder} has {processor.image_token_id} tokens, "
-            f"the weights {config.image_token_id}."
+            f"expected a tokenizer with {config.image_token_id} tokens, as the weights have, got "
+            f"{processor.image_token_id} in {tokenizer or source.folder}."
         )
     return processor
 
@@ -149,6 +149,6 @@ def generation_config(source: Source) -> GenerationConfig:
     try:
         given = read_json(source.folder / "generation_config.json")
     except ValueError as error:
-        logger.warning(f"{printable(str(error))}; the tokens of config.json are taken instead.")
+        logger.warning(f"{printable(str(error))}; the token ids of config.json are used instead.")
         given = {}
     return original_generation_config(source.config, given)

@@ -87,7 +87,7 @@ def convert(
         else:
             conversion = WeightConversion(opened, report, DTYPES.get(dtype or ""), allow_nonfinite)
             if to == "original":
-                # What it has no word for is refused before anything is written.
+                # Settings that the original lacks raise an error before anything is written.
                 original_config(opened.config)
             with _hashing(opened.files) as waiting:
                 conversion.write(
@@ -123,8 +123,8 @@ def _check_options(
         raise ValueError(f"expected a max_shard_size such as 500MB or 5GB, got {max_shard_size!r}.")
     if to == "adapter" and (dtype, tokenizer, max_shard_size) != (None, None, _SHARD_SIZE):
         raise ValueError(
-            "an adapter keeps its types and has no tokenizer and no shards: leave these options "
-            "out."
+            "an adapter keeps its dtypes and has no tokenizer and no shards: leave out --dtype, "
+            "--tokenizer and --max-shard-size."
         )
 
 
@@ -137,7 +137,8 @@ def _write_adapter(source: Source, folder: Path) -> list[Path]:
     """Returns the files that it was read from."""
     if not isinstance(source, LoraSource):
         raise ConversionError(
-            f"{source.folder} is {source.layout}: only a LoRA fine-tune becomes an adapter."
+            f"{source.folder}: expected a LoRA fine-tune to convert to an adapter, got "
+            f"{source.layout}."
         )
     save_adapter(source, folder)
     return source.own_files
@@ -192,7 +193,7 @@ def _has_published_sizes(config: MplugOwl2Config) -> bool:
 
 def _file_names(files: Iterable[Path]) -> dict[Path, str]:
     """Names for a report: with the folder just above where files of several folders were read."""
-    # Links of a cache keep their own names.
+    # Files in a Hub cache are links: keep the name of the link.
     parents = {file: file.parent.resolve() for file in files}
     is_one = len(set(parents.values())) == 1
     return {

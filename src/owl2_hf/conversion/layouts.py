@@ -27,7 +27,7 @@ def open_source(source: str | Path, base: str | Path | None = None) -> Source:
     if is_lora(folder):
         if base_folder is None:
             raise ConversionError(
-                f"{folder} holds a LoRA fine-tune: give the model that it was trained on with "
+                f"{folder} is a LoRA fine-tune: choose the model that it was trained on with "
                 "--base."
             )
         return LoraSource(folder, open_source(base_folder))
@@ -35,6 +35,6 @@ def open_source(source: str | Path, base: str | Path | None = None) -> Source:
         return MegatronSource(folder, base_folder)
     if base_folder is not None:
         raise ConversionError(
-            f"{folder} needs no --base: it holds neither a LoRA fine-tune nor Megatron's ranks."
+            f"{folder} is neither a LoRA fine-tune nor a Megatron checkpoint: leave --base out."
         )
     return HuggingFaceSource(folder, *read_config(folder))

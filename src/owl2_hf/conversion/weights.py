@@ -37,7 +37,7 @@ class WeightConversion:
         self.dtype = dtype
         self.allow_nonfinite = allow_nonfinite
         if self.config.tie_word_embeddings and not _is_tied(source):
-            self.config.tie_word_embeddings = False  # as transformers decides, too
+            self.config.tie_word_embeddings = False  # as in transformers
         self.plan = self._plan()
 
     def _plan(self) -> dict[str, Tensor]:
@@ -77,12 +77,16 @@ class WeightConversion:
         seen: dict[str, str],
     ) -> None:
         if name not in expected:
-            raise ConversionError(f"{where}: the configuration has no place for it (as {name}).")
+            raise ConversionError(
+                f"{where}: the model of config.json has no such parameter ({name})."
+            )
         if tensor.shape != expected[name].shape:
             shapes = f"expected shape {tuple(expected[name].shape)} by the configuration, got {tuple(tensor.shape)}"
             raise ConversionError(f"{where}: {shapes}.")
         if name in seen:
-            raise ConversionError(f"{where}: it came before, as {seen[name]}.")
+            raise ConversionError(
+                f"{where}: expected each tensor once, but {seen[name]} is the same."
+            )
         seen[name] = where
 
     def _target_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
@@ -96,8 +100,8 @@ class WeightConversion:
         if lost := [name for name in missing if not _is_table(name)]:
             keys = ", ".join(repr(original_key(name, self.config)[0]) for name in lost[:3])
             raise ConversionError(
-                f"{self.source.files[0].parent} lacks {len(lost)} parameters of the model that its "
-                f"configuration describes: {keys}{', ...' if len(lost) > 3 else ''}."
+                f"{self.source.files[0].parent} lacks {len(lost)} parameters of the model of "
+                f"config.json: {keys}{', ...' if len(lost) > 3 else ''}."
             )
         plan.update({name: expected[name].to(torch.float32) for name in missing})
         self.report.rebuilt = missing
@@ -176,7 +180,8 @@ def _check_space(folder: Path, plan: dict[str, Tensor]) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConversionError(
-            f"{folder.parent} has {free:,} bytes free, the weights need {needed:,}."
+            f"expected {needed:,} bytes free in {folder.parent}, got {free:,}: free some space, "
+            "or choose another target."
         )
 
 

@@ -31,12 +31,10 @@ _LOCAL_PATH = re.compile(r"(?<![\w.~])(/(home|Users|root|tmp)/|[A-Za-z]:\\)")
 
 def check_card(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(
-            f"{path} is missing: expected a model card with metadata, got none; write one."
-        )
+        raise ValueError(f"{path} does not exist: expected a model card with metadata; write one.")
     try:
         data = ModelCard.load(path).data
-    except Exception as error:  # YAML's errors have no base in common with the card's own
+    except Exception as error:  # YAML's errors and the card's own share no base class
         raise ValueError(
             f"{path}: expected metadata in YAML between two lines of ---, got {error!r}."
         ) from None
@@ -61,7 +59,7 @@ def check_text(path: Path) -> None:
         if found := _HOME.search(text):
             line = text.count("\n", 0, found.start()) + 1
             raise ValueError(
-                f"{path}: line {line} names a home folder: expected none, write ~/ or a shorter "
+                f"{path}: line {line} contains the path of a home folder: write ~/ or a shorter "
                 "path."
             )
         return
@@ -77,9 +75,7 @@ def check_text(path: Path) -> None:
         if _LOCAL_PATH.search(value) or (
             key.rpartition(".")[2] in _NAME_KEYS and not _is_repo_id(value)
         ):
-            raise ValueError(
-                f"{path}: {key} is a path of a local machine: expected none, remove or shorten it."
-            )
+            raise ValueError(f"{path}: {key} is a local path: remove it, or write a relative path.")
 
 
 def check_metadata(path: Path) -> None:
@@ -95,8 +91,7 @@ def check_metadata(path: Path) -> None:
             )
         if _LOCAL_PATH.search(value):
             raise ValueError(
-                f"{path}: {key} in its metadata is a path of a local machine: save it again "
-                "without."
+                f"{path}: {key} in its metadata is a local path: save the model again without it."
             )
 
 
@@ -106,7 +101,7 @@ def check_picture(path: Path) -> None:
     content = path.read_bytes()
     try:
         with warnings.catch_warnings(), Image.open(BytesIO(content), formats=[kind]) as image:
-            warnings.simplefilter("ignore")  # damage is an error here
+            warnings.simplefilter("ignore")  # raise errors for damaged images
             image.load()
             exif = image.getexif()
             values = [
@@ -116,9 +111,9 @@ def check_picture(path: Path) -> None:
             position = exif.get_ifd(ExifTags.IFD.GPSInfo)
     except MemoryError:
         raise
-    except Exception as error:  # a damaged file makes decoders raise almost anything
+    except Exception as error:  # damaged files raise almost any error
         raise ValueError(
-            f"{path}: expected a whole {kind} image, got {type(error).__name__}; save it again."
+            f"{path}: expected a complete {kind} image, got {type(error).__name__}; save it again."
         ) from None
     texts = [
         value.decode("latin-1") if isinstance(value, bytes) else str(value) for value in values
@@ -126,19 +121,18 @@ def check_picture(path: Path) -> None:
     _check_secrets(path, "\n".join([content.decode("latin-1"), *texts]))
     if position or any("exif:GPS" in text for text in texts):
         raise ValueError(
-            f"{path} tells the place where it was taken: save it again without EXIF and XMP."
+            f"{path} contains the GPS position where it was taken: save it again without EXIF "
+            "and XMP."
         )
     if any(map(_LOCAL_PATH.search, texts)):
-        raise ValueError(
-            f"{path} holds a path of a local machine: save it again without its texts."
-        )
+        raise ValueError(f"{path} contains a local path: save it again without text metadata.")
 
 
 def _check_secrets(path: Path, text: str) -> None:
     for kind, pattern in _SECRETS.items():
         if pattern.search(text):
             raise ValueError(
-                f"{path} seems to hold {kind}: remove it, and revoke it if it was ever shared."
+                f"{path} seems to contain {kind}: remove it, and revoke it if it was ever shared."
             )
 
 
@@ -163,9 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: expected JSON, got an error: {error}; save the model again."
-        ) from None
+        raise ValueError(f"{path} is not valid JSON: {error}; save the model again.") from None
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: expected a JSON object, got {type(content).__name__}; save the model again."

@@ -85,7 +85,8 @@ def _allowed_names(folder: Path) -> list[str]:
     if refused:
         reasons = "; ".join(f"{reason}: {', '.join(found)}" for reason, found in refused.items())
         raise ValueError(
-            f"{folder} holds what must not be published. {reasons}. Remove them from the folder."
+            f"{folder} contains files that must not be published. {reasons}. Remove them from "
+            "the folder."
         )
     return names
 
@@ -100,9 +101,9 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 def _reason_against(path: Path, name: str, folder: Path, card: str) -> str | None:
     if path.is_symlink() and not _is_honest_link(path, folder):
-        return "Links that lead out of the folder, or nowhere"
+        return "Links to other folders or to missing files"
     if _SECRET_NAME.fullmatch(path.name):
-        return "Files that are secrets by their names"
+        return "Files named like secrets"
     if path.suffix.lower() in _PICKLES:
         return "Pickles, which can run code on loading (convert writes safetensors)"
     is_picture = _PICTURE.fullmatch(name)
@@ -122,7 +123,7 @@ def _reason_against_content(path: Path) -> str | None:
             with safe_open(path, framework="np"):
                 return None
     except (SafetensorError, OSError):
-        damaged: str | None = "Damaged weight files, cut short or no safetensors"
+        damaged: str | None = "Damaged weight files, truncated or not safetensors"
     else:
         damaged = None
     with path.open("rb") as file:
@@ -176,7 +177,7 @@ def check_code(folder: Path, names: list[str]) -> None:
             needed.update(value.rsplit(".", 1)[0] for value in maps)
     if missing := sorted({f"{module}.py" for module in needed} - set(names)):
         raise ValueError(
-            f"{folder} lacks code that it refers to: {', '.join(missing)}; save the model again."
+            f"{folder}: the code files {', '.join(missing)} are missing; save the model again."
         )
 
 
@@ -195,10 +196,8 @@ def _check_weights(folder: Path, names: list[str]) -> None:
         return
     if missing := sorted(expected - weights):
         raise ValueError(
-            f"{folder}: its weights are not whole, {', '.join(missing)} is missing; save the model "
-            "again."
+            f"{folder}: its weights are incomplete, {', '.join(missing)} is missing; save the "
+            "model again."
         )
     if stale := sorted(weights - expected):
-        raise ValueError(
-            f"{folder}: {', '.join(stale)} is not among its weights ({INDEX} says so); remove it."
-        )
+        raise ValueError(f"{folder}: {', '.join(stale)} is not named in {INDEX}; remove it.")

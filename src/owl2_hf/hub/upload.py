@@ -61,8 +61,8 @@ def push(
     validate_repo_id(repo_id)
     if create_pr and revision is not None:
         raise ValueError(
-            f"expected create_pr or revision, got both ({revision!r}): a pull request is always to "
-            "main."
+            f"expected create_pr or revision, got both ({revision!r}): pull requests always go "
+            "to main."
         )
     names = checked_names(folder)
     report = PushReport(repo_id, [(name, (folder / name).stat().st_size) for name in names])
@@ -97,8 +97,8 @@ def _prepare(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
         raise ValueError(
-            f"{repo_id}: expected a private repository, got a public one: change its settings "
-            "first."
+            f"{repo_id}: expected a private repository, got a public one: make it private in its "
+            "settings first."
         )
     if revision not in (None, "main") and not str(revision).startswith("refs/"):
         api.create_branch(repo_id, branch=str(revision), exist_ok=True)
@@ -118,7 +118,7 @@ def _upload(
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        allow_patterns=names,  # none of these names holds a wildcard
+        allow_patterns=names,  # none of these names contains a wildcard
         delete_patterns=["model.safetensors", "model-?????-of-?????.safetensors", INDEX]
         if has_weights
         else None,
@@ -147,9 +147,9 @@ def _explanation(error: BaseException) -> str:
     status = cause.response.status_code
     advice = {
         401: "the token is missing or wrong, or the repository is not visible to it; run `hf auth login`.",
-        403: "the token may not write there; make one with write permission for it.",
+        403: "the token has no write permission there; create one that has.",
         404: "no such repository or revision; check the names.",
     }
-    said = " ".join((cause.server_message or "without a reason").split())
-    what_now = "try again later" if status == 429 or status >= 500 else "correct what it names"
+    said = " ".join((cause.server_message or "no reason given").split())
+    what_now = "try again later" if status == 429 or status >= 500 else "correct it"
     return f"the Hub answered {status}, " + advice.get(status, f"{said}; {what_now}.")

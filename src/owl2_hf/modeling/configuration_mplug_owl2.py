@@ -417,8 +417,8 @@ class MplugOwl2Config(ComposedConfig):
             )
         if {"visual_model", "visual_hreducer"} <= set(found):
             connector = _h_reducer_fields(visual_config["visual_hreducer"])
-            # Upstream: DocOwl's vision encoder has no switches; it has these whatever its
-            # configuration says.
+            # Upstream: DocOwl's vision encoder always has these settings; it ignores its
+            # configuration.
             fixed = {"use_cls_token": True, "use_post_layernorm": True, "hidden_act": "quick_gelu"}
             vision = _as_dict(MplugOwl2VisionConfig, visual_config["visual_model"])
             return "h_reducer", connector, {**vision, **fixed}

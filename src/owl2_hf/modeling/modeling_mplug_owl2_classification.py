@@ -175,7 +175,7 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
             ).last_hidden_state
             last = self._last_tokens(hidden_states, ids, mask).to(ids.device)  # (B,)
             rows = torch.arange(len(last), device=last.device)
-            # Rows behind these are of ids that no text has.
+            # Later rows are not tokens of texts.
             logits = self.lm_head(hidden_states[rows, last])  # (B, V)
             tokens = logits[:, : self.config.output_vocab_size].argmax(-1)  # (B,)
         mask = (

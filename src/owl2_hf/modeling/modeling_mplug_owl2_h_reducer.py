@@ -60,8 +60,8 @@ class MplugOwl2HReducer(PreTrainedModel):
             `last_hidden_state` (N, Q + 1, D).
         """
         grid = self.config.grid_size
-        # Contiguous: for the layout of other inputs, compiled graphs and convolutions disagree
-        # about the output's.
+        # Contiguous, because compiled graphs and convolutions give other inputs different output
+        # layouts.
         patches = (  # (N, C, G, G)
             image_features[:, -(grid**2) :].transpose(1, 2).contiguous().unflatten(2, (grid, grid))
         )

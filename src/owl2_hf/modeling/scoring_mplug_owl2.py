@@ -33,7 +33,7 @@ from .presets_mplug_owl2 import (
 if TYPE_CHECKING:  # it imports the Auto classes, which may be in the middle of importing this file
     from transformers.processing_utils import ProcessorMixin
 
-# Ids of the level words in LLaMA-2's vocabulary, which is told by its size.
+# Ids of the level words in LLaMA-2's vocabulary, which is recognised by its size.
 _LLAMA2_SIZE = 32000
 _LLAMA2_IDS = {
     "excellent": 15129,

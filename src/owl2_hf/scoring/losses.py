@@ -45,7 +45,7 @@ def level_positions(labels: Tensor, prefix: Sequence[int]) -> Tensor:
         # for.
         found = torch.stack([windows[..., place].eq(token) for place, token in enumerate(prefix)])
         found = found.all(0)  # (B, windows)
-    else:  # the answer begins with the level: the last position without a label in front of it
+    else:  # the answer begins with the level: find the last position without a label
         found = labels[:, :-1].eq(IGNORED) & labels[:, 1:].ne(IGNORED)  # (B, L - 1)
     positions = found.int().argmax(1) + length  # (B,)
     # `argmax` gives 0 where nothing was found.

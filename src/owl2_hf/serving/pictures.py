@@ -19,7 +19,7 @@ from typing import Any
 DATA_URL = re.compile(r"data:image/[\w.+-]{1,40};base64", re.IGNORECASE)
 MAX_DOWNLOAD_BYTES = 20 * 2**20  # for each request
 MAX_REDIRECTS = 4
-DOWNLOAD_SECONDS = 15.0  # for all downloads of a request with their redirects
+DOWNLOAD_SECONDS = 15.0  # for all downloads of a request, redirects included
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 

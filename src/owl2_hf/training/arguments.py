@@ -8,12 +8,12 @@ from transformers import TrainingArguments
 
 from .recipe import Recipe
 
-# What this package needs of the Trainer; a recipe may not say otherwise.
+# Arguments of the Trainer that this package needs and a recipe must not change.
 _FIXED: dict[str, Any] = {
     "remove_unused_columns": False,
     "prediction_loss_only": True,
-    # A batch of an IterableDataset cannot be cut between ranks row by row: images have rows of
-    # their own.
+    # Ranks cannot split the batches of an IterableDataset by rows, because pixel_values has one row
+    # per image, not per example.
     "accelerator_config": {"dispatch_batches": False, "split_batches": False},
     "logging_nan_inf_filter": False,
 }
@@ -33,7 +33,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     fixed = {**_FIXED, "prediction_loss_only": recipe.scores is None}
     for name, value in fixed.items():
         if given.get(name, value) != value:
-            raise ValueError(f"trainer.{name} has to be {value} here, got {given[name]}.")
+            raise ValueError(f"trainer.{name} must be {value}, got {given[name]}.")
     if given.get("deepspeed") in ("zero2", "zero3"):
         given["deepspeed"] = str(Path(__file__).parent / "deepspeed" / f"{given['deepspeed']}.json")
     defaults = {
@@ -46,7 +46,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             output_dir=recipe.output_dir, **{**defaults, **given, **fixed}
         )
         if recipe.data.streaming and arguments.max_steps <= 0:
-            raise ValueError("data.streaming has no length, so the recipe has to name max_steps.")
+            raise ValueError(
+                "data.streaming needs trainer.max_steps, because a stream has no length."
+            )
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"trainer: {error}") from None
     return arguments

@@ -77,7 +77,7 @@ def _look_at(picture: Any) -> None:
             ) as opened:
                 if opened.width * opened.height <= MAX_IMAGE_PIXELS:
                     return
-        except Exception:  # a damaged file makes decoders raise almost anything; below it is named
+        except Exception:  # damaged files raise almost any error; it is reported below
             pass
     open_image(picture)
 

@@ -40,7 +40,7 @@ def load_rows(
         ValueError: If there is no such source, or it is of another kind.
     """
     if image_folder is not None and not Path(image_folder).is_dir():
-        raise ValueError(f"there is no image folder {str(image_folder)!r}.")
+        raise ValueError(f"the image folder {str(image_folder)!r} does not exist.")
     rows: Any = source
     if isinstance(source, (str, Path)):
         path = Path(source)
@@ -61,14 +61,14 @@ def load_rows(
         raise ValueError(
             f"expected a path, the id of a data set or rows, got {type(source).__name__}."
         )
-    # Of `datasets`, which shares itself out to workers.
+    # A stream of `datasets` splits itself between workers.
     if isinstance(rows, IterableDataset) and hasattr(rows, "map"):
         return rows if place is None else rows.map(with_place, fn_kwargs={"place": place})
     if streaming or not hasattr(rows, "__getitem__"):
         return RowStream(rows, place, name, skip_bad)
     if not len(rows):
         raise ValueError(
-            f"{source if isinstance(source, (str, Path)) else 'the data set'} holds no rows."
+            f"{source if isinstance(source, (str, Path)) else 'the data set'} has no rows."
         )
     return Rows(rows, place, name, skip_bad)
 
@@ -100,7 +100,7 @@ def _load_datasets(source: str | Path, split: str, streaming: bool) -> Any:
     if not path.is_dir() and (
         path.suffix in (".json", ".jsonl") or str(source).count("/") > 1 or path.is_absolute()
     ):
-        raise ValueError(f"there is no file or folder {str(source)!r}.")
+        raise ValueError(f"{str(source)!r} does not exist.")
     datasets = import_datasets(source)
     if not is_saved(path):
         return datasets.load_dataset(str(source), split=split, streaming=streaming)
@@ -146,8 +146,8 @@ class DataReport:
             )
         if self.truncated is not None:
             lines.append(
-                f"{self.truncated:,} rows would be truncated, {self.without_labels:,} have no "
-                "label then"
+                f"{self.truncated:,} rows would be truncated, {self.without_labels:,} of them "
+                "without a label left"
             )
         return "\n".join(lines)
 

@@ -26,9 +26,7 @@ def load_for_training(recipe: Recipe) -> "tuple[PreTrainedModel | PeftModel, Mpl
     """The model of a recipe, with its adapter and with what it says frozen, and the processor."""
     source = place(recipe.model)
     if not source:
-        raise ValueError(
-            "the recipe names no model: set model to a folder or Hub id, or to default."
-        )
+        raise ValueError("the recipe has no model: set it to a folder, a Hub id or default.")
     quantization = _quantization(recipe)
     with naming_model(source):
         processor = AutoProcessor.from_pretrained(source)
@@ -53,7 +51,7 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
     if find_spec("bitsandbytes") is None:
         raise ValueError(
             f"quantization: {recipe.quantization} needs bitsandbytes: pip install "
-            "'owl2_hf[qlora]', or train the recipe lora, which keeps the weights as they are."
+            "'owl2_hf[qlora]', or use the recipe lora, which does not quantise."
         )
     if recipe.quantization == "8bit":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}

@@ -50,13 +50,13 @@ class TrainReport:
     def summary(self) -> str:
         """The run in one line."""
         if self.was_finished:
-            return f"all {self.steps} steps were finished before; nothing was changed"
+            return f"all {self.steps} steps are already done; nothing was changed"
         parts = [f"{self.steps} steps"]
         parts += [] if self.loss is None else [f"training loss {self.loss:.4f}"]
         parts += [] if self.eval_loss is None else [f"evaluation loss {self.eval_loss:.4f}"]
         parts += [] if self.eval_srcc is None else [f"evaluation SRCC {self.eval_srcc:.4f}"]
         names = {
-            "truncated": "cut at max_length",
+            "truncated": "truncated at max_length",
             "without_labels": "without a label left",
             "skipped": "skipped",
         }

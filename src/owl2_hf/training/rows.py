@@ -159,7 +159,7 @@ def read_rows(path: Path) -> Sequence[Row]:
     if path.suffix == ".jsonl" or first == b"{":
         return JsonLines(path)
     if first != b"[":
-        raise ValueError(f"{path}: expected a JSON list of rows, or one JSON object a line.")
+        raise ValueError(f"{path}: expected a JSON list of rows, or one JSON object per line.")
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:

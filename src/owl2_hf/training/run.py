@@ -33,7 +33,7 @@ from .trainer import Owl2Trainer, RunRecord
 
 logger = logging.get_logger(__name__)
 
-MAX_LOOKING = 8  # processes that look over the rows
+MAX_LOOKING = 8  # processes that check the rows
 
 
 def train(
@@ -74,13 +74,14 @@ def train(
         return TrainReport(str(output_dir), steps_of(output_dir), None, None, was_finished=True)
     if resume and checkpoint is None:
         raise ValueError(
-            f"{output_dir} holds a run that is not finished, and no whole checkpoint to go on from."
+            f"{output_dir} contains an unfinished run without a complete checkpoint to resume "
+            "from: choose another output_dir."
         )
     if checkpoint is not None and num_processes(checkpoint) != trainer.args.world_size:
         logger.warning(
-            f"{checkpoint} is of {num_processes(checkpoint)} processes, this run has "
-            f"{trainer.args.world_size}: random numbers and the order of rows are not those that "
-            "an uninterrupted run would have."
+            f"{checkpoint} was saved by {num_processes(checkpoint)} processes, this run has "
+            f"{trainer.args.world_size}: random numbers and the order of rows differ from an "
+            "uninterrupted run."
         )
     versions = versions_json(trainer.args.world_size)
     files = {"recipe.yaml": recipe.to_yaml(), VERSIONS: versions}
@@ -134,7 +135,7 @@ def _trainer(recipe: Recipe) -> Owl2Trainer:
         return _score_trainer(recipe, recipe.scores, arguments)
     if recipe.data.bad_rows == "stop":
         _check_files(recipe.data, arguments)
-    # The Trainer seeds everything, but a fresh adapter is drawn before there is one.
+    # The Trainer sets the seed later, but a new adapter is initialised now.
     set_seed(arguments.seed)
     model, processor = load_for_training(recipe)
     rows = _rows(recipe.data, recipe.data.train)
@@ -145,7 +146,8 @@ def _trainer(recipe: Recipe) -> Owl2Trainer:
             args=arguments,
             train_dataset=rows,
             eval_dataset=eval_rows,
-            # accelerate deals streams out to processes as tensors, which names are not.
+            # accelerate sends the rows of streams to processes as tensors, and names are not
+            # tensors.
             data_collator=Collator(
                 processor,
                 recipe.data.max_length,
@@ -157,7 +159,7 @@ def _trainer(recipe: Recipe) -> Owl2Trainer:
             learning_rates=recipe.learning_rates,
             vision_layer_decay=recipe.vision_layer_decay,
         )
-    except (RuntimeError, ImportError) as error:  # what a setting needs is not installed
+    except (RuntimeError, ImportError) as error:  # a setting needs a package that is not installed
         raise ValueError(f"trainer: {error}") from error
 
 
@@ -192,21 +194,21 @@ def _score_trainer(
             level_ids=level_ids,
             dataset_names=[] if eval_rows is None else [group.name for group in eval_rows.groups],
         )
-    except (RuntimeError, ImportError) as error:  # what a setting needs is not installed
+    except (RuntimeError, ImportError) as error:  # a setting needs a package that is not installed
         raise ValueError(f"trainer: {error}") from error
 
 
 def _output(recipe: Recipe, resume: bool) -> tuple[Path, Path | None]:
     """The output folder, and the checkpoint to go on from."""
     if not recipe.output_dir:
-        raise ValueError("the recipe names no output_dir: where should the trained model go?")
+        raise ValueError("the recipe has no output_dir: set it to a folder for the trained model.")
     folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: expected a folder to make as output_dir.")
+        raise ValueError(f"{folder} is a file: expected a folder to create as output_dir.")
     checkpoint = _checkpoint(folder) if resume else None
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
-            f"{folder} is not empty: resume the run that it holds, or name another output_dir."
+            f"{folder} is not empty: resume the run in it (--resume), or choose another output_dir."
         )
     return folder, checkpoint
 
@@ -219,11 +221,11 @@ def _checkpoint(folder: Path) -> Path | None:
     )
     if found is None and not (folder / STATE).is_file():
         raise ValueError(
-            f"{'; '.join([f'{folder} holds no whole checkpoint to go on from', *damaged])}."
+            f"{'; '.join([f'{folder} contains no complete checkpoint to resume from', *damaged])}."
         )
     if damaged:
-        instead = "" if found is None else f"; going on from {found.name}"
-        logger.warning(f"{folder}: not whole is {', '.join(damaged)}{instead}.")
+        instead = "" if found is None else f"; resuming from {found.name}"
+        logger.warning(f"{folder}: incomplete or damaged: {', '.join(damaged)}{instead}.")
     return found
 
 
@@ -254,7 +256,7 @@ def _rows(data: DataRecipe, sources: str | list[str]) -> Any:
     names = _names(sources)
     if not names or not all(names):
         raise ValueError(
-            "the recipe names no data: set data.train to a file, a folder or a data set's id."
+            "the recipe has no data.train: set it to a file, a folder or the id of a data set."
         )
     loaded = [
         load_rows(
@@ -270,7 +272,7 @@ def _rows(data: DataRecipe, sources: str | list[str]) -> Any:
         return loaded[0]
     if data.streaming:
         raise ValueError(
-            f"streaming reads one source, got {len(names)}: mix them with "
+            f"data.streaming: expected one source, got {len(names)}: mix them with "
             "datasets.interleave_datasets."
         )
     return ConcatDataset(loaded)
