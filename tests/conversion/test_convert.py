@@ -112,7 +112,7 @@ def test_a_tensor_in_two_files_is_refused(source, tmp_path):
         ({"hidden_size": 2**31}, "hidden_size from 1 to 1048576, got 2147483648"),
         ({"vocab_size": -1}, "vocab_size from 1 to 1048576, got -1"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
-        ({"num_hidden_layers": 2}, "configuration has no place"),
+        ({"num_hidden_layers": 2}, "model of config.json has no such parameter"),
         ({"num_hidden_layers": 4}, "lacks"),
         ({"visual_config": {"visual_model": {}}}, "visual_config must hold"),
         ({"visual_config": []}, "visual_config must hold"),

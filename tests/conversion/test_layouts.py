@@ -22,10 +22,10 @@ def test_the_source_must_be_a_checkpoint_of_the_original(source, tmp_path):
     (source / "config.json").write_text("{")
     assert "not valid JSON" in refused("convert", source, tmp_path / "target")
     (source / "config.json").unlink()
-    assert "config.json is missing" in refused("convert", source, tmp_path / "target")
+    assert "config.json does not exist" in refused("convert", source, tmp_path / "target")
 
 
 def test_a_source_without_weights_is_refused(source, tmp_path):
     (source / "pytorch_model.bin").unlink()
-    with pytest.raises(ConversionError, match="holds no weights"):
+    with pytest.raises(ConversionError, match="contains no weights"):
         convert(source, tmp_path / "target")

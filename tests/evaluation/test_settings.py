@@ -119,7 +119,7 @@ def test_lmms_eval_gets_the_answers_of_the_pipeline(lmms):
 def test_lmms_eval_knows_the_models_of_the_package_and_names_what_is_missing(lmms):
     scorer = lmms.Owl2("default-scorer").model
     assert own_preset(scorer) is not None
-    with pytest.raises(ValueError, match="model 'no such': there is no such folder"):
+    with pytest.raises(ValueError, match="model 'no such': the folder does not exist"):
         lmms.Owl2("no such")
 
 

@@ -530,7 +530,9 @@ def test_turns_are_joined_by_plain_text(talking):
 
 
 def test_a_vocabulary_that_does_not_fit_the_weights_is_an_error(source, ranks, tmp_path):
-    with pytest.raises(ConversionError, match="has 528 tokens, the weights 409"):
+    with pytest.raises(
+        ConversionError, match="a tokenizer with 409 tokens, as the weights have, got 528"
+    ):
         convert(source / "hf", tmp_path / "target", tokenizer=write_vocabulary(ranks, tmp_path))
 
 

@@ -135,10 +135,10 @@ def test_remote_code_is_the_package_s_own_and_whole(folder):
         "auto_map": {"AutoConfig": "configuration_mplug_owl2.MplugOwl2Config"},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    refused(folder, r"lacks code that it refers to: configuration_mplug_owl2\.py")
+    refused(folder, r"the code files configuration_mplug_owl2\.py")
     (folder / ours.name).write_bytes(ours.read_bytes())
     sibling = ours.with_name("compatibility_mplug_owl2.py")
-    refused(folder, r"lacks code that it refers to: compatibility_mplug_owl2\.py")
+    refused(folder, r"the code files compatibility_mplug_owl2\.py")
     (folder / sibling.name).write_bytes(sibling.read_bytes())
     assert push(folder, "tester/owl", dry_run=True).files
     (folder / ours.name).write_bytes(ours.read_bytes() + b"import os\n")
@@ -146,7 +146,7 @@ def test_remote_code_is_the_package_s_own_and_whole(folder):
     (folder / ours.name).write_bytes(ours.read_bytes())
     config["auto_map"]["AutoConfig"] = "someone/else--configuration_mplug_owl2.MplugOwl2Config"
     (folder / "config.json").write_text(json.dumps(config))
-    refused(folder, "lacks code that it refers to: someone/else--configuration_mplug_owl2.py")
+    refused(folder, "the code files someone/else--configuration_mplug_owl2.py")
 
 
 def test_a_folder_of_another_model_is_refused(folder):

@@ -150,9 +150,9 @@ BAD = [
         chat([{"type": "text", "text": None}], "a"),
         "turn 1: expected a string as 'text', got NoneType",
     ),
-    (llava("a", "\ud800"), "turn 2: .* not Unicode at character 0"),
-    (llava("a"), "expected an answer of the assistant as the last turn, got 'user'"),
-    (llava("a", "b", "c"), "expected an answer of the assistant as the last turn, got 'user'"),
+    (llava("a", "\ud800"), "turn 2: .* not valid Unicode at character 0"),
+    (llava("a"), "expected an answer of the assistant in the last turn, got 'user'"),
+    (llava("a", "b", "c"), "expected an answer of the assistant in the last turn, got 'user'"),
     (
         {"messages": [{"role": "assistant", "content": "a"}]},
         "expected 'system' or 'user' as the first turn, got 'ass",
@@ -165,19 +165,19 @@ BAD = [
     (llava("a", "b", "c", " \n"), "answer 2 is empty"),
     (
         llava("a", "b", image=RED),
-        "the turns have 0 <.image.> for 1 images: give each image one marker",
+        "expected one <.image.>, or one part of type 'image', for each of 1 images, got 0",
     ),
     (
         llava("<image> a", "b", "<image> c", "d", image=RED),
-        "the turns have 2 <.image.> for 1 images",
+        "for each of 1 images, got 2",
     ),
-    (llava("<image> a", "b"), "the turns have 1 <.image.> for 0 images"),
-    (llava("<image> a", "b", image="no.png"), "there is no image 'no.png'"),
+    (llava("<image> a", "b"), "for each of 0 images, got 1"),
+    (llava("<image> a", "b", image="no.png"), "the image 'no.png' does not exist"),
     (llava("<image> a", "b", image=""), "expected an image as path, .* got ''"),
     (llava("<image> a", "b", image=3), "expected an image as path, .* got int"),
     (
         llava("<image> a", "b", image="../a.png", image_folder="/x"),
-        "'../a.png' leads out of the image folder '/x'",
+        "'../a.png' is outside the image folder '/x'",
     ),
     (
         llava("<video> a", "b", video=[]),
@@ -191,7 +191,7 @@ BAD = [
         llava("<video> a", "b", video="no.mp4"),
         "video 'no.mp4': expected a file, a folder of frames",
     ),
-    (llava("a", "b", video=[RED]), "the turns have 0 <video> for 1 videos"),
+    (llava("a", "b", video=[RED]), "for each of 1 videos, got 0"),
 ]
 
 
@@ -216,7 +216,7 @@ def test_pictures_come_from_the_folder_unless_told_otherwise(folder):
     file.write_text(json.dumps(list(rows.values())))
     for name, row in zip(rows, load_rows(file), strict=True):
         with pytest.raises(
-            ValueError, match=r"leads out of the image folder.*set allow_outside"
+            ValueError, match=r"is outside the image folder.*set allow_outside"
         ) as caught:
             to_messages(row)
         assert repr(name) in str(caught.value)
@@ -240,7 +240,7 @@ def test_pictures_of_the_internet_are_fetched_only_when_told(folder):
     file = folder / "rows.json"
     file.write_text(json.dumps([row]))
     with pytest.raises(
-        ValueError, match=r"'https://example.org/c.png' is not fetched: set allow_outside"
+        ValueError, match=r"'https://example.org/c.png' is not downloaded: set allow_outside"
     ) as caught:
         to_messages(load_rows(file)[0])
     assert "secret" not in str(caught.value)
@@ -253,7 +253,7 @@ def test_a_recipe_and_both_commands_can_allow_it(folder, tmp_path):
     (folder / "rows.json").write_text(json.dumps(list(outside(folder).values())))
     command = ["data", "check", str(folder / "rows.json")]
     refused = CliRunner().invoke(app, command)
-    assert refused.exit_code == 1 and refused.output.count("leads out of the image folder") == 3
+    assert refused.exit_code == 1 and refused.output.count("is outside the image folder") == 3
     assert (
         CliRunner().invoke(app, [*command, "--allow-outside", "--model", "default"]).exit_code == 0
     )
@@ -267,7 +267,7 @@ def test_a_recipe_and_both_commands_can_allow_it(folder, tmp_path):
         "--dry-run",
     ]
     train += ["--out", str(tmp_path / "run")]
-    assert "leads out of the image folder" in CliRunner().invoke(app, train).output
+    assert "is outside the image folder" in CliRunner().invoke(app, train).output
     assert CliRunner().invoke(app, [*train, "--allow-outside"]).exit_code == 0
 
 
@@ -334,5 +334,5 @@ def test_a_video_file_is_one_frame_a_second(tmp_path):
     )
     assert [frame.size for frame in frames] == [(32, 32)] * 2
     (tmp_path / "broken.mp4").write_bytes(b"no video")
-    with pytest.raises(ValueError, match=r"broken\.mp4' is neither an image nor a video"):
+    with pytest.raises(ValueError, match=r"broken\.mp4' is not a readable image or video"):
         to_messages(llava("<video> What happens?", "It moves.", video="broken.mp4"), tmp_path)

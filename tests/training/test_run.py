@@ -538,7 +538,7 @@ def test_a_run_without_a_whole_checkpoint_says_what_is_wrong_with_each(recipe, t
     (tmp_path / "run" / "trainer_state.json").unlink()
     with pytest.raises(
         ValueError,
-        match=r"to go on from; checkpoint-4: optimizer\.pt is missing; checkpoint-2: optim",
+        match=r"to resume from; checkpoint-4: optimizer\.pt is missing; checkpoint-2: optim",
     ):
         train(made, resume=True)
 
