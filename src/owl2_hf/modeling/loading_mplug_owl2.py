@@ -46,6 +46,7 @@ from .configuration_mplug_owl2 import MplugOwl2Config
 from .conversion_mplug_owl2 import (
     owner_of,
 )
+from .cpu_kernels_mplug_owl2 import use_int8_kernel
 from .weight_files_mplug_owl2 import check_archive, read_weight_map, read_weights
 
 logger = logging.get_logger(__name__)
@@ -146,6 +147,7 @@ class MplugOwl2LoadableModel(AdapterMethods, PreTrainedModel):
                 "config.json describes, see the report above. Correct config.json. For "
                 "mPLUG-Owl2.1, `owl2-hf convert` reads vocab_size from the weights."
             ) from error
+        use_int8_kernel(model)
         is_told = (
             output_loading_info
             or pretrained_model_name_or_path is None

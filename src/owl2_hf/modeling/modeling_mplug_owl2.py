@@ -25,6 +25,7 @@ from .compatibility_mplug_owl2 import (
     visual_tokens,
 )
 from .configuration_mplug_owl2 import MplugOwl2Config
+from .cpu_kernels_mplug_owl2 import fast_single_row
 from .generation_mplug_owl2 import MplugOwl2Generation
 from .loading_mplug_owl2 import MplugOwl2LoadableModel
 from .modeling_mplug_owl2_abstractor import MplugOwl2VisualAbstractor
@@ -382,12 +383,14 @@ class MplugOwl2ForConditionalGeneration(
         )
         self.post_init()
 
+    @fast_single_row
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> MplugOwl2ImageFeatures:
         """Encode (N, 3, H, W) normalised pixels; `pooler_output` has each image's visual tokens."""
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
     @known_arguments
     @can_return_tuple
+    @fast_single_row
     def forward(
         self,
         input_ids: Tensor | None = None,
