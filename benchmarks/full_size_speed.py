@@ -1,5 +1,5 @@
 """The full-size model on a processor: loading against torch.load of the original shards, prefill,
-and decoding.
+and decoding with oneDNN and without. `benchmarks.full_size_decode` measures what the model chooses.
 
     python -m benchmarks.full_size make ORIGINAL --tokenizer tokenizer.model
     owl2-hf convert ORIGINAL CONVERTED
@@ -16,11 +16,13 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
+from owl2_hf.modeling import cpu_kernels_mplug_owl2
 from owl2_hf.modeling.compatibility_mplug_owl2 import CACHE
 
 from .full_size import timed
@@ -75,6 +77,16 @@ def without_onednn(run: Run) -> Run:
     return wrapped
 
 
+def with_onednn_alone(run: Run) -> Run:
+    """The same with oneDNN for single rows too, whatever the model chooses."""
+
+    def wrapped() -> None:
+        with mock.patch.object(cpu_kernels_mplug_owl2, "onednn_is_slow", lambda: False):
+            run()
+
+    return wrapped
+
+
 def read_all(weights: list[torch.Tensor]) -> None:
     """Every byte once, as float32 whatever it stands for."""
     for weight in weights:
@@ -116,7 +128,7 @@ def speed(folder: Path, rounds: int) -> dict[str, Any]:
         model(token, **{CACHE: cache}, use_cache=True)
 
     runs = {
-        "decode": decode,
+        "decode": with_onednn_alone(decode),
         "decode without oneDNN": without_onednn(decode),
         "read": lambda: read_all(weights),
     }

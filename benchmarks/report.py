@@ -302,11 +302,57 @@ def full_size() -> str:
         ["prefill without oneDNN", f"{found['prefill_without_onednn_seconds']:.2f} s", ""],
         [f"reading the {found['bytes_of_a_token'] / 1e9:.1f} GB that a token passes", reading, "1"],
         *(
-            [f"a token, {name}", f"{one['seconds']:.3f} s", ratio(one)]
+            # A plain step there is one with oneDNN.
+            [
+                f"a token, {'decode with oneDNN' if name == 'decode' else name}",
+                f"{one['seconds']:.3f} s",
+                ratio(one),
+            ]
             for name, one in found["decode"].items()
         ),
     ]
     return table(["", "time", "over reading"], rows)
+
+
+def full_size_decode() -> str:
+    """Times over those of bfloat16 as the model chooses it, and over each model's own reading."""
+    run = read("full_size_decode")
+    models = run["models"]
+    whole = models["bfloat16"]["token"]["chosen"]["seconds"]
+    rows = []
+    for name, found in models.items():
+        for way, one in found["token"].items():
+            prompt = found["prompt_seconds"].get(way)
+            rows.append(
+                [
+                    name if way == "chosen" else f"{name}, {way}",
+                    f"{found['bytes_of_a_token'] / 1e9:.1f} GB",
+                    f"{found['read_seconds']:.3f} s",
+                    f"{one['seconds']:.3f} s",
+                    ratio(one),
+                    f"{whole / one['seconds']:.2f}",
+                    "" if prompt is None else f"{prompt:.1f} s",
+                ]
+            )
+    head = [
+        f"{run['layers']} layers",
+        "weights",
+        "reading",
+        "a token",
+        "over reading",
+        "tokens a second, ratio",
+        "prompt",
+    ]
+    return table(head, rows)
+
+
+def full_size_agreement() -> str:
+    rows = []
+    for name, found in read("full_size_decode")["models"].items():
+        one = found["agreement"]
+        errors = [f"{one[key]:.4f}" for key in ("logit error", "largest logit error")]
+        rows.append([name, f"{one['same token']:.3f}", *errors])
+    return table(["", "same token", "error of logits", "largest"], rows)
 
 
 def image_cache() -> str:
@@ -415,6 +461,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "start": start,
     "loading": loading,
     "full_size": full_size,
+    "full_size_decode": full_size_decode,
+    "full_size_agreement": full_size_agreement,
     "score_dataset": score_dataset,
     "prefix": prefix,
     "cards": cards,

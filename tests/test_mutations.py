@@ -18,6 +18,7 @@ MATHEMATICS = {
     "modeling/modeling_mplug_owl2_h_reducer.py",
     "modeling/modeling_mplug_owl2_vision.py",
     "modeling/modeling_mplug_owl2.py",
+    "modeling/cpu_kernels_mplug_owl2.py",
     "processing/image_processing_mplug_owl2.py",
     "scoring/labels.py",
     "scoring/losses.py",

@@ -90,6 +90,29 @@ def test_bytes_of_a_token_are_those_of_the_text_branch_and_the_head(golden_dir):
     assert sum(weight.numel() for weight in passed_weights(model)) == expected
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "int4"])
+def test_the_models_of_full_size_decoding_are_one_model_rounded(name):
+    pytest.importorskip("torchao", reason="needs torchao: pip install 'owl2_hf[quantization]'")
+    from benchmarks import full_size_decode as decoding
+
+    whole, model = (decoding.build(one, 2, 256, 2) for one in ("bfloat16", name))
+    ours, theirs = (decoding.Decoder(one, 20) for one in (model, whole))
+    text, expected = decoding.text_of(theirs, 4, [])
+    chosen, logits = decoding.text_of(ours, 4, text)
+    assert len(text) == len(chosen) == 4 and expected.shape == (4, 32000)
+    found = decoding.agreement(expected, logits)
+    assert found["logit error"] < {"bfloat16": 1e-6, "int8": 0.05, "int4": 0.5}[name]
+    ours.prompt()
+    for _ in range(3):
+        ours.measured_step()
+    assert ours.cache.get_seq_length() == 20
+    num_weights = 2 * (4 * 256**2 + 3 * 256 * 512)
+    others = (5 * 256 + 32064 * 256) * 2  # norms and head, in 16 bits
+    num_bytes = sum(weight.nbytes for weight in decoding.passed_weights(model)) - others
+    low, high = {"bfloat16": (2, 2), "int8": (1, 1.03), "int4": (0.5, 0.55)}[name]
+    assert low * num_weights <= num_bytes <= high * num_weights
+
+
 def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
     code = "from benchmarks.timing import peak_memory; print(peak_memory())"
     alone, large = (_peak_of_a_child(code, megabytes) for megabytes in (0, 600))

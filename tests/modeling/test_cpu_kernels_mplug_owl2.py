@@ -33,9 +33,9 @@ def slow_onednn(monkeypatch):
     assert was_on, "a test left oneDNN off"
 
 
-def tiny(dtype=torch.bfloat16):
+def tiny(dtype=torch.bfloat16, **text):
     torch.manual_seed(0)
-    return MplugOwl2ForConditionalGeneration(tiny_config()).to(dtype).eval()
+    return MplugOwl2ForConditionalGeneration(tiny_config(**text)).to(dtype).eval()
 
 
 @pytest.fixture
@@ -217,17 +217,70 @@ def test_both_kernels_add_up_in_float32(enabled):
 
 
 @torch.no_grad()
-def test_a_step_without_onednn_agrees_with_one_with_it(model, monkeypatch):
-    logits = []
+@pytest.mark.parametrize("heads", [2, 6], ids="{} key-value heads".format)
+def test_a_step_without_onednn_agrees_with_one_with_it(monkeypatch, heads):
+    model, logits = tiny(num_key_value_heads=heads), []
     for is_slow in (True, False):
         monkeypatch.setattr(kernels, "onednn_is_slow", lambda is_slow=is_slow: is_slow)
         cache = DynamicCache(config=model.config.get_text_config())
         model(torch.tensor([[1, 5, 6]]), **{CACHE: cache}, use_cache=True)
         logits.append(model(ONE, **{CACHE: cache}).logits[..., :90].float())
-    exact = tiny(torch.float32)
+    exact = tiny(torch.float32, num_key_value_heads=heads)
     expected = exact(torch.tensor([[1, 5, 6, 7]])).logits[:, -1:, :90]
     errors = [float((one - expected).norm() / expected.norm()) for one in logits]
     assert max(errors) < 0.03  # bfloat16's own rounding: 0.008 to 0.02
+
+
+# Attention of a single row
+
+SDPA = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def sdpa_calls(model, ids, **inputs) -> int:
+    """Of a step with `ids` behind a prompt of three positions, in the three layers."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    model(torch.tensor([[1, 5, 6]]), **{CACHE: cache}, use_cache=True)
+    return operations(lambda: model(torch.tensor(ids), **{CACHE: cache}, **inputs))[SDPA]
+
+
+@torch.no_grad()
+def test_a_single_row_attends_without_sdpa(monkeypatch):
+    model = tiny(num_key_value_heads=6)
+    assert sdpa_calls(model, [[7]]) == 0
+    assert sdpa_calls(model, [[7, 8]]) == 3
+    assert sdpa_calls(model, [[7]], attention_mask=torch.tensor([[0, 1, 1, 1]])) == 3
+    assert sdpa_calls(model.float(), [[7]]) == 3
+    monkeypatch.setattr(kernels, "onednn_is_slow", lambda: False)
+    assert sdpa_calls(model.bfloat16(), [[7]]) == 3
+
+
+@torch.no_grad()
+def test_keys_that_heads_share_keep_sdpa():
+    assert sdpa_calls(tiny(num_key_value_heads=2), [[7]]) == 3
+
+
+@torch.no_grad()
+def test_the_users_choice_of_eager_attention_stays(monkeypatch):
+    model = tiny(num_key_value_heads=6)
+    monkeypatch.setattr(
+        "owl2_hf.modeling.modeling_mplug_owl2_text.single_row_attention", lambda **_: 1 / 0
+    )
+    model.set_attn_implementation("eager")
+    model(ONE)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(TypeError):  # the stand-in
+        model(ONE)
+
+
+def test_attention_of_a_single_row_is_sdpas():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 6, length, 16).bfloat16() for length in (1, 40, 40))
+    exact = nn.functional.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), scale=0.3
+    ).transpose(1, 2)
+    got, weights = kernels.single_row_attention(None, query, key, value, None, scaling=0.3)
+    assert weights is None and got.shape == (1, 1, 6, 16) and got.dtype == torch.bfloat16
+    assert (got - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize(

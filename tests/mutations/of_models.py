@@ -327,6 +327,41 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "test_pixels_are_the_originals",
         ),
     ],
+    (
+        "modeling/cpu_kernels_mplug_owl2.py",
+        "tests/modeling/test_cpu_kernels_mplug_owl2.py",
+    ): [
+        (
+            "key.matmul(query.transpose(2, 3)) * scaling",
+            "key.matmul(query.transpose(2, 3))",
+            "test_attention_of_a_single_row_is_sdpas",
+        ),
+        (
+            "scores.softmax(dim=2, dtype=torch.float32)",
+            "scores.softmax(dim=1, dtype=torch.float32)",
+            "test_attention_of_a_single_row_is_sdpas",
+        ),
+        (
+            "torch.cat(products, dim=-1).mul_(scale)",
+            "torch.cat(products, dim=-1)",
+            "test_an_int8_product_is_that_of_rounded_weights",
+        ),
+        (
+            "            output += self.bias",
+            "            output -= self.bias",
+            "test_an_int8_product_is_that_of_rounded_weights",
+        ),
+        (
+            "and given.shape[:2].numel() == 1",
+            "and given.shape[1] == 1",
+            "test_two_rows_keep_onednn",
+        ),
+        (
+            'wants_off = self._running["single"] > 0 and not self._running["many"]',
+            'wants_off = self._running["single"] > 0',
+            "test_a_prompt_in_another_thread_turns_onednn_on",
+        ),
+    ],
     ("analysis/attention.py", "tests/analysis/test_analysis.py"): [
         (
             "means = means / means.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float).tiny)",

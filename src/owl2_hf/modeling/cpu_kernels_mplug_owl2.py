@@ -55,7 +55,7 @@ class OneDnnSwitch:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running = {"single": 0, "many": 0}
-        self._is_off = False  # by this object
+        self.is_off = False  # by this object
 
     @contextmanager
     def rows(self, kind: str) -> Iterator[None]:
@@ -70,15 +70,15 @@ class OneDnnSwitch:
         with self._lock:
             self._running[kind] += change
             wants_off = self._running["single"] > 0 and not self._running["many"]
-            if wants_off and not self._is_off and torch._C._get_mkldnn_enabled():
+            if wants_off and not self.is_off and torch._C._get_mkldnn_enabled():
                 self._set(is_off=True)
-            elif self._is_off and not wants_off:
+            elif self.is_off and not wants_off:
                 self._set(is_off=False)
 
     def _set(self, is_off: bool) -> None:
         # `torch.backends.mkldnn.flags` would also reset the user's float32 precision.
         torch._C._set_mkldnn_enabled(not is_off)
-        self._is_off = is_off
+        self.is_off = is_off
 
 
 ONEDNN = OneDnnSwitch()
@@ -111,8 +111,60 @@ def fast_single_row(method: Callable[..., Any]) -> Callable[..., Any]:
     return chosen
 
 
+def suits_single_row(
+    module: Any, query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
+) -> bool:
+    """Whether `single_row_attention` may stand for the attention function sdpa.
+
+    Args:
+        module: The attention layer.
+        query, key: (B, heads, L, head_dim) and (B, key_value_heads, past + L, head_dim).
+        attention_mask: `None` where each position is seen.
+        kwargs: Arguments of the attention function, with `cache` for a paged one.
+    """
+    return (
+        _is_eager()
+        and ONEDNN.is_off
+        and module.config._attn_implementation == "sdpa"
+        and attention_mask is None
+        and query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and query.shape[2] == 1
+        and query.shape[1] == key.shape[1]
+        and kwargs.get("cache") is None
+    )
+
+
+def single_row_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one position, as products of matrices with columns.
+
+    PyTorch's sdpa multiplies bfloat16 rows element by element here. This rounds scores to bfloat16,
+    as transformers' eager attention does; the softmax is in float32.
+
+    Args:
+        query: (B, heads, 1, head_dim).
+        key, value: (B, heads, past + 1, head_dim).
+
+    Returns:
+        (B, 1, heads, head_dim), and no weights, as sdpa.
+    """
+    scores = key.matmul(query.transpose(2, 3)) * scaling  # (B, heads, past + 1, 1)
+    weights = scores.softmax(dim=2, dtype=torch.float32).to(query.dtype)
+    output = value.transpose(2, 3).matmul(weights)  # (B, heads, head_dim, 1)
+    return output.permute(0, 3, 1, 2), None
+
+
 def _is_eager() -> bool:
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    # What `torch.jit.is_tracing` asks, which has no types.
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None
 
 
 class MplugOwl2Int8Linear(nn.Linear):

@@ -38,6 +38,7 @@ from .compatibility_mplug_owl2 import (
     update_cache,
 )
 from .configuration_mplug_owl2 import MplugOwl2TextConfig
+from .cpu_kernels_mplug_owl2 import single_row_attention, suits_single_row
 
 
 def text_first(visual_mask: Tensor) -> Tensor:
@@ -288,6 +289,8 @@ class MplugOwl2Attention(nn.Module):
         attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if suits_single_row(self, query, key, attention_mask, kwargs):
+            attention = single_row_attention
         output, weights = attention(
             self,
             query,
