@@ -376,9 +376,32 @@ def test_many_rows_copy_a_part_at_a_time(monkeypatch):
     assert counts["mm"] == 5 and not counts[PACKED]
 
 
+def moved(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, eight bytes behind an aligned address."""
+    place = 8 // tensor.element_size()
+    buffer = torch.empty(tensor.numel() + place, dtype=tensor.dtype)
+    return buffer[place:].view(tensor.shape).copy_(tensor)
+
+
+@torch.no_grad()
+def test_neither_rows_nor_weights_need_to_be_aligned():
+    """The kernel itself ends the process there."""
+    ours, torchaos = linear()
+    x = torch.randn(1, 48).bfloat16()
+    expected = ours(x)
+    rows = moved(x)
+    assert operations(lambda: ours(rows))[PACKED] == 1 and torch.equal(ours(rows), expected)
+    ours.weight.qdata = moved(ours.weight.qdata)
+    assert not operations(lambda: ours(x))[PACKED]
+    assert torch.allclose(ours(x), expected, rtol=0.02)
+    torchaos.weight.qdata = moved(torchaos.weight.qdata)
+    layers = nn.Sequential(torchaos)
+    kernels.use_int8_kernel(layers)
+    assert operations(lambda: layers(x))[PACKED] == 1 and torch.equal(layers(x), expected)
+
+
 @torch.no_grad()
 def test_what_the_kernel_cannot_do_is_torchaos():
-    """Its loop takes 16 columns at a time: with others it reads memory that is not its own."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerGroup
 
     dynamic = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
@@ -409,10 +432,16 @@ def test_gradients_pass_through_int8_layers():
 
 
 @torch.no_grad()
-def test_a_loaded_int8_model_decodes_with_the_kernel():
+@pytest.mark.parametrize("is_saved", [False, True], ids=["rounded", "saved"])
+def test_a_loaded_int8_model_decodes_with_the_kernel(is_saved, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(
         default_dir(), dtype=torch.bfloat16, quantization_config=TorchAoConfig(torchao_config())
     ).eval()
+    if is_saved:
+        expected = model(ONE).logits
+        model.save_pretrained(tmp_path)
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+        assert torch.equal(model(ONE).logits, expected)
     rounded = [m for m in model.modules() if type(m) is kernels.MplugOwl2Int8Linear]
     assert len(rounded) == sum(type(value) is not nn.Parameter for value in model.parameters())
     visual = [

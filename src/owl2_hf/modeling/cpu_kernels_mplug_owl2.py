@@ -20,8 +20,9 @@ from torch import Tensor, nn
 VARIABLE = "OWL2_HF_SINGLE_ROW_KERNEL"
 # More rows are faster as a product with weights that were brought to 16 bits.
 MAX_INT8_ROWS = 16
-# PyTorch's int8 kernel reads 16 columns at a time, also beyond the end of a row.
-INT8_COLUMNS = 16
+# PyTorch's int8 kernel reads 16 columns at a time with aligned loads, and checks neither: where a
+# row is not aligned, the process crashes. PyTorch aligns what it allocates to 64 bytes.
+INT8_COLUMNS, ALIGNMENT = 16, 64
 # Weights that are brought to 16 bits at a time. Memory of larger tensors goes back to the system
 # after each use, and getting it again takes longer than the product.
 INT8_BLOCK = 4 * 2**20
@@ -156,8 +157,8 @@ def single_row_attention(
     Returns:
         (B, 1, heads, head_dim), and no weights, as sdpa.
     """
-    scores = key.matmul(query.transpose(2, 3)) * scaling  # (B, heads, past + 1, 1)
-    weights = scores.softmax(dim=2, dtype=torch.float32).to(query.dtype)
+    scores = key.matmul(query.transpose(2, 3)).float() * scaling  # (B, heads, past + 1, 1)
+    weights = scores.softmax(dim=2).to(query.dtype)
     output = value.transpose(2, 3).matmul(weights)  # (B, heads, head_dim, 1)
     return output.permute(0, 3, 1, 2), None
 
@@ -183,7 +184,8 @@ class MplugOwl2Int8Linear(nn.Linear):
         weight: Any = self.weight
         scale = weight.scale.flatten().to(input.dtype)  # (N,)
         rows = input.reshape(-1, input.shape[-1]).contiguous()  # (T, K)
-        if len(rows) <= MAX_INT8_ROWS:
+        if len(rows) <= MAX_INT8_ROWS and _is_aligned(weight.qdata):
+            rows = rows if _is_aligned(rows) else rows.clone()
             output = torch.ops.aten._weight_int8pack_mm(rows, weight.qdata, scale)  # (T, N)
         else:
             parts = weight.qdata.split(max(1, INT8_BLOCK // rows.shape[1]))
@@ -210,8 +212,18 @@ def _takes(weight: Any, input: Tensor) -> bool:
     )
 
 
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % ALIGNMENT == 0
+
+
 def use_int8_kernel(model: nn.Module) -> None:
-    """Make `MplugOwl2Int8Linear` of the linear layers that torchao has rounded to int8."""
+    """Make `MplugOwl2Int8Linear` of the linear layers that torchao has rounded to int8.
+
+    A weight that lies in a file has the file's alignment, so it may be copied into memory.
+    """
     for module in model.modules():
         if type(module) is nn.Linear and type(module.weight).__name__ == "Int8Tensor":
             module.__class__ = MplugOwl2Int8Linear
+            weight: Any = module.weight
+            if weight.qdata.device.type == "cpu" and not _is_aligned(weight.qdata):
+                weight.qdata = weight.qdata.clone()
