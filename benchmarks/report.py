@@ -352,7 +352,7 @@ def full_size_agreement() -> str:
         one = found["agreement"]
         errors = [f"{one[key]:.4f}" for key in ("logit error", "largest logit error")]
         rows.append([name, f"{one['same token']:.3f}", *errors])
-    return table(["", "same token", "error of logits", "largest"], rows)
+    return table(["type", "same token", "error of logits", "largest"], rows)
 
 
 def image_cache() -> str:

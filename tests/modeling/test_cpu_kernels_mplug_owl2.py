@@ -344,7 +344,7 @@ def linear(columns=48, dtype=torch.bfloat16, bias=False, config=None):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 8), (17,), (3, 50)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (5,), (3, 50)], ids=str)
 def test_an_int8_product_is_that_of_rounded_weights(monkeypatch, dtype, bias, shape):
     monkeypatch.setattr(kernels, "INT8_BLOCK", 48 * 7)  # five parts, the last with 5 rows
     ours, torchaos = linear(dtype=dtype, bias=bias)
