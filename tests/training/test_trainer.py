@@ -5,9 +5,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 import owl2_hf
+from owl2_hf.modeling import modeling_mplug_owl2_text
 from owl2_hf.training.adapters import lora_config
 from owl2_hf.training.collator import Collator
 from owl2_hf.training.trainer import Owl2Trainer, SmoothedLoss
@@ -90,6 +91,27 @@ def smoothed(model, batch, factor):
     return F.cross_entropy(
         logits[..., kept].flatten(0, 1), labels.flatten(), label_smoothing=factor
     )
+
+
+@pytest.mark.parametrize("kind", [Trainer, Owl2Trainer])
+def test_a_training_step_keeps_no_keys_and_values_in_a_cache(rows, tmp_path, kind, monkeypatch):
+    model, processor = owl2_hf.load_default(dtype=torch.float32)
+    caches = []
+    monkeypatch.setattr(
+        modeling_mplug_owl2_text,
+        "DynamicCache",
+        lambda **kwargs: caches.append(DynamicCache(**kwargs)) or caches[-1],
+    )
+    trainer = kind(
+        model=model,
+        args=arguments(tmp_path, max_steps=1, save_strategy="no"),
+        train_dataset=rows,
+        data_collator=Collator(processor),
+    )
+    trainer.train()
+    assert not caches
+    model(input_ids=torch.tensor([[1, 5, 6]]), use_cache=True)
+    assert len(caches) == 1
 
 
 @pytest.mark.parametrize("factor", [0.1, 0.5])

@@ -227,6 +227,7 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel):
         return image_mask.unsqueeze(-1).to(inputs_embeds.device)
 
     @known_arguments
+    @merge_with_config_defaults  # use_cache, which Trainer sets in the configuration
     @can_return_tuple
     def forward(
         self,
