@@ -42,6 +42,13 @@ def ratio(result: dict[str, float]) -> str:
 
 
 # The names in the results -> those in the tables. Where there are none, both are the same.
+COMPILED = {
+    "ours, compiled, number not known": "ours, compiled, number of visual tokens unknown",
+    "dense": "both branches for every token",
+    "split": "each token in its own branch",
+    "grouped": "grouped product",
+    "grouped, weights stacked first": "grouped product, weights stacked first",
+}
 GENERATION = {
     "dynamic cache": "48 tokens, dynamic cache",
     "static cache": "48 tokens, static cache",
@@ -62,6 +69,7 @@ VISION = {
     "encoded again": "later turn, image encoded again",
     "features kept": "later turn, features kept",
 }
+LOADED = {"torch.load": "pickles", "from_pretrained": "converted folder"}
 
 
 def milliseconds(result: dict[str, float]) -> str:
@@ -102,10 +110,10 @@ def compiled() -> str:
     rows = []
     for what, found in read("compiled").items():
         rows += [
-            [f"{what}: {name}", milliseconds(result), ratio(result)]
+            [f"{what}: {COMPILED.get(name, name)}", milliseconds(result), ratio(result)]
             for name, result in found.items()
         ]
-    return table(["", "time", "ratio"], rows)
+    return table(["what is timed", "time", "ratio"], rows)
 
 
 def generation() -> str:
@@ -261,12 +269,12 @@ def loading() -> str:
         peak = f"{max(run['peak_mb'] for run in runs):,.0f} MB"
         rows.append(
             [
-                f"`{name}`",
+                f"the {LOADED[name]}, with `{name}`",
                 f"{statistics.median(taken):.1f} s ({min(taken):.1f} to {max(taken):.1f})",
                 peak,
             ]
         )
-    return table(["", "time", "peak memory"], rows)
+    return table(["what is loaded", "time", "peak memory"], rows)
 
 
 def score_dataset() -> str:
@@ -294,24 +302,28 @@ def full_size() -> str:
     reading = f"{found['read_seconds']:.3f} s ({found['bandwidth_gb_per_second']:.1f} GB/s)"
     rows = [
         [
-            f"prefill, one picture, {found['positions']} positions",
+            f"prefill, one image, {found['positions']} positions",
             f"{found['prefill_seconds']:.2f} s",
             "",
         ],
-        ["of it the encoding of the picture", f"{found['encoding_seconds']:.2f} s", ""],
+        ["of this, encoding the image", f"{found['encoding_seconds']:.2f} s", ""],
         ["prefill without oneDNN", f"{found['prefill_without_onednn_seconds']:.2f} s", ""],
-        [f"reading the {found['bytes_of_a_token'] / 1e9:.1f} GB that a token passes", reading, "1"],
+        [
+            f"reading the {found['bytes_of_a_token'] / 1e9:.1f} GB of weights that a token needs",
+            reading,
+            "1",
+        ],
         *(
             # A plain step there is one with oneDNN.
             [
-                f"a token, {'decode with oneDNN' if name == 'decode' else name}",
+                f"decoding a token with{'' if name == 'decode' else 'out'} oneDNN",
                 f"{one['seconds']:.3f} s",
                 ratio(one),
             ]
             for name, one in found["decode"].items()
         ),
     ]
-    return table(["", "time", "over reading"], rows)
+    return table(["what is timed", "time", "ratio to reading"], rows)
 
 
 def full_size_decode() -> str:
@@ -335,12 +347,12 @@ def full_size_decode() -> str:
                 ]
             )
     head = [
-        f"{run['layers']} layers",
+        f"type ({run['layers']} layers)",
         "weights",
-        "reading",
-        "a token",
-        "over reading",
-        "tokens a second, ratio",
+        "time to read them",
+        "time per token",
+        "ratio to reading",
+        "tokens per second / bfloat16",
         "prompt",
     ]
     return table(head, rows)
@@ -352,7 +364,7 @@ def full_size_agreement() -> str:
         one = found["agreement"]
         errors = [f"{one[key]:.4f}" for key in ("logit error", "largest logit error")]
         rows.append([name, f"{one['same token']:.3f}", *errors])
-    return table(["type", "same token", "error of logits", "largest"], rows)
+    return table(["type", "same tokens", "logit error / norm", "largest error / std"], rows)
 
 
 def image_cache() -> str:
@@ -366,7 +378,7 @@ def image_cache() -> str:
     return table(["what is timed", "time without the cache", "time", "ratio"], rows)
 
 
-NO_GPU = "No run on a GPU exists yet. `python -m benchmarks.gpu` makes one.\n"
+NO_GPU = "This was not run on a GPU yet.\n"
 
 
 def gpu() -> str:
@@ -403,9 +415,9 @@ def gpu_rows(step: str, outcome: dict[str, Any]) -> list[list[str]]:
 
 
 _TASKS = {
-    "inference, bf16": "ask, 16 bits",
-    "inference, int8": "ask, int8",
-    "inference, int4": "ask, int4",
+    "inference, bf16": "inference, 16 bits",
+    "inference, int8": "inference, int8",
+    "inference, int4": "inference, int4",
     "qlora": "train `qlora`",
     "qlora, no checkpointing": "train `qlora`, no checkpointing",
     "lora": "train `lora`",
@@ -432,7 +444,7 @@ def memory() -> str:
     for name, parts in read("memory")["tasks"].items():
         shown = [f"{value / 1e9:.2f}" if value else "" for value in parts.values()]
         rows.append([_TASKS[name], *shown])
-    return table(["GB", *next(iter(read("memory")["tasks"].values()))], rows)
+    return table(["task (GB)", *next(iter(read("memory")["tasks"].values()))], rows)
 
 
 def memory_sizes() -> str:
