@@ -180,8 +180,9 @@ class Conversation:
             room = self.context.room(num_prompt)
         except ValueError:
             raise ValueError(
-                f"the conversation is full: with this message it has {num_prompt} tokens, and the "
-                f"context of the model {self.context.size}. /clear starts a new conversation."
+                "the conversation is too long: expected at most "
+                f"{self.context.size} tokens, the context of the model, got {num_prompt}. "
+                "/clear starts a new conversation."
             ) from None
         features = self._encode(inputs.pop("pixel_values", None))
         if features:
