@@ -98,7 +98,9 @@ def test_an_answer_ends_with_the_context_and_the_next_message_is_refused(endless
     conversation = Conversation(*endless, max_new_tokens=100)
     assert ask(conversation, "What is this?", BANANA).ending == "context"
     before = list(conversation.messages)
-    with pytest.raises(ValueError, match=r"expected at most 40 tokens, got \d+\. /clear"):
+    with pytest.raises(
+        ValueError, match=r"expected at most 40 tokens, the context of the model, got \d+\. /clear"
+    ):
         ask(conversation, "And this?", TIGER)
     assert conversation.messages == before and conversation.waiting == []
     conversation.clear()
@@ -213,7 +215,7 @@ def test_saving_replaces_no_other_file(loaded, tmp_path, monkeypatch):
         conversation.save()
     ask(conversation, "Is a tiger an animal?")
     Path("other.json").write_text("mine")
-    with pytest.raises(ValueError, match=r"other\.json exists: choose another name"):
+    with pytest.raises(ValueError, match=r"other\.json already exists: choose another name"):
         conversation.save(Path("other.json"))
     first = conversation.save()
     ask(conversation, "Is a car an animal?")
@@ -221,7 +223,7 @@ def test_saving_replaces_no_other_file(loaded, tmp_path, monkeypatch):
     assert len(json.loads(first.read_text())) == 4
     conversation.clear()
     ask(conversation, "Is a car an animal?")
-    with pytest.raises(ValueError, match="exists: choose another name"):
+    with pytest.raises(ValueError, match="already exists: choose another name"):
         conversation.save(first)
     with pytest.raises(OSError, match="no-folder"):
         conversation.save(Path("no-folder/chat.json"))

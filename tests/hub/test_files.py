@@ -155,6 +155,6 @@ def test_a_folder_of_another_model_is_refused(folder):
     (folder / "config.json").write_text("[]")
     refused(folder, "expected a JSON object, got list")
     (folder / "config.json").write_text("{")
-    refused(folder, r"config\.json: is not valid JSON")
+    refused(folder, r"config\.json is not valid JSON")
     (folder / "config.json").unlink()
     refused(folder, r"expected a model folder with a config\.json, got none")

@@ -165,7 +165,7 @@ def test_inputs_that_cannot_be_scored_are_refused(default, pictures):
         Scorer(model, processor, YES_NO)(pictures, task="beauty")
     with pytest.raises(ValueError, match="a value for each of two or more levels"):
         Preset({"quality": PROMPT}, ("yes", "no"), (1.0,))
-    with pytest.raises(ValueError, match=r"must hold <\|image\|> once"):
+    with pytest.raises(ValueError, match=r"must contain <\|image\|> once"):
         Preset({"quality": "Is it?"})
     with pytest.raises(ValueError, match="batch_size of at least 1"):
         Scorer(model, processor, YES_NO, batch_size=0)

@@ -231,7 +231,7 @@ def test_pictures_come_from_the_folder_unless_told_otherwise(folder):
 def test_images_outside_a_relative_folder_are_refused(tmp_path, monkeypatch, start, name):
     (tmp_path / "here" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(ValueError, match="leads out of the image folder"):
+    with pytest.raises(ValueError, match="is outside the image folder"):
         to_messages(llava("<image> a", "b", image=name), start)
 
 

@@ -186,7 +186,7 @@ def test_a_loss_that_is_no_number_stops_the_run(recipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Owl2Trainer, "compute_loss", poisoned)
     with pytest.raises(
-        NonFiniteError, match=r"the loss is nan in step 4, .* checkpoint, .*checkpoint-3, is kept"
+        NonFiniteError, match=r"the loss is nan in step 4, .*last checkpoint, .*checkpoint-3, with"
     ) as error:
         train(recipe())
     assert re.search(r"check the rows of this step: 'r\d+', 'r\d+'\.$", str(error.value))
@@ -510,7 +510,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     caplog.clear()
     report = train(made, resume=True)
     assert (
-        f"incomplete or damaged: checkpoint-4: {file.name} is truncated or damaged; going on from "
+        f"incomplete or damaged: checkpoint-4: {file.name} is truncated or damaged; resuming from "
         "checkpoint-2." in caplog.text
     )
     assert report.resumed_from == str(run / "checkpoint-2") and losses(run) == whole
@@ -527,7 +527,7 @@ def test_another_number_of_processes_is_said(recipe, tmp_path, caplog):
     report = train(recipe(trainer={"max_steps": 3}), resume=True)
     assert (report.steps, report.resumed_from) == (3, str(checkpoint))
     assert (
-        f"{checkpoint} is of 2 processes, this run has 1: random numbers and the order of rows"
+        f"{checkpoint} was saved by 2 processes, this run has 1: random numbers and the order of rows"
         in caplog.text
     )
 
