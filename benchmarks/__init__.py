@@ -1,1 +1,1 @@
-"""Measurements, one command each; nothing here runs in a test but the making of its inputs."""
+"""Measurements, one command each. Tests run only the code that makes their inputs."""

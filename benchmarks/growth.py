@@ -1,4 +1,4 @@
-"""How prefill grows with pictures and with positions, beside transformers' LlamaModel of the same
+"""How prefill grows with images and with positions, beside transformers' LlamaModel of the same
 shape.
 
     python -m benchmarks.growth --json growth.json --plot growth.png

@@ -1,4 +1,4 @@
-"""Pictures and prompts: the processor against transformers' CLIPImageProcessor and the plain
+"""Images and prompts: the processor against transformers' CLIPImageProcessor and the plain
 tokenizer.
 
     python -m benchmarks.processor --json processor.json

@@ -1,4 +1,4 @@
-"""Runs taken in turns, A B A B, and what is said of them."""
+"""Run two measurements in turns, A B A B, and summarise them."""
 
 import argparse
 import json

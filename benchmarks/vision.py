@@ -1,4 +1,4 @@
-"""The vision side: attention implementations, several pictures in one call, and a picture of an
+"""The vision side: attention implementations, several images in one call, and an image of an
 earlier turn.
 
     python -m benchmarks.vision --json vision.json

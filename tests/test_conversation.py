@@ -238,8 +238,8 @@ def test_saving_replaces_no_other_file(loaded, tmp_path, monkeypatch):
         ("[" * 100_000, "is not valid JSON"),
         ("{}", "expected a list of messages"),
         ("[]", "expected a list of messages"),
-        ('["hello"]', "message 1 has no role"),
-        ('[{"role": "user", "content": "a"}, {"role": "tool"}]', "message 2 has no role"),
+        ('["hello"]', "message 1: expected role"),
+        ('[{"role": "user", "content": "a"}, {"role": "tool"}]', "message 2: expected role"),
         ('[{"role": "user", "content": 1}]', "message 1: expected text, or parts"),
         ('[{"role": "user", "content": [{"type": "text"}]}]', "message 1: expected text, or parts"),
         (

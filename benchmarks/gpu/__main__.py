@@ -99,7 +99,7 @@ def work(args: argparse.Namespace) -> int:
         reason = str(error).splitlines()[0]
         print(
             f"benchmarks.gpu: device {args.device!r} cannot be used ({reason}); on a machine "
-            "without a GPU try the steps with --device cpu --tiny",
+            "without a GPU, try the steps with --device cpu --tiny",
             file=sys.stderr,
         )
         return 2
@@ -109,7 +109,7 @@ def work(args: argparse.Namespace) -> int:
         minutes = (args.until - time.time()) / 60
         frame.run(parts, setting, minutes, args.json, args.retry)
     except frame.DeviceLost as lost:
-        print(f"the device is lost after {lost}: a new process goes on", flush=True)
+        print(f"the device failed after {lost}: a new process continues", flush=True)
         return LOST
     return 0
 

@@ -1,4 +1,4 @@
-"""`torch.compile` with counts of what spoils it."""
+"""`torch.compile` with counts of graph breaks and recompilations."""
 
 from collections.abc import Callable
 from typing import Any

@@ -171,7 +171,7 @@ def _cannot(step: Step, setting: Setting, left: float) -> str | None:
     try:
         return step.needs(setting)
     except Exception as error:  # a question about what is installed may fail itself
-        return f"it could not be told whether it can run: {in_words(error)}"
+        return f"cannot check whether it can run: {in_words(error)}"
 
 
 def _expected(step: Step, setting: Setting) -> float:

@@ -1,4 +1,4 @@
-"""Golden sets, the numbers of the original code, under one attention and dtype."""
+"""Compare with golden sets, numbers of the original code, for one attention and dtype."""
 
 import os
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ def not_here() -> str | None:
     if any(map(find, SETS)):
         return None
     places = ", ".join(map(str, folders()))
-    return f"golden numbers not found at {places}; OWL2_HF_GOLDEN names the folder that holds them"
+    return f"golden numbers not found at {places}; set OWL2_HF_GOLDEN to their folder"
 
 
 class Comparison:

@@ -47,7 +47,7 @@ def lines_of(outcome: dict[str, Any]) -> list[str]:
         if key in outcome:
             return [f"{key}: {outcome[key]}"]
     if BEGUN in outcome:
-        return ["begun, and not ended"]
+        return ["started, not finished"]
     result = outcome.get(RESULT, {})
     lines = [f"{name}: {in_numbers(one)}" for name, one in result.get("aims", {}).items()]
     lines += [f"{name}: {value:,.4g}" for name, value in result.get("shown", {}).items()]

@@ -1,4 +1,4 @@
-"""LoRA through `Owl2Trainer`, from image files and text, over the step alone.
+"""Time of LoRA with `Owl2Trainer`, from image files and text, over the step alone.
 
 Beside the step, a run reads and prepares images in worker processes, copies the batch to the
 device, and looks whether loss and gradients are finite.

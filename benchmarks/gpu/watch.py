@@ -1,4 +1,4 @@
-"""Runs the steps in a process of their own, so that whatever ends it costs one step alone."""
+"""Run the steps in their own process, so that a crash costs only one step."""
 
 import contextlib
 import os
@@ -55,11 +55,11 @@ def _wait(process: "subprocess.Popen[bytes]", path: Path, start: float, end: flo
         except subprocess.TimeoutExpired:
             pass
         if time.time() > end:
-            return "it was stopped: the time for all steps was over"
+            return "it was stopped: no time was left for all steps"
         for _, _, begun in _begun(path, start):
             allowed = 3 * begun["minutes"] + 1.5
             if time.time() - begun[BEGUN] > 60 * allowed:
-                return f"it was stopped: no end after {allowed:.1f} minutes"
+                return f"it was stopped after {allowed:.1f} minutes"
 
 
 def _begun(path: Path, start: float) -> Iterator[tuple[str, str, dict[str, float]]]:

@@ -331,7 +331,7 @@ def _read_messages(path: Path) -> Messages:
         where = f"{path}: message {number}"
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "user", "assistant"):
-            raise ValueError(f"{where} has no role 'system', 'user' or 'assistant'.")
+            raise ValueError(f"{where}: expected role 'system', 'user' or 'assistant'.")
         content = message.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list) or not all(map(_is_part, parts)):

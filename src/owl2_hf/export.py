@@ -158,7 +158,7 @@ def export_scorer(
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32).eval()
         processor = AutoProcessor.from_pretrained(name)
         if getattr(model, "hf_quantizer", None) is not None:
-            raise ValueError("its weights are quantised: export the model before quantisation.")
+            raise ValueError("its weights are quantised: export the unquantised model.")
         if preset is None and own_preset(model) is None:
             raise ValueError("it has no scorer.json: choose a preset with --preset.")
     scorer = Scorer(model, processor, preset)

@@ -204,7 +204,7 @@ write(path, content)
 
 @pytest.mark.parametrize(
     ("minutes", "reason"),
-    [(1, "the process ended with status -6"), (-0.5, "it was stopped: no end after 0.0 minutes")],
+    [(1, "the process ended with status -6"), (-0.5, "it was stopped after 0.0 minutes")],
     ids=["it dies", "it hangs"],
 )
 def test_a_process_that_is_lost_costs_one_step(tmp_path, minutes, reason):

@@ -491,7 +491,7 @@ def test_a_report_with_only_skipped_checks_is_not_ok():
     [
         (["--model", "no-such-folder"], 1, "no-such-folder"),
         (["--device", "no-such-device"], 1, "device 'no-such-device' cannot be used"),
-        (["--device", "meta"], 1, "device 'meta' cannot be used (tensors there have no values)"),
+        (["--device", "meta"], 1, "device 'meta' cannot be used (its tensors have no values)"),
         (["--attn-implementation", "no-such-attention"], 1, "no-such-attention"),
         (["--dtype", "int8"], 2, "int8"),
         (["--no-such-option"], 2, "no-such-option"),

@@ -78,7 +78,7 @@ def test_info_prints_the_memory_as_a_table(monkeypatch):
     monkeypatch.setattr("owl2_hf.memory.memory_of_tasks", computed)
     title, head, *rows = run("info", "--memory", "--batch-size", 2).stdout.splitlines()[-4:]
     assert sizes == [{"batch_size": 2}]
-    assert title == "GB of a GPU, batch size 2, 2,048 positions and 1 image(s) a row:"
+    assert title == "GPU memory (GB), batch size 2, 2,048 positions and 1 image(s) a row:"
     assert head.split()[:2] == ["weights", "cache"] and head.endswith("smallest card")
     assert rows[0].split() == ["one", "15.000", "0.001", *3 * ["0.000"], "15.001", "24", "GB"]
     assert rows[1].endswith("over 141 GB")
@@ -86,7 +86,7 @@ def test_info_prints_the_memory_as_a_table(monkeypatch):
 
 def test_info_refuses_sizes_that_cannot_be():
     for arguments, message in (
-        (("--length", 5), "--length is for --memory: give both, or leave --length out."),
+        (("--length", 5), "--length needs --memory: add it, or leave --length out."),
         (("--memory", "--length", 9999), "length: expected at most the model's 2048, got 9999"),
         (("--memory", "--length", 9), "images: 1 take 9 positions, but a row has 9"),
     ):

@@ -173,7 +173,7 @@ def test_models_that_cannot_be_quantised_are_refused(tmp_path):
     result = run("quantize", tmp_path / "int8", target)
     assert result.exit_code == 1 and "quantised already" in result.stderr
     result = run("quantize", "default", target, "--data", _opinions(tmp_path))
-    assert result.exit_code == 1 and "expected a scorer to use opinions with" in result.stderr
+    assert result.exit_code == 1 and "opinions need a scorer" in result.stderr
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     result = run("quantize", "default", tmp_path / "full")

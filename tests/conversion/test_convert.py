@@ -100,7 +100,7 @@ def test_a_tensor_in_two_files_is_refused(source, tmp_path):
     torch.save({**second, key: tensors[key]}, source / "pytorch_model-2-of-2.bin")
     with pytest.raises(
         ConversionError,
-        match=r"-2-of-2\.bin, tensor .*: expected each tensor once, but .*-1-of-2\.bin",
+        match=r"-2-of-2\.bin, tensor .*: expected each tensor once, got it also in .*-1-of-2\.bin",
     ):
         convert(source, tmp_path / "target")
 

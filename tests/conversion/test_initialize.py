@@ -595,7 +595,7 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path, llama, clip):
 
 
 def test_a_target_in_use_and_an_unknown_dtype_are_refused(tmp_path, llama, clip):
-    with pytest.raises(ValueError, match="are the same or one inside the other"):
+    with pytest.raises(ValueError, match="overlap: choose another target"):
         initialize(llama, llama, clip, overwrite=True)
     with pytest.raises(
         ValueError, match="expected a dtype of float32, float16, bfloat16, got 'int8'"

@@ -196,7 +196,7 @@ def test_it_trains_with_checkpointing_and_a_regression(model, checkpoint):
 
 def test_inputs_embeds_are_refused(model):
     with pytest.raises(
-        ValueError, match=r"Q-Scorer reads whole prompts .* pass input_ids and no cache"
+        ValueError, match=r"Q-Scorer needs the whole prompt: pass input_ids and no cache"
     ):
         model(inputs_embeds=torch.zeros(1, 3, 64))
 

@@ -317,7 +317,7 @@ def test_a_size_that_cannot_be_is_refused(arguments, message):
             "trainer.optim: expected one of adamw_torch_fused, .*adafactor",
         ),
         ("quantization=8bit", "quantization: expected 4bit or none, got 8bit"),
-        ("trainer.fsdp=true", "trainer.fsdp: the memory of one device is computed"),
+        ("trainer.fsdp=true", "trainer.fsdp: memory is computed for one device"),
     ],
 )
 def test_a_recipe_that_is_not_counted_is_refused(setting, message):
@@ -328,7 +328,7 @@ def test_a_recipe_that_is_not_counted_is_refused(setting, message):
 def test_a_quantised_model_is_refused():
     config = small_config()
     config.quantization_config = {"quant_method": "torchao"}
-    with pytest.raises(ValueError, match="the model is quantised already: expected the config"):
+    with pytest.raises(ValueError, match="expected an unquantised model"):
         inference_memory(config)
 
 

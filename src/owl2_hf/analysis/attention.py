@@ -1,5 +1,5 @@
-"""Attention weights as a few numbers: by modality in the decoder, over the image in the visual
-abstractor.
+"""Reduce attention weights to a few numbers: by modality in the decoder, over the image in the
+visual abstractor.
 
 B: batch, L: positions, N: images, Q: learnable queries, G: patches along one side, P: positions of
 one encoded image (patches, and a class token where the model has one).

@@ -1,6 +1,4 @@
-"""An analysis as figures of matplotlib, drawn without a backend, so that a program's own plots stay
-as they are.
-"""
+"""Draw an analysis with matplotlib, without changing the backend of the user's own plots."""
 
 import math
 from typing import Any

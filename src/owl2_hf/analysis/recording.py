@@ -1,5 +1,4 @@
-"""One forward pass of the decoder, reduced layer by layer while it runs: whole attention weights
-are never kept.
+"""Run the decoder once, and reduce each layer's attention weights at once: no layer keeps them.
 
 L: positions, D: width.
 """

@@ -198,7 +198,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.zeros(1, device=device)
         if found.is_meta:
-            raise RuntimeError("tensors there have no values")
+            raise RuntimeError("its tensors have no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         name = f"device {str(device)!r}"

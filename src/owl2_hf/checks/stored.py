@@ -1,4 +1,4 @@
-"""The bundled model against numbers that were stored when it agreed with the original.
+"""Compare the bundled model with numbers stored when it agreed with the original.
 
 `record.py` makes the file. N: images of a prompt, P: its positions, A: tokens of the answer.
 """

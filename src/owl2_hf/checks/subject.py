@@ -1,4 +1,4 @@
-"""The model under check, prompts for it, and how far two results are from each other.
+"""The model to check, its prompts, and the difference of two results.
 
 B: rows of a batch, A: tokens of an answer, V: vocabulary.
 """

@@ -78,7 +78,7 @@ def convert(
         bool,
         typer.Option(
             "--allow-nonfinite",
-            help="Convert NaN and infinite values, and report them, instead of stopping.",
+            help="Keep NaN and infinite values, and report them, instead of stopping.",
         ),
     ] = False,
     overwrite: Overwrite = False,

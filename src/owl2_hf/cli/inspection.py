@@ -23,15 +23,15 @@ def info(
     ] = None,
     memory: Annotated[
         bool,
-        typer.Option("--memory", help="Also compute how much memory of a GPU each task needs."),
+        typer.Option("--memory", help="Also compute how much GPU memory each task needs."),
     ] = False,
     batch_size: Annotated[
-        int | None, typer.Option(help="With --memory: rows at a time. Default: 1.")
+        int | None, typer.Option(help="With --memory: rows in a batch. Default: 1.")
     ] = None,
     length: Annotated[
         int | None,
         typer.Option(
-            help="With --memory: positions of a row, with images and answer. Default: 2048, or the "
+            help="With --memory: positions of a row (prompt, images, answer). Default: 2048, or the "
             "model's context length if that is shorter."
         ),
     ] = None,
@@ -50,7 +50,7 @@ def info(
     size = {name: value for name, value in given.items() if value is not None}
     if size and not memory:
         option = f"--{next(iter(size)).replace('_', '-')}"
-        raise ValueError(f"{option} is for --memory: give both, or leave {option} out.")
+        raise ValueError(f"{option} needs --memory: add it, or leave {option} out.")
     config, facts = _facts(place(folder))
     if as_json:
         say_json({**facts, "memory": _memory(config, size)} if memory else facts)
@@ -66,7 +66,7 @@ def info(
 
 
 def _memory(config: Any, size: dict[str, int]) -> dict[str, Any]:
-    """Task -> bytes by what holds them, their total, and GB of the smallest card with room."""
+    """Task -> bytes by use, their total, and GB of the smallest card with enough memory."""
     from ..memory import memory_of_tasks, smallest_card
 
     return {
@@ -81,7 +81,7 @@ def _say_memory(config: Any, size: dict[str, int]) -> None:
     rows, images = size.get("batch_size", 1), size.get("images", 1)
     length = size.get("length", usual_length(config))
     say("")
-    say(f"GB of a GPU, batch size {rows}, {length:,} positions and {images} image(s) a row:")
+    say(f"GPU memory (GB), batch size {rows}, {length:,} positions and {images} image(s) a row:")
     names = [*(one.name for one in fields(Memory)), "total", "smallest card"]
     say(f"{'':26} {' '.join(f'{name:>11}' for name in names)}")
     for task, found in memory_of_tasks(config, **size):

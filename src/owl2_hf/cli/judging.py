@@ -66,15 +66,14 @@ def evaluate_scores(
     splits: Annotated[
         int,
         typer.Option(
-            min=0, help="Also report the median over this many random fifths of the images."
+            min=0,
+            help="Also report the median over this many random samples of 20 % of the images.",
         ),
     ] = 0,
     samples: Annotated[
         int, typer.Option(min=1, help="Bootstrap samples for the confidence intervals.")
     ] = 1000,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Seed for the random fifths and the bootstrap.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for --splits and the bootstrap.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 8,
     original_reading: OriginalReading = False,
     allow_outside: AllowOutside = False,

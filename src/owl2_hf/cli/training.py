@@ -127,7 +127,7 @@ def check_data(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or Hub id of the model to train. Also count tokens, including those of "
+            help="Folder or Hub id of the model to train, to count tokens, including those of "
             "images."
         ),
     ] = None,
@@ -135,8 +135,8 @@ def check_data(
         int | None,
         typer.Option(
             min=1,
-            help="With --model: count the rows that are longer than this and would be truncated, "
-            "in tokens.",
+            help="With --model: count the rows with more tokens than this, which training would "
+            "truncate.",
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",

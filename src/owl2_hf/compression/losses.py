@@ -113,8 +113,8 @@ class Trial:
         self.preset = own_preset(model)
         if opinions is not None and self.preset is None:
             raise ValueError(
-                "expected a scorer to use opinions with, got a model without scorer.json: use "
-                "images instead, or convert it with --preset."
+                "opinions need a scorer, got a model without scorer.json: use images instead, or "
+                "convert it with --preset."
             )
         self.opinions, self.questions = opinions, questions
         self.part = "" if split is None else f", part {split}"

@@ -201,7 +201,7 @@ def _load(
     if not isinstance(model, MplugOwl2ForConditionalGeneration):
         raise ValueError(f"expected a model of this package, got {type(model).__name__}.")
     if not is_rounded and getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("its weights are quantised already: use the model before quantisation.")
+        raise ValueError("its weights are quantised already: use the unquantised model.")
     return (model.to(device) if device else model).eval()
 
 

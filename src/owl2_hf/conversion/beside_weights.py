@@ -1,4 +1,4 @@
-"""What stands beside the weights of a converted folder: configuration, processor, settings."""
+"""Write the files beside the weights of a conversion: configuration, processor, settings."""
 
 import json
 import shutil
@@ -46,8 +46,8 @@ def write_around_ours(
     if origin is None:
         expected = f"{', '.join(TOKENIZER_FILES[:-1])} or {TOKENIZER_FILES[-1]}"
         logger.warning(
-            f"{str(source.folder)!r} has no {expected}: the converted folder has no processor. "
-            "Convert again with --tokenizer PATH to give it one."
+            f"{str(source.folder)!r} has no {expected}, so the converted folder has no processor: "
+            "convert again with --tokenizer PATH."
         )
         return None, None
     processor = load_processor(source, tokenizer)
@@ -74,7 +74,7 @@ def write_around_original(
     origin = tokenizer or (source.folder if has_tokenizer(source.folder) else None)
     if origin is None:
         logger.warning(
-            f"{str(source.folder)!r} has no tokenizer: the target has none. Add one with "
+            f"{str(source.folder)!r} has no tokenizer, so the target has none: add one with "
             "--tokenizer PATH."
         )
     else:

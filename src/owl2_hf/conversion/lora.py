@@ -1,4 +1,4 @@
-"""LoRA fine-tunes as the original's training code and its descendants wrote them: an adapter beside
+"""LoRA fine-tunes of the original's training code and its descendants: an adapter beside
 the other weights that were trained (`non_lora_trainables.bin`), merged into their base model or
 brought to today's PEFT.
 """

@@ -1,6 +1,4 @@
-"""Weights that nobody vouches for: which files of a folder hold them, and what is wrong with a
-tensor or a file.
-"""
+"""Read untrusted weights: find their files in a folder, and refuse damaged tensors and files."""
 
 import hashlib
 import re

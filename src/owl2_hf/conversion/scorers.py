@@ -1,4 +1,4 @@
-"""Which scorer of the family a checkpoint is, by what its folder holds; no code of it runs."""
+"""Recognise the scorer in a checkpoint by its files, without running its code."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where weights come from: every layout as a stream of tensors under our names."""
+"""Read every layout as a stream of tensors with the names of this package."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

@@ -34,10 +34,7 @@ def check_apart(target: Path, *sources: Path) -> None:
     for source in sources:
         inner, outer = target.resolve(), source.resolve()
         if inner == outer or outer in inner.parents or inner in outer.parents:
-            raise ValueError(
-                f"{target} and {source} are the same or one inside the other; choose another "
-                "target."
-            )
+            raise ValueError(f"{target} and {source} overlap: choose another target.")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The weights of a conversion: plan them, check and cast each tensor, write it."""
+"""Convert weights: plan the files, then check, cast and write each tensor."""
 
 import functools
 import shutil
@@ -85,7 +85,7 @@ class WeightConversion:
             raise ConversionError(f"{where}: {shapes}.")
         if name in seen:
             raise ConversionError(
-                f"{where}: expected each tensor once, but {seen[name]} is the same."
+                f"{where}: expected each tensor once, got it also in {seen[name]}."
             )
         seen[name] = where
 
@@ -135,7 +135,7 @@ class WeightConversion:
             count = int((~tensor.isfinite()).sum())
             if not self.allow_nonfinite:
                 raise ConversionError(
-                    f"{where}: {count} values are NaN or infinite; --allow-nonfinite converts them."
+                    f"{where}: {count} values are NaN or infinite; --allow-nonfinite keeps them."
                 )
             self.report.nonfinite[name] = count
         dtype = self.plan[name].dtype

@@ -1,4 +1,4 @@
-"""Check the content of a file that shall be published: no secrets, no paths of a local machine."""
+"""Check the content of a file before it is published: no secrets, no local paths."""
 
 import json
 import re

@@ -164,8 +164,7 @@ def check_code(folder: Path, names: list[str]) -> None:
             content = (folder / name).read_bytes()
             if name not in ours or content != ours[name].read_bytes():
                 raise ValueError(
-                    f"{folder / name} differs from the package's file: save the model again with "
-                    "it."
+                    f"{folder / name} differs from the package's file: save the model again."
                 )
             needed.update(_RELATIVE_IMPORT.findall(content.decode()))
         elif name.endswith("config.json"):

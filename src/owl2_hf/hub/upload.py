@@ -146,8 +146,8 @@ def _explanation(error: BaseException) -> str:
         return " ".join(f"{type(error).__name__}: {error}".split())
     status = cause.response.status_code
     advice = {
-        401: "the token is missing or wrong, or the repository is not visible to it; run `hf auth login`.",
-        403: "the token has no write permission there; create one that has.",
+        401: "the token is missing or wrong, or cannot read the repository; run `hf auth login`.",
+        403: "the token has no write permission; create one that has.",
         404: "no such repository or revision; check the names.",
     }
     said = " ".join((cause.server_message or "no reason given").split())

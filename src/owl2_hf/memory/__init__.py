@@ -1,4 +1,4 @@
-"""How much memory of a GPU a task needs, computed from a configuration without any weights.
+"""How much GPU memory a task needs, computed from a configuration without any weights.
 
 The package's own code runs on tensors that have shapes but no data, and what it allocates is
 counted. So the numbers follow the code, the recipes and PEFT.

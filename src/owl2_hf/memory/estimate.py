@@ -1,4 +1,4 @@
-"""Memory of a task on one GPU, by what it holds.
+"""Compute the memory that a task needs on one GPU, by use.
 
 B: batch, L: positions, N: images of the whole batch.
 """
@@ -215,8 +215,8 @@ def usual_length(config: MplugOwl2Config) -> int:
 def _model(config: MplugOwl2Config, dtype: torch.dtype) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            "the model is quantised already: expected the configuration of the whole model, whose "
-            "memory is computed for bf16, int8 and int4."
+            "expected an unquantised model, whose memory is computed for bf16, int8 and int4, got "
+            "a quantised one."
         )
     return AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
 
@@ -254,8 +254,8 @@ def _check_recipe(recipe: Recipe) -> None:
         raise ValueError(f"trainer.optim: expected one of {', '.join(_OPTIMIZERS)}, got {optim}.")
     if sharded := [name for name in ("deepspeed", "fsdp") if settings.get(name)]:
         raise ValueError(
-            f"trainer.{sharded[0]}: the memory of one device is computed, on which nothing is "
-            "sharded: leave it out."
+            f"trainer.{sharded[0]}: memory is computed for one device, without sharding: leave it "
+            "out."
         )
 
 

@@ -1,4 +1,4 @@
-"""Layers of the sizes that torchao and bitsandbytes make, for counting; they hold no weights.
+"""Stand-ins for quantised layers: the sizes that torchao and bitsandbytes make, without weights.
 
 So neither package nor a GPU is needed to compute what they take.
 """

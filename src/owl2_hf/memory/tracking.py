@@ -1,4 +1,4 @@
-"""Count what PyTorch allocates, of tensors that have data or of fake ones that have none."""
+"""Count the memory that PyTorch allocates, for real tensors or for fake ones without data."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""PEFT adapters: find their base model, and check that every tensor of theirs is loaded.
+"""PEFT adapters: find their base model, and check that all their tensors are loaded.
 
 PEFT is imported only when an adapter is loaded, because models on the Hub must load without PEFT.
 """

@@ -348,8 +348,7 @@ class MplugOwl2Config(ComposedConfig):
         if isinstance(value, dict) and (unknown := sorted(set(value) - {"", *self.sub_configs})):
             parts = ", ".join(map(repr, self.sub_configs))
             raise ValueError(
-                f"attn_implementation: expected parts of {parts} or '', got {unknown}; correct "
-                "them."
+                f"attn_implementation: expected parts of {parts} or '', got {unknown}."
             )
 
     @classmethod
@@ -428,7 +427,7 @@ class MplugOwl2Config(ComposedConfig):
         raise ValueError(
             "visual_config must hold 'visual_model' and 'visual_abstractor', the components of "
             "mPLUG-Owl2, or 'visual_model' and 'visual_hreducer', those of DocOwl 1.5; got "
-            f"{found}. This configuration reads no other models."
+            f"{found}. Other models are not supported."
         )
 
     def _complete_connector_config(self) -> None:

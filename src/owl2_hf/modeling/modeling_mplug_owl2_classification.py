@@ -163,9 +163,7 @@ class MplugOwl2ForSequenceClassification(MplugOwl2PreTrainedModel):
         """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if ids is None or inputs["cache"] is not None:
-            raise ValueError(
-                "Q-Scorer reads whole prompts and its own answer: pass input_ids and no cache."
-            )
+            raise ValueError("Q-Scorer needs the whole prompt: pass input_ids and no cache.")
         if inputs["pixel_values"] is not None:
             encoded = self.get_image_features(inputs["pixel_values"], return_dict=True)
             inputs = {**inputs, "pixel_values": None, "mm_encoder_outputs": {"image": encoded}}

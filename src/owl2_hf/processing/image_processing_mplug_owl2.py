@@ -614,7 +614,7 @@ def _convert(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     except ValueError:
         raise ValueError(
-            f"images of mode {image.mode!r} cannot be converted to RGB here; convert it first."
+            f"images of mode {image.mode!r} are not supported; convert it to RGB first."
         ) from None
 
 

@@ -1,6 +1,4 @@
-"""Batches of a data set's rows: decoded and prepared in any process, scored in the one that has the
-model.
-"""
+"""Batches of rows: any process decodes and prepares them, the one with the model scores them."""
 
 import copy
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Published data sets of opinions, read from their folders as they unpack.
+"""Read published data sets of opinions from their unpacked folders.
 
 Every MOS is such that more is better: opinions that count distortions are turned round.
 """

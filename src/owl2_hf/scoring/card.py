@@ -1,4 +1,4 @@
-"""The model card of a scorer: how it is asked, and how well it agrees with opinions."""
+"""The model card of a scorer: its prompt, and how well it agrees with opinions."""
 
 from pathlib import Path
 

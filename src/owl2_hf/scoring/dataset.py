@@ -1,5 +1,4 @@
-"""Scores of a whole data set into one file: decoded ahead by worker processes, by one process or
-several.
+"""Score a whole data set into one file, with one process or several. Workers decode images.
 
 A row of the output holds `image`, the row's other columns, `score`, `std`, the probability of each
 level, and `error`, which says why a row has no score.

@@ -1,5 +1,4 @@
-"""Results of an evaluation as the Hub shows them: a file in the folder `.eval_results` of the
-model's repository.
+"""Write results of an evaluation for the Hub, to the folder `.eval_results` of a model.
 
 The Hub puts the values on the model's page and on the leaderboard of a benchmark, a data set that
 defines its tasks in `eval.yaml`. Source: the Hub's documentation, "Evaluation Results"

@@ -198,7 +198,8 @@ def evaluate(
     Args:
         opinions: `Opinions`, or what `load_opinions` takes.
         task: A task of the scorer's preset.
-        splits: Also report the median of each statistic over this many random fifths of the images.
+        splits: Also report the median of each statistic over this many random samples of 20 % of
+            the images.
         samples: Bootstrap samples for the confidence intervals.
         seed: Seed for the splits and the bootstrap.
         on_image: Called with the number of images scored so far.

@@ -1,4 +1,4 @@
-"""Rows of files and data sets of opinions, with their numbers."""
+"""Read numbered rows from files and data sets of opinions."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""A table that is written part by part, so that a run may end at any moment and go on later.
+"""Write a table part by part, so that an interrupted run can continue.
 
 Beside `OUT.csv` stands the folder `OUT.csv.parts` until the last row is there. It holds files of
 some hundred rows each, which appear whole or not at all. The name of a file is its place in the

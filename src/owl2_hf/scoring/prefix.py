@@ -1,4 +1,4 @@
-"""Scores whose prompt is read once up to its image, for many images under one prompt.
+"""Score many images with one prompt: its text before the image is computed once.
 
 B: images of one batch, L: positions, P: positions in front of the image, V: embedding rows.
 """

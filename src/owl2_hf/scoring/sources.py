@@ -1,5 +1,4 @@
-"""What a data set names: folders, globs, lists, data sets of the package `datasets`, and tar files,
-row by row.
+"""Read rows of images from folders, globs, lists, tar files and data sets of `datasets`.
 
 This is one file because every source of images gives the same rows.
 """

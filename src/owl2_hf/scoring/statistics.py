@@ -1,5 +1,4 @@
-"""How well scores agree with people's opinions: correlations, errors, distances, and how sure each
-number is.
+"""How well scores agree with people's opinions: correlations, errors, distances, intervals.
 
 Sources: VQEG's final report on objective models (2000) for the logistic fit; DeQA-Score
 (arXiv:2501.11561) for the fit's start and for distances of distributions; Efron and Tibshirani, An

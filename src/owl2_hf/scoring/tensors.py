@@ -1,4 +1,4 @@
-"""Scores that gradients pass through: from pixels in a tensor to the score, all of it in torch.
+"""Differentiable scores: from pixels in a tensor to the score, all of it in torch.
 
 `Scorer` reads images with PIL, which cuts the path of gradients. Here torch takes the same steps:
 square, resizing, normalisation. PIL rounds to steps of 1/255 after each pass of resizing and torch

@@ -1,4 +1,4 @@
-"""Find the rows that cannot be learned from."""
+"""Find the rows that training cannot use."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

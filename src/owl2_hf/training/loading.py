@@ -1,4 +1,4 @@
-"""Load the model of a recipe, quantized, with its adapter, and with what it says frozen."""
+"""Load the model of a recipe: quantise it, add its adapter, freeze what does not train."""
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""What a run leaves beside its weights: the report, the versions, the plot of the losses."""
+"""Write the files beside the trained weights: report, versions, plot of the losses."""
 
 import importlib.metadata
 import json

@@ -65,9 +65,7 @@ def set_image_size(
         lost := [name for name in result.missing_keys if not name.endswith("k_pos_embed")]
         + result.unexpected_keys
     ):
-        raise AssertionError(
-            f"parameters that do not depend on the size of images changed: {lost[:3]}"
-        )
+        raise AssertionError(f"parameters changed that image_size does not affect: {lost[:3]}")
     resized.generation_config = model.generation_config
     processor.image_processor.size = {"height": image_size, "width": image_size}
     processor.num_image_tokens = config.num_image_tokens

@@ -1,4 +1,4 @@
-"""Rows of training data by index or as a stream, from files of JSON."""
+"""Read rows of training data from JSON files, by index or as a stream."""
 
 import itertools
 import json
