@@ -1,4 +1,4 @@
-"""Computes the tables of docs/memory.md: memory of a GPU for a model of the published shape.
+"""Computes the tables of docs/memory.md: GPU memory for a model of the published shape.
 
     python -m benchmarks.memory --json benchmarks/results/memory.json
 

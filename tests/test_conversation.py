@@ -142,7 +142,7 @@ def test_a_broken_image_changes_nothing(loaded, tmp_path):
     assert conversation.waiting == [] and conversation.messages == before
 
 
-def test_a_file_that_goes_away_is_still_seen(loaded, tmp_path):
+def test_a_deleted_image_file_stays_in_the_conversation(loaded, tmp_path):
     gone = tmp_path / "image.png"
     gone.write_bytes(Path(BANANA).read_bytes())
     conversation = Conversation(*loaded)

@@ -147,7 +147,7 @@ def test_raw_prompts_and_prefills_keep_their_spaces(pipe, pictures):
     assert pipe(text=chat)[0]["generated_text"][-1]["content"][-1]["text"] == ending
 
 
-def test_an_answer_has_its_space_behind_a_prompt_alone():
+def test_an_answer_sliced_from_its_prompt_has_no_leading_space():
     text = Decoded("USER: a ASSISTANT: b c")
     answer = text[len("USER: a ASSISTANT:") :]
     assert answer == "b c" and "USER: a ASSISTANT:" + answer == text and "> " + answer == "> b c"

@@ -121,7 +121,7 @@ def test_a_saved_folder_holds_the_code_and_names_all_auto_classes(saved):
 
 
 @pytest.mark.parametrize("path", TRAVELLING, ids=lambda path: path.name)
-def test_travelling_files_import_only_what_a_stranger_has(path):
+def test_remote_code_imports_only_its_own_files_and_common_packages(path):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:

@@ -36,7 +36,7 @@ def test_actions_are_pinned_by_their_commit_and_name_their_version(path):
         assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
 
 
-def test_an_action_has_one_commit_everywhere():
+def test_all_workflows_use_the_same_commit_of_an_action():
     lines = {line for path in WORKFLOWS for line in re.findall(r"uses: (\S+)", path.read_text())}
     actions = [line.partition("@")[0] for line in lines]
     assert len(actions) == len(set(actions))

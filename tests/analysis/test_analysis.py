@@ -262,7 +262,7 @@ def test_an_unrelated_picture_and_none_are_read_with_the_same_answer(found):
     assert given.num_tokens["answer"] == unrelated.num_tokens["answer"] == none.num_tokens["answer"]
 
 
-def test_a_model_without_the_module_is_told_from_one_with_it(default, found):
+def test_an_analysis_shows_that_the_module_is_missing(default, found):
     other = found.without
     assert not other.has_module and other.answer == found.answer and not other.is_answer_generated
     assert "no modality-adaptive module" in other.notes[0]

@@ -33,7 +33,7 @@ def test_the_full_size_checkpoint_has_the_published_keys(golden_dir):
     }
 
 
-def test_a_small_one_of_its_kind_converts(golden_dir, tmp_path):
+def test_a_small_generated_checkpoint_converts(golden_dir, tmp_path):
     config = MplugOwl2Config.from_pretrained(golden_dir("A") / "hf")
     make(tmp_path / "source", config)
     assert (tmp_path / "source" / "pytorch_model-4-of-4.bin").is_file()

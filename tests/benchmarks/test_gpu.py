@@ -252,7 +252,7 @@ def test_the_models_have_the_published_shape():
     assert prompt["input_ids"].shape == (2, 10 + 2 * 9) and len(prompt["pixel_values"]) == 4
 
 
-def test_not_a_number_reaches_no_aim():
+def test_nan_reaches_no_aim():
     assert aim(1.0, at_most=1)["reached"] and not aim(1.1, at_most=1)["reached"]
     assert aim(0.7, at_least=0.6)["reached"] and not aim(float("nan"), at_most=1)["reached"]
 

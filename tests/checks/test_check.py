@@ -288,7 +288,7 @@ def test_a_weight_that_is_no_number_fails_and_json_stays_json(copied, check_copy
     assert failed["logits"] is failed["cache"] is failed["batch"] is None
 
 
-def test_a_cache_that_forgets_is_seen(monkeypatch, quick):
+def test_a_cache_that_loses_values_fails_the_check(monkeypatch, quick):
     update = Cache.update
 
     def forget(self, keys, values, *args, **kwargs):
@@ -307,7 +307,7 @@ def test_a_cache_that_forgets_is_seen(monkeypatch, quick):
     assert "cache_implementation='static'" in found["static cache"]
 
 
-def test_a_lost_cache_is_seen(monkeypatch, quick):
+def test_a_missing_cache_fails_the_check(monkeypatch, quick):
     forward = MplugOwl2TextModel.forward
 
     def without_cache(self, *args, **kwargs):
@@ -335,7 +335,7 @@ def test_a_wrong_attention_is_seen(monkeypatch, quick):
     assert found.attn_implementation == "eager"
 
 
-def test_a_compiler_that_computes_something_else_is_seen(tmp_path, monkeypatch):
+def test_a_compiler_with_wrong_results_fails_the_check(tmp_path, monkeypatch):
     def wrong_backend(graph, inputs):
         return lambda *args: [
             1.01 * out if isinstance(out, torch.Tensor) and out.dtype == torch.float32 else out
@@ -464,7 +464,7 @@ def test_checks_that_cannot_run_are_skipped_with_a_reason(monkeypatch):
         consistency.compiled(fake)
 
 
-def test_a_second_copy_that_has_no_room_is_not_made(monkeypatch, quick):
+def test_too_little_memory_for_a_copy_skips_save_and_load(monkeypatch, quick):
     free = {"free in memory": 10**6}
     monkeypatch.setattr("owl2_hf.checks.subject._free_memory", lambda device: free)
     found = owl2_hf.check(device="cpu")

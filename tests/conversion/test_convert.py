@@ -59,7 +59,7 @@ def test_every_form_of_the_files_gives_the_same_bits(source, tmp_path, name, sav
 
 
 @pytest.mark.parametrize("legacy_format", [False, True])
-def test_honest_oddities_of_pickles_are_read(source, tmp_path, legacy_format):
+def test_unusual_but_safe_pickles_convert(source, tmp_path, legacy_format):
     command("convert", source, tmp_path / "plain")
 
     def odd(tensors):

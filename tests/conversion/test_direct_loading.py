@@ -269,7 +269,7 @@ def test_models_go_back_to_the_originals_layout_through_save_pretrained(golden_d
         )
 
 
-def test_a_checkpoint_with_holes_is_an_error(source, tmp_path):
+def test_a_missing_parameter_is_an_error(source, tmp_path):
     edit(source, drop("model.layers.1.self_attn.k_proj.multiway.1.weight"))
     with pytest.raises(
         ValueError, match=r"lacks 1 parameters.*layers\.1\.self_attn\.visual_k_proj\.weight"
@@ -326,7 +326,7 @@ def test_weights_may_be_offloaded_to_the_disk(golden_dir, tmp_path):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "visual_v_proj", "lm_head"]])
-def test_adapters_of_peft_do_not_notice_the_mapping(golden_dir, tmp_path, targets):
+def test_peft_adapters_work_on_the_originals_folder(golden_dir, tmp_path, targets):
     source = golden_dir("A") / "hf"
     model = AutoModelForImageTextToText.from_pretrained(source)
     adapted = get_peft_model(
@@ -362,7 +362,7 @@ def test_adapters_of_peft_do_not_notice_the_mapping(golden_dir, tmp_path, target
         ),
     ],
 )
-def test_a_tensor_without_a_place_is_an_error(source, key, shape, words):
+def test_an_unknown_tensor_is_an_error(source, key, shape, words):
     edit(source, lambda tensors: tensors.update({key: torch.ones(shape)}))
     for load in (AutoModelForImageTextToText.from_pretrained, AutoModel.from_pretrained):
         with pytest.raises(

@@ -122,7 +122,7 @@ def test_the_names_of_q_aligns_training_are_read(golden, tune, tmp_path):
     assert torch.equal(changed[untouched], base.state_dict()[untouched])
 
 
-def test_an_update_of_a_fused_projection_is_split_like_it(golden, tune, tmp_path):
+def test_a_lora_update_of_a_fused_projection_is_split(golden, tune, tmp_path):
     torch.manual_seed(0)
     module = "model.vision_model.encoder.layers.0.self_attn.query_key_value"
     down, up = torch.randn(4, 32), torch.randn(96, 4)

@@ -178,7 +178,7 @@ def test_a_record_that_is_there_twice_is_refused(source, tmp_path):
     assert "has two records of one name" in refused("convert", source, tmp_path / "target")
 
 
-def test_a_safetensors_header_that_lies_is_refused(source, tmp_path):
+def test_a_wrong_safetensors_header_is_refused(source, tmp_path):
     (source / "pytorch_model.bin").unlink()
     for header in (
         b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,999]}}',

@@ -58,7 +58,7 @@ def test_a_filled_target_is_refused_unless_overwriting(source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["occupied", "source"]
 
 
-def test_a_failing_run_over_a_good_model_leaves_it(source, tmp_path):
+def test_a_failed_overwrite_keeps_the_old_model(source, tmp_path):
     command("convert", source, tmp_path / "target")
     before = {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir()}
     edit(source, drop(NORM))

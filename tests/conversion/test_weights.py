@@ -148,7 +148,7 @@ def test_nan_and_infinity_pass_on_request_and_are_counted(source, tmp_path):
 
 
 @pytest.mark.parametrize("is_same", [True, False])
-def test_a_head_that_is_said_to_be_tied_is_compared(source, tmp_path, is_same):
+def test_a_head_marked_as_tied_is_kept_if_it_differs(source, tmp_path, is_same):
     def tie(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone() + (not is_same)
 

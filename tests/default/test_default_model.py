@@ -59,7 +59,7 @@ def test_every_picture_has_expected_answers():
     ("name", "question", "answer"),
     [(name, *pair) for name, pairs in EXPECTED.items() for pair in pairs.items()],
 )
-def test_it_says_true_things_about_held_out_pictures(ask, name, question, answer):
+def test_its_answers_about_held_out_images_are_correct(ask, name, question, answer):
     assert ask(question, str(default_pictures()[name])) == answer
 
 

@@ -128,7 +128,7 @@ def test_sharpness_falls_with_blur_and_baselines_read_the_files(folder):
     assert sizes.tolist() == [len((folder / row["image"]).read_bytes()) for row in rows]
 
 
-def test_a_baseline_counts_whatever_its_sign_and_a_scorer_does_not():
+def test_correlations_of_baselines_lose_their_sign():
     rows = [{"mos": str(4 - n % 4), "kind": "blur" if n < 4 else "noise"} for n in range(8)]
     values = {"it": np.arange(8.0) % 4}
     assert evaluate.agreement(rows, values, signed=True)["all"]["it"]["srcc"] == -1

@@ -30,7 +30,7 @@ def test_token_f1_counts_words():
     )
 
 
-def test_the_prior_answers_from_the_question():
+def test_question_prior_is_the_accuracy_of_one_answer_per_question():
     assert evaluate.question_prior(ROWS, {"is it red?": "no", "what is it?": "red circle"}) == 0.5
 
 
@@ -40,7 +40,7 @@ def test_swapped_rows_keep_their_questions_and_lose_their_pictures():
     assert [one["messages"] for one in other] == [one["messages"] for one in ROWS]
 
 
-def test_a_limit_thins_evenly():
+def test_a_limit_picks_evenly_spaced_rows():
     assert evaluate.thinned(list(range(10)), 4) == [0, 2, 5, 7]
     assert evaluate.thinned(ROWS, 99) == evaluate.thinned(ROWS, None) == ROWS
 

@@ -12,7 +12,7 @@ from experiments.small import stock
 CONFIG = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "use_mask_token": False}
 
 
-def test_layers_are_told_from_names():
+def test_layer_numbers_are_read_from_names():
     assert stock.layer_of("encoder.layer.11.mlp.fc1.weight") == 11
     assert stock.layer_of("embeddings.cls_token") == -1
 
@@ -63,6 +63,6 @@ def test_a_package_with_another_checksum_is_refused(package):
         packages.fetch("wrong")
 
 
-def test_a_package_that_cannot_be_had_is_named(package):
+def test_a_package_that_cannot_be_downloaded_is_named(package):
     with pytest.raises(ValueError, match=r"gone\.whl could not be fetched with `false`"):
         packages.fetch("gone")

@@ -115,7 +115,7 @@ def test_each_prompt_of_a_batch_is_read_by_its_own_length(golden):
         )
 
 
-def test_training_knows_no_rule_for_long_prompts(golden):
+def test_long_prompts_are_not_rescaled_in_training(golden):
     ids = golden.case("x12_beyond_seq_length")["input_ids"]
     config = MplugOwl2Config.from_dict(golden.config.to_dict())
     config.text_config.rope_dynamic_ntk_length = config.text_config.log_n_length = None
@@ -301,7 +301,7 @@ def test_the_names_cover_the_published_model(golden_dir):
     assert_names_are_covered(config, keys)
 
 
-def test_names_of_the_other_original_are_unknown(golden_dir):
+def test_parameter_names_of_the_other_model_are_unknown(golden_dir):
     owl21 = MplugOwl2Config.from_dict(json.loads(json.dumps(PUBLISHED)))
     for config, key in (
         (owl21, "model.norm.weight"),

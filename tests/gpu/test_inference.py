@@ -174,7 +174,7 @@ def test_a_decoding_step_does_not_wait_for_the_device(default_prompt, device, ki
     check_no_syncs(device, lambda: model(token, **options))
 
 
-def test_layers_may_wait_elsewhere(default_prompt, device, tmp_path):
+def test_layers_may_be_offloaded(default_prompt, device, tmp_path):
     """Half of the decoder waits in the CPU's memory, or on the disk where the CPU computes; its
     weights come when they are needed.
     """

@@ -63,7 +63,7 @@ def test_a_pickle_under_another_name_is_refused(folder):
     refused(folder, r"archives under another name.*adapter_model\.safetensors, model\.safetensors")
 
 
-def test_honest_weights_may_begin_like_a_pickle(folder):
+def test_safetensors_may_begin_with_the_bytes_of_a_pickle(folder):
     for size in range(8):
         save_file(
             {"a": np.zeros(1, dtype=np.float32)},
@@ -103,9 +103,9 @@ def test_damaged_images_and_programs_are_not_pushed(folder):
     refused(folder, r"Programs under another name: pictures/one\.png")
     for content in (b"\x89PNG", b"text", b"GIF89a"):
         path.write_bytes(content)
-        refused(folder, r"one\.png: expected a complete PNG image, got ")
+        refused(folder, r"one\.png is not a complete PNG image \(")
     Image.new("RGB", (2, 2)).save(path, "JPEG")
-    refused(folder, r"one\.png: expected a complete PNG image, got ")
+    refused(folder, r"one\.png is not a complete PNG image \(")
 
 
 def test_a_shard_that_is_missing_or_stale_is_refused(folder):

@@ -208,7 +208,7 @@ def test_a_branch_name_that_the_hub_refuses_is_said_in_its_words(hub, folder):
         send(folder, revision="no branch")
 
 
-def test_without_a_token_nothing_is_asked(hub, folder, monkeypatch):
+def test_without_a_token_no_request_is_sent(hub, folder, monkeypatch):
     monkeypatch.setattr("owl2_hf.hub.upload.get_token", lambda: None)
     with pytest.raises(ValueError, match=r"expected a token of the Hub, got none.*hf auth login"):
         push(folder, "tester/owl")

@@ -304,7 +304,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
-def test_a_size_that_cannot_be_is_refused(arguments, message):
+def test_impossible_sizes_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         inference_memory(small_config(), **arguments)
 
@@ -360,7 +360,7 @@ GPU_STEPS = [
 
 
 @pytest.mark.parametrize(("step", "recipe", "checkpointing", "is_close"), GPU_STEPS)
-def test_a_gpu_needed_what_is_computed(step, recipe, checkpointing, is_close):
+def test_computed_memory_matches_memory_measured_on_a_gpu(step, recipe, checkpointing, is_close):
     if not MEASURED.is_file():
         pytest.skip("no GPU was measured yet: python -m benchmarks.gpu")
     results = json.loads(MEASURED.read_text())["results"]

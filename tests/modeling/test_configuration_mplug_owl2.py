@@ -197,7 +197,7 @@ def test_sizes_shared_with_neighbours_are_taken_from_them():
         ({"text_config": "llama"}, "Field 'text_config' with value 'llama'"),
     ],
 )
-def test_numbers_that_disagree_are_both_named(values, message):
+def test_errors_name_both_conflicting_values(values, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         MplugOwl2Config(**values)
 

@@ -401,7 +401,7 @@ def test_neither_rows_nor_weights_need_to_be_aligned():
 
 
 @torch.no_grad()
-def test_what_the_kernel_cannot_do_is_torchaos():
+def test_unsupported_int8_layers_use_torchao():
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerGroup
 
     dynamic = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)

@@ -122,7 +122,7 @@ def test_the_rotary_base_grows_with_each_doubling_of_the_trained_length(length, 
             assert sines[0, 0, half].item() == pytest.approx(math.sin(angle), abs=1e-5)
 
 
-def test_queries_beyond_the_trained_length_grow_with_the_logarithm_of_their_place():
+def test_queries_beyond_the_trained_length_are_scaled_by_a_logarithm():
     scale = log_n_scale(torch.tensor([[0, 14, 15, 16, 255]]), 16, torch.float32)
     assert scale.shape == (1, 1, 5, 1)
     expected = [1.0, 1.0, 1.0, math.log(17) / math.log(16), 2.0]

@@ -90,7 +90,7 @@ def llama_like(text_config) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @torch.no_grad()
-def test_equal_branches_make_llama(model, attn_implementation):
+def test_equal_text_and_visual_weights_give_llamas_results(model, attn_implementation):
     model = copy.deepcopy(model)
     text_model = model.model.language_model
     state_dict = text_model.state_dict()
@@ -753,7 +753,7 @@ def test_continuous_batching_takes_text_alone(model):
         manager.add_request([1, *RUN, 5])
 
 
-def test_a_part_that_the_model_does_not_have_gets_no_attention_silently(model):
+def test_unknown_parts_in_attn_implementation_are_refused(model):
     for wrong in ({"text_confg": "eager"}, {"": "eager", "text": "sdpa"}):
         with pytest.raises(
             ValueError,

@@ -108,7 +108,7 @@ def test_embeddings_are_scored_as_the_ids_are(model, caplog):
     assert logits(model, inputs).shape == (3, 3)
 
 
-def test_a_prompt_that_goes_on_is_scored_at_its_end(model):
+def test_a_prompt_continued_from_a_cache_gets_the_same_logits(model):
     ids = torch.tensor([[1, 5, 7, 8, 4]])
     cache = DynamicCache(config=model.config.get_text_config())
     mask = torch.ones(1, 5).long()

@@ -117,7 +117,7 @@ def test_modules_to_not_convert_replaces_the_default(whole):
 
 
 @pytest.mark.filterwarnings("ignore:Config Deprecation")
-def test_a_configuration_that_names_what_it_takes_is_left_as_it_is():
+def test_explicit_names_of_modules_to_quantise_are_kept():
     one = r"re:model\.vision_tower\..*\.fc1"
     for names, is_spared in (
         ({one: Int8WeightOnlyConfig()}, False),
@@ -165,7 +165,7 @@ def test_a_quantised_model_is_saved_and_loads_alike(int8, tmp_path):
 @pytest.mark.parametrize(
     "given", [BitsAndBytesConfig(load_in_4bit=True), {"load_in_8bit": True}], ids=["4bit", "8bit"]
 )
-def test_bitsandbytes_is_told_the_same(given):
+def test_bitsandbytes_quantises_only_the_decoder(given):
     skipped = spare_vision_side(given).llm_int8_skip_modules
     model = MplugOwl2ForConditionalGeneration(tiny_config())
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -97,7 +97,7 @@ def test_a_training_step_waits_once(models, rows, has_indicators):
     assert own(*counts) == 1
 
 
-def test_a_number_of_labels_is_not_copied_to_the_device(models):
+def test_num_items_in_batch_is_not_copied_to_the_device(models):
     inputs = inputs_of(PROMPTS["text"])
     found = host_syncs(
         lambda: models[0](**inputs, labels=inputs["input_ids"], num_items_in_batch=3)

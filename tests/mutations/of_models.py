@@ -93,7 +93,7 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         (
             "scale = torch.log(position_ids.float() + 1) / math.log(length)",
             "scale = torch.log(position_ids.float()) / math.log(length)",
-            "test_queries_beyond_the_trained_length_grow_with_the_logarithm_of_their_place",
+            "test_queries_beyond_the_trained_length_are_scaled_by_a_logarithm",
         ),
         (
             "lengths = position_ids.amax(-1, keepdim=True) + 1",

@@ -125,7 +125,7 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         (
             "return (b1 - b2) / (1 + np.exp(-(x - b3) / b4)) + b2",
             "return (b1 - b2) / (1 + np.exp((x - b3) / b4)) + b2",
-            "test_a_fit_rises_from_its_second_parameter_to_its_first_around_the_third",
+            "test_the_logistic_fit_goes_from_its_lower_to_its_upper_limit",
         ),
         (
             "[(1 - confidence) / 2, (1 + confidence) / 2]",

@@ -69,7 +69,7 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         (
             "num_labels = torch.full((), num_labels, device=logits.device)",
             "num_labels = torch.as_tensor(num_labels, device=logits.device)",
-            "test_a_number_of_labels_is_not_copied_to_the_device",
+            "test_num_items_in_batch_is_not_copied_to_the_device",
         ),
     ],
     ("modeling/modeling_mplug_owl2_classification.py", "tests/modeling/test_syncs.py"): [

@@ -248,7 +248,7 @@ def test_names_of_control_tokens_in_messages_are_text(processor, token):
     )
 )
 @settings(max_examples=150, deadline=None)
-def test_no_text_makes_a_control_token(pieces):
+def test_text_never_becomes_a_control_token(pieces):
     processor = PROCESSORS[len(pieces) % 2]
     content = "".join(pieces)
     ids = encode(processor, [user(picture(RED), content)])["input_ids"][0].tolist()
@@ -306,7 +306,9 @@ def test_any_conversation_keeps_its_text_and_its_pictures(questions, legacy):
         "{{ lipsum.__globals__ }}",
     ],
 )
-def test_a_hostile_chat_template_reaches_nothing(processor, tmp_path, monkeypatch, template):
+def test_a_malicious_chat_template_runs_no_code_and_changes_nothing(
+    processor, tmp_path, monkeypatch, template
+):
     monkeypatch.chdir(tmp_path)
     messages = [user(picture(RED), "hi")]
     try:
@@ -456,7 +458,7 @@ def test_pictures_of_a_chat_come_in_many_forms(processor, part, tmp_path):
     assert encode(processor, [user(openai, "a")])["pixel_values"].shape[0] == 1
 
 
-def test_nothing_that_is_given_changes(processor):
+def test_the_processor_does_not_change_its_inputs(processor):
     messages = [user(picture(RED), "a </s>"), {"role": "assistant", "content": "b"}]
     images, prompts = [[RED]], ["USER: <|image|>"]
     before = copy.deepcopy((messages, images, prompts))

@@ -56,7 +56,7 @@ needs_decisions = pytest.mark.skipif(
 )
 
 
-def test_the_preset_says_no_more_than_the_pipeline_can_do():
+def test_decision_files_are_written_only_for_supported_presets():
     assert set(decision_files(PRESETS["one-align"])) == set(NAMES[1:])
     assert decision_files(PRESETS["q-instruct-boost"]) == {}  # groups of words
     assert decision_files(Preset({"quality": "<|image|>"}, ("a", "b", "c"), (1.0, 0.9, 0.0))) == {}

@@ -131,7 +131,7 @@ def test_deviations_of_the_scores_are_detached_unless_told_otherwise(golden):
     assert own[0].grad.abs().sum() > 0
 
 
-def test_a_preference_is_the_normal_distributions():
+def test_a_preference_follows_the_normal_distribution():
     first, second = torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.0])
     expected = [0.5 * math.erfc(-1 / math.sqrt(2) / math.sqrt(2)), 0.5]
     assert preference(first, second, 2.0).tolist() == pytest.approx(expected)

@@ -58,7 +58,7 @@ def test_paths_images_bytes_and_tensors_score_as_in_the_scorer(default, scorer, 
         assert found.shape == (1,) and found.item() == pytest.approx(expected[0], abs=1e-5)
 
 
-def test_a_metric_says_what_pyiqas_says(default):
+def test_a_metric_has_the_attributes_of_pyiqas(default):
     metric = create_metric(PRESET, **default)
     assert (metric.lower_better, metric.metric_mode, metric.score_range) == (False, "NR", "1, 5")
     assert isinstance(metric, torch.nn.Module) and metric.device.type == "cpu"

@@ -259,7 +259,7 @@ def test_tokens_of_opinions_are_not_counted(folder):
     assert result.exit_code == 1 and "leave out --opinions or --model" in result.stderr
 
 
-def test_a_reference_in_two_parts_is_bad(folder):
+def test_a_reference_image_in_two_splits_is_bad(folder):
     rows = [
         {"image": "a.png", "mos": 1, "split": "train", "reference": "I01.png"},
         {"image": "b.png", "mos": 2, "split": "test", "reference": "I01.png"},

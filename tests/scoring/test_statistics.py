@@ -123,7 +123,7 @@ def test_without_scipy_the_error_names_the_extra(monkeypatch):
     assert srcc([1, 2, 3], [1, 2, 3]) == 1
 
 
-def test_a_fit_rises_from_its_second_parameter_to_its_first_around_the_third():
+def test_the_logistic_fit_goes_from_its_lower_to_its_upper_limit():
     fit = LogisticFit((5.0, 1.0, 3.0, 0.5))
     expected = [1.0, 1 + 4 / (1 + math.e), 3.0, 5 - 4 / (1 + math.e), 5.0]
     np.testing.assert_allclose(fit([-50.0, 2.5, 3.0, 3.5, 50.0]), expected)

@@ -220,7 +220,7 @@ def test_an_adapter_may_have_any_name(model, tmp_path, name, train_connector):
     assert torch.equal(logits(model), logits(adapted))
 
 
-def test_adapters_whose_names_hold_each_other_stand_side_by_side(model, saved):
+def test_adapter_names_may_contain_each_other(model, saved):
     expected = logits(PeftModel.from_pretrained(copy.deepcopy(model), saved))
     for name in ("a", "a2", "default", "layer"):
         model.load_adapter(str(saved), adapter_name=name)
@@ -279,7 +279,7 @@ def test_an_adapter_of_another_rank_than_it_says_is_refused(base, model, saved):
     assert torch.equal(logits(model), expected)
 
 
-def test_a_name_that_is_taken_leaves_its_adapter_alone(model, saved):
+def test_a_second_adapter_with_the_same_name_is_refused(model, saved):
     model.load_adapter(str(saved))
     expected = logits(model)
     with pytest.raises(ValueError, match="already exists"):

@@ -8,7 +8,7 @@ from .conftest import RED, llava, write
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_look_over_all_rows_names_the_bad_ones(tmp_path, num_workers):
+def test_look_over_finds_all_bad_rows(tmp_path, num_workers):
     RED.save(tmp_path / "good.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     rows = [llava("<image> a", "b", id=f"r{number}", image="good.png") for number in range(600)]

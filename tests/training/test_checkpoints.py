@@ -76,7 +76,7 @@ def test_each_damaged_file_is_named(tmp_path, name, damage):
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
-def test_a_changed_byte_of_a_state_is_seen(tmp_path, name):
+def test_a_changed_byte_in_a_checkpoint_state_is_found(tmp_path, name):
     folder = make(tmp_path)
     torch.save({"state": torch.ones(99)}, folder / name)
     change(folder / name)

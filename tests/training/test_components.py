@@ -32,7 +32,7 @@ def test_every_parameter_belongs_to_a_component(model):
     assert parts == {"vision_tower", "connector", "visual_branch", "embeddings", "language_model"}
 
 
-def test_the_visual_branch_is_what_text_never_passes(model):
+def test_the_visual_branch_does_not_change_text(model):
     branch = {name for name, _ in model.named_parameters() if component_of(name) == "visual_branch"}
     assert len(branch) == 4 * model.config.text_config.num_hidden_layers
     ids = torch.tensor([[1, 5, 6, 7]])

@@ -68,7 +68,7 @@ def test_markers_in_strings_stand_for_the_pictures_of_the_row():
     assert questions(row) == [[image(RED), text("a "), image(BLUE)]]
 
 
-def test_text_stays_text_where_it_is_no_place_of_a_picture():
+def test_markers_without_an_image_stay_text():
     assert questions(chat("<|image|> a", "b")) == [[text("<|image|> a")]]
     parts = [{"type": "image", "text": None}, {"type": "text", "text": "<image>", "image": None}]
     assert questions(chat(parts, "b", images=[RED])) == [[image(RED), text("<image>")]]
@@ -319,7 +319,7 @@ JSON = st.recursive(
         {"messages": st.lists(st.fixed_dictionaries({"role": JSON, "content": JSON}))}
     )
 )
-def test_nothing_but_a_value_error_comes_of_a_bad_row(row):
+def test_a_bad_row_raises_only_value_errors(row):
     try:
         messages = to_messages(row)
     except ValueError:

@@ -136,7 +136,7 @@ def test_unknown_recipes_and_settings_are_named():
         load_recipe("lora", ["data.train=["])
 
 
-def test_a_recipe_of_nothing_is_valid_until_it_runs():
+def test_an_empty_recipe_has_defaults():
     assert Recipe().trains == "instruct"
     assert yaml.safe_load(Recipe().to_yaml())["data"]["max_length"] == 2048
 

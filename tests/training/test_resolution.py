@@ -47,7 +47,7 @@ def test_the_same_size_changes_nothing():
     assert set_image_size(model, processor, 64) is model
 
 
-def test_a_size_of_broken_patches_is_refused():
+def test_an_image_size_must_be_a_multiple_of_the_patch_size():
     model, processor = owl2_hf.load_default()
     with pytest.raises(
         ValueError, match="expected an image_size that is a multiple of 8 pixels, got 60"

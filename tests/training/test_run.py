@@ -298,7 +298,7 @@ def test_mistakes_of_a_recipe_are_named(recipe, changes, message, monkeypatch):
         train(recipe(**changes))
 
 
-def test_a_folder_that_holds_something_is_left_alone(recipe, tmp_path):
+def test_training_refuses_a_folder_with_other_files(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(ValueError, match="contains no complete checkpoint to resume from"):
         train(recipe(), resume=True)

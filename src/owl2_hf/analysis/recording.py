@@ -1,4 +1,4 @@
-"""Run the decoder once, and reduce each layer's attention weights at once: no layer keeps them.
+"""Run the decoder once, and reduce each layer's attention weights without keeping them.
 
 L: positions, D: width.
 """

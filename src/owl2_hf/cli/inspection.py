@@ -31,8 +31,8 @@ def info(
     length: Annotated[
         int | None,
         typer.Option(
-            help="With --memory: positions of a row (prompt, images, answer). Default: 2048, or the "
-            "model's context length if that is shorter."
+            help="With --memory: positions of a row (prompt, images, answer). Default: 2048, or "
+            "the model's context length if that is shorter."
         ),
     ] = None,
     images: Annotated[

@@ -113,7 +113,7 @@ def check_picture(path: Path) -> None:
         raise
     except Exception as error:  # damaged files raise almost any error
         raise ValueError(
-            f"{path}: expected a complete {kind} image, got {type(error).__name__}; save it again."
+            f"{path} is not a complete {kind} image ({type(error).__name__}); save it again."
         ) from None
     texts = [
         value.decode("latin-1") if isinstance(value, bytes) else str(value) for value in values
