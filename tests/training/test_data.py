@@ -132,7 +132,7 @@ def test_the_command_counts_tokens_with_a_model(folder, golden_dir):
     report = json.loads(result.stdout)
     assert report["truncated"] == report["without_labels"] == 2
     assert report["tokens_longest"] > report["tokens_mean"] > 8
-    assert "tokens of a row: longest" in run(path, "--model", model).stdout
+    assert "tokens per row: longest" in run(path, "--model", model).stdout
 
 
 @pytest.mark.parametrize(

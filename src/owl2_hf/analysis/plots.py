@@ -102,7 +102,7 @@ def query_maps_figure(run: Run, index: int = 0) -> Figure:
     grid = figure.add_gridspec(num_rows, num_columns)
     title = "What the learnable queries attend to: mean of layers and heads, red at the maximum of each map"
     figure.suptitle(title, fontsize=9)
-    _show(figure.add_subplot(grid[:2, :2]), picture, None, "picture", run.aspect_ratio)
+    _show(figure.add_subplot(grid[:2, :2]), picture, None, "image", run.aspect_ratio)
     _show(figure.add_subplot(grid[:2, 2:4]), picture, maps.mean(0), "all queries", run.aspect_ratio)
     for query, weights in enumerate(maps):
         row, column = divmod(query, num_columns)

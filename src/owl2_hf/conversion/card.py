@@ -14,10 +14,10 @@ _NEW = """\
 
 {summary}.
 
-Nothing was trained yet: text gives what the language model gives, images mean nothing to it. Both branches of every
-modality-adaptive module are copies of the language model's; the visual abstractor is fresh.
+The model is not trained yet. It answers text like the language model, and cannot use images. Both branches of every
+modality-adaptive module are copies of the language model's. The visual abstractor is new.
 
-Replace this card before you publish the model: the licences of its sources hold.
+Replace this card before you publish the model. The licences of its sources apply.
 """
 
 

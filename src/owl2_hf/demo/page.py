@@ -146,9 +146,7 @@ def _add_chat(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
     with gr.Accordion("Settings", open=False):
         sliders = [
             gr.Slider(1, limit, min(256, limit), step=1, label="Longest answer, in tokens"),
-            gr.Slider(
-                0, 2, 0, step=0.05, label="Temperature: 0 for the likeliest token every time"
-            ),
+            gr.Slider(0, 2, 0, step=0.05, label="Temperature: 0 always takes the likeliest token"),
             gr.Slider(
                 0.05, 1, 1, step=0.05, label="Top p: share of the probability to sample from"
             ),
@@ -205,7 +203,7 @@ def _add_scores(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
                 [path for path, _ in pictures], chosen, task, SCALES[scale]
             ):
                 rows.append(_row(name, found, len(words)))
-                yield {"headers": ["picture", "score", "std", *words, "problem"], "data": rows}
+                yield {"headers": ["image", "score", "std", *words, "problem"], "data": rows}
 
     presets, first = _presets(worker)
     try:
@@ -215,7 +213,7 @@ def _add_scores(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
         prompt, levels = OWN_QUESTION, OWN_LEVELS
     with gr.Row():
         pictures = gr.Gallery(
-            type="filepath", file_types=PICTURES, sources=["upload"], label="Pictures", height=300
+            type="filepath", file_types=PICTURES, sources=["upload"], label="Images", height=300
         )
         with gr.Column():
             with gr.Row():
@@ -235,7 +233,7 @@ def _add_scores(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
     with gr.Row():
         start, stop = gr.Button("Score", variant="primary"), gr.Button("Stop")
     table = gr.Dataframe(
-        headers=["picture", "score", "std"], label="Scores", interactive=False, buttons=["copy"]
+        headers=["image", "score", "std"], label="Scores", interactive=False, buttons=["copy"]
     )
     preset.change(
         lambda name: gr.Dropdown(_tasks(presets[name]), value=_tasks(presets[name])[0]),
@@ -281,8 +279,8 @@ def _add_analysis(worker: ModelWorker, on_device: Callable[[Any], Any]) -> None:
         )
 
     gr.Markdown(
-        "How much of the answer's attention text and visual tokens get in each layer, and what "
-        "each learnable query looks at. Upload a second, unrelated image to compare."
+        "The answer's attention on text and on visual tokens in each layer, and what each "
+        "learnable query attends to. Upload a second, unrelated image to compare."
     )
     question = gr.MultimodalTextbox(
         {"text": "What is this?", "files": []},

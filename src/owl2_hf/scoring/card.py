@@ -34,7 +34,7 @@ A model of the mPLUG-Owl2 family that scores images by the probabilities of {cou
 
 {one_liner}
 
-## How it is asked
+## Prompt
 
 ```text
 {prompt}
@@ -44,7 +44,7 @@ Levels, best first: {levels}. An image becomes square by `{aspect}`.
 
 ## How well it agrees with people
 
-Opinions: {data}. In parentheses the 95 % interval, from drawing images with replacement.
+Opinions: {data}. In parentheses: the 95 % interval, by bootstrap over the images.
 
 {table}
 

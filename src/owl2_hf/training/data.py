@@ -142,7 +142,7 @@ class DataReport:
         ]
         if self.tokens_longest is not None:
             lines.append(
-                f"tokens of a row: longest {self.tokens_longest:,}, mean {self.tokens_mean:,.1f}"
+                f"tokens per row: longest {self.tokens_longest:,}, mean {self.tokens_mean:,.1f}"
             )
         if self.truncated is not None:
             lines.append(
