@@ -36,8 +36,8 @@ from ..conversion.conftest import (
     read_shards,
     refused,
 )
-from ..original import pad
-from ..test_golden import GoldenSet, assert_close
+from ..original import GoldenSet, pad
+from ..test_golden import assert_close
 from ..test_remote_code import ask_a_stranger
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -75,7 +75,7 @@ def golden(request, golden_dir, converted):
             "the whole model of golden set H1 is not here; OWL2_HF_GOLDEN names the folder that "
             "holds it"
         )
-    return GoldenSet(golden_dir("H1"), converted, request.param)
+    return GoldenSet(golden_dir("H1"), converted, attn_implementation=request.param)
 
 
 @pytest.mark.parametrize("name", ["c1_one_image", "c2_three_crops"])

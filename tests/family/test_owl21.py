@@ -37,8 +37,8 @@ from ..conversion.conftest import (
     load_state,
     read_shards,
 )
-from ..original import expand_markers, pad
-from ..test_golden import GoldenSet, assert_close, text_logits
+from ..original import GoldenSet, expand_markers, pad
+from ..test_golden import assert_close, text_logits
 from ..test_remote_code import ask_a_stranger
 
 
@@ -56,7 +56,7 @@ def converted(source, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
 def golden(request, source, converted):
-    return GoldenSet(source, converted, request.param)
+    return GoldenSet(source, converted, attn_implementation=request.param)
 
 
 @pytest.mark.parametrize("name", ["c1_one_image", "c2_two_images"])
