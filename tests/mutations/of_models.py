@@ -226,6 +226,11 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             ".index_copy(0, positions, image_features.flip(0))",
             "test_language_model_gives_the_originals_numbers",
         ),
+        (
+            "positions = order[order.numel() - len(image_features) :]",
+            "positions = order[: len(image_features)]",
+            "test_language_model_gives_the_originals_numbers",
+        ),
     ],
     ("modeling/modeling_mplug_owl2.py", "tests/modeling/test_modeling_mplug_owl2.py"): [
         (

@@ -44,11 +44,6 @@ CASES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "None",
             "test_the_whole_model_compiled_costs_what_it_does_eager",
         ),
-        (
-            "positions = order[order.numel() - len(image_features) :]",
-            "positions = order[: len(image_features)]",
-            "test_a_compiled_training_step_has_eagers_gradients",
-        ),
     ],
     ("modeling/modeling_mplug_owl2.py", "tests/modeling/test_syncs.py"): [
         (
