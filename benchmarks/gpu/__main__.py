@@ -12,7 +12,7 @@ names, then in `shared/golden` inside the repository or beside it, then in `test
 """
 
 import argparse
-import importlib.util
+import importlib
 import os
 import signal
 import sys
@@ -70,9 +70,9 @@ def main() -> int:
         parser.error(str(error))
     command = [sys.executable, "-m", "benchmarks.gpu", "--work", *args.parts]
     command += ["--json", str(args.json), "--device", args.device, *["--tiny"][: args.tiny]]
-    if importlib.util.find_spec("owl2_hf") is None:  # a checkout alone
-        paths = [str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    # This checkout is measured, not another version that may be installed.
+    paths = [str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     # The process that measures ends with this one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     status = watch(command, args.json, args.minutes)
