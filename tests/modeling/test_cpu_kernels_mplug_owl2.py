@@ -402,12 +402,11 @@ def test_neither_rows_nor_weights_need_to_be_aligned():
 
 @torch.no_grad()
 def test_unsupported_int8_layers_use_torchao():
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerGroup
-
-    dynamic = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    quantization = pytest.importorskip("torchao.quantization")
+    dynamic = quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     for options in (
         {"columns": 40},
-        {"config": torchao_config(granularity=PerGroup(16))},
+        {"config": torchao_config(granularity=quantization.PerGroup(16))},
         {"config": dynamic},
     ):
         ours, torchaos = linear(**options)
