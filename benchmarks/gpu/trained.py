@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import get_peft_model, prepare_model_for_kbit_training
+from peft import get_peft_model
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
 from owl2_hf.modeling.loading_mplug_owl2 import UNQUANTIZED
 from owl2_hf.training.adapters import LORA_PRESETS, lora_config
-from owl2_hf.training.components import freeze_all_but
+from owl2_hf.training.loading import checkpoint_activations, make_trainable, nf4
 from owl2_hf.training.recipe import Recipe
 
 from . import models
@@ -49,9 +49,7 @@ class Training:
     def checkpoint(self) -> None:
         """Keep no activations but those between layers, from now on."""
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        # Older releases of transformers have the second name alone, newer ones warn about it.
-        enable = getattr(base, "activation_checkpointing_enable", None)
-        (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
+        checkpoint_activations(base, {"use_reentrant": False})
 
 
 def num_positions(setting: Setting) -> int:
@@ -66,10 +64,7 @@ def ours(recipe: Recipe, setting: Setting, num_layers: int | None = None) -> Tra
         quantise(model, setting)
     else:
         model = model.to(getattr(torch, recipe.dtype))
-    if recipe.adapter is not None:
-        model = get_peft_model(model, lora_config(**dataclasses.asdict(recipe.adapter)))
-    freeze_all_but(model, recipe.trains if recipe.adapter is None else "adapters")
-    model.config.use_cache = False
+    model = make_trainable(model, recipe)
     num_text = num_positions(setting) - NUM_IMAGES * config.num_image_tokens
     batch = models.inputs(setting, 1, num_text, NUM_IMAGES)
     return Training(model, with_labels(batch), setting)
@@ -94,27 +89,18 @@ def with_labels(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def quantise(model: nn.Module, setting: Setting) -> None:
-    """Quantise in place what `from_pretrained` would, and make the rest ready as
-    `owl2_hf.training.run` does.
-    """
+    """Quantise in place what `from_pretrained` would."""
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
     weights = dict(model.named_parameters())
-    replace_with_bnb_linear(model, UNQUANTIZED, config)  # by modules without data
+    replace_with_bnb_linear(model, UNQUANTIZED, nf4())  # by modules without data
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
             whole = weights[f"{name}.weight"].data
             settings = {**vars(module.weight), "requires_grad": False}
             module.weight = Params4bit(whole, **settings).to(setting.device)
     model.is_loaded_in_4bit = True
-    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ Beside the step, a run reads and prepares images in worker processes, copies the
 device, and looks whether loss and gradients are finite.
 """
 
-import dataclasses
 import statistics
 import time
 from itertools import pairwise
@@ -12,12 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from peft import get_peft_model
 from transformers import TrainerCallback, TrainingArguments
 
-from owl2_hf.training.adapters import lora_config
 from owl2_hf.training.collator import Collator
-from owl2_hf.training.components import freeze_all_but
+from owl2_hf.training.loading import make_trainable
 from owl2_hf.training.recipe import load_recipe
 from owl2_hf.training.trainer import Owl2Trainer
 
@@ -60,10 +57,7 @@ def row_of(files: list[Path], num_words: int) -> dict[str, Any]:
 
 def through_the_trainer(setting: Setting) -> dict[str, Any]:
     recipe, loaded = load_recipe("lora"), load(setting)
-    assert recipe.adapter is not None
-    model = get_peft_model(loaded.model, lora_config(**dataclasses.asdict(recipe.adapter)))
-    freeze_all_but(model, "adapters")
-    model.config.use_cache = False
+    model = make_trainable(loaded.model, recipe)
     workers = 0 if setting.tiny else recipe.trainer["dataloader_num_workers"]
     with TemporaryDirectory() as folder:
         files = make_files(Path(folder) / "files", NUM_IMAGES, setting)

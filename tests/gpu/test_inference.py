@@ -1,21 +1,18 @@
 """Numbers and generation on a GPU; each test also runs on the CPU."""
 
-import json
 from collections.abc import Callable
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import owl2_hf
 from owl2_hf.conversion import convert
-from owl2_hf.modeling import MplugOwl2ForConditionalGeneration
 from owl2_hf.modeling.compatibility_mplug_owl2 import CACHE
 from owl2_hf.modeling.conversion_mplug_owl2 import to_ours
 
-from ..original import expand_markers
+from ..original import GoldenSet
 from ..syncs import host_syncs
 
 # Largest error over the largest number. A GPU sums in another order than the CPU of the original.
@@ -25,42 +22,25 @@ GREEDY = {"do_sample": False, "max_new_tokens": 6}
 
 @pytest.fixture(scope="module")
 def small_set(golden_dir, tmp_path_factory):
-    """The golden set that the repository ships, converted: its numbers, cases and model folder."""
+    """The golden set that the repository ships, and its model converted."""
     source = golden_dir("A")
     target = tmp_path_factory.mktemp("A") / "converted"
     convert(source / "hf", target)
-    names = json.loads((source / "cases.json").read_text())["cases"]
-    return load_file(source / "cases.safetensors"), names, target
+    return source, target
 
 
 @pytest.fixture
 def golden(small_set, device):
     """The model on the device, and a function from a case's name to its inputs and numbers there."""
-    tensors, names, folder = small_set
-    model = MplugOwl2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    model = model.eval().to(device)
+    golden = GoldenSet(*small_set, device, dtype=torch.float32)
 
     def case(name):
-        if name not in names:
+        if name not in golden.cases:
             pytest.skip(f"the golden set A that is here has no case {name}")
-        found = {
-            key.removeprefix(f"{name}/"): value.to(device)
-            for key, value in tensors.items()
-            if key.startswith(f"{name}/")
-        }
-        ids, labels, mask = (found.get(key) for key in ("input_ids", "labels", "attention_mask"))
-        inputs = expand_markers(
-            ids.cpu(),
-            model.config,
-            None if labels is None else labels.cpu(),
-            None if mask is None else mask.cpu(),
-        )
-        inputs = {key: value.to(device) for key, value in inputs.items()}
-        if "images" in found and inputs["input_ids"].eq(model.config.image_token_id).any():
-            inputs["pixel_values"] = found["images"].reshape(-1, *found["images"].shape[-3:])
-        return inputs, found
+        found = golden.case(name)
+        return golden.inputs(found), found
 
-    return model, case
+    return golden.model, case
 
 
 def assert_close(actual, expected, device, floor=0.0):

@@ -11,6 +11,7 @@ import owl2_hf
 from owl2_hf.default import default_dir
 from owl2_hf.training.collator import Collator
 from owl2_hf.training.data import load_rows
+from owl2_hf.training.loading import checkpoint_activations
 from owl2_hf.training.recipe import load_recipe
 from owl2_hf.training.run import train
 
@@ -51,8 +52,7 @@ def test_checkpointing_changes_memory_and_nothing_else(device):
     found = {}
     for checkpointed in (False, True):
         if checkpointed:
-            enable = getattr(model, "activation_checkpointing_enable", None)
-            (enable or model.gradient_checkpointing_enable)()
+            checkpoint_activations(model)
         model.zero_grad()
         kept = Kept(device)
         with kept:

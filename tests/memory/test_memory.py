@@ -25,8 +25,8 @@ from owl2_hf.modeling import MplugOwl2Config
 from owl2_hf.modeling.compatibility_mplug_owl2 import CACHE
 from owl2_hf.training.adapters import add_adapter
 from owl2_hf.training.components import freeze_all_but
+from owl2_hf.training.loading import checkpoint_activations, load_for_training
 from owl2_hf.training.recipe import load_recipe
-from owl2_hf.training.run import load_for_training
 
 from ..modeling.test_modeling_mplug_owl2 import tiny_config
 
@@ -75,17 +75,11 @@ def real_model(config, recipe):
     return model.train()
 
 
-def checkpoint(model):
-    # transformers renamed it.
-    new = getattr(model, "activation_checkpointing_enable", None)
-    (new or model.gradient_checkpointing_enable)()
-
-
 def real_step(config, recipe, batch_size, length, images, checkpointing):
     model = real_model(config, recipe)
     follow_gpu(model)
     if checkpointing:
-        checkpoint(model)
+        checkpoint_activations(model)
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     inputs = row_inputs(config, batch_size, length, images)

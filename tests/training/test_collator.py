@@ -20,6 +20,7 @@ from owl2_hf.training.collator import Collator
 from owl2_hf.training.data import Rows, check_rows
 
 from ..original import MARKER, expand_markers
+from .conftest import llava as row
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RED, WIDE = Image.new("RGB", (5, 5), "red"), Image.new("RGB", (40, 10), "blue")
@@ -47,14 +48,6 @@ def make_docowl():
 
 def make_qwen():
     return make(qwen_tokenizer({bytes([byte]): byte for byte in range(256)}))
-
-
-def row(*values, **others):
-    turns = [
-        {"from": "gpt" if index % 2 else "human", "value": value}
-        for index, value in enumerate(values)
-    ]
-    return {"conversations": turns, **others}
 
 
 def with_system(conversations):

@@ -15,8 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from ..modeling.compatibility_mplug_owl2 import CACHE
 from ..modeling.configuration_mplug_owl2 import MplugOwl2Config
-from ..training.adapters import add_adapter
-from ..training.components import freeze_all_but
+from ..training.loading import checkpoint_activations, make_trainable
 from ..training.recipe import Recipe, load_recipe
 from ..training.resolution import with_image_size
 from .quantized import quantize_stand_in
@@ -157,7 +156,7 @@ def training_memory(
             names = ("activation_checkpointing", "gradient_checkpointing")
             checkpointing = any(settings.get(name) for name in names)
         if checkpointing:
-            _checkpoint(model)
+            checkpoint_activations(model)
         trained = [one for one in model.parameters() if one.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
         for parameter in trained:
@@ -227,16 +226,7 @@ def _model_to_train(config: MplugOwl2Config, recipe: Recipe) -> Any:
     if recipe.quantization is not None:
         quantize_stand_in(model, "int4")
         model.is_loaded_in_4bit = True
-    if recipe.adapter is not None:
-        model = add_adapter(model, recipe.adapter, recipe.quantization is not None)
-    freeze_all_but(model, recipe.trains if recipe.adapter is None else "adapters")
-    return model.train()
-
-
-def _checkpoint(model: Any) -> None:
-    # transformers renamed it.
-    new = getattr(model, "activation_checkpointing_enable", None)
-    (new or model.gradient_checkpointing_enable)()
+    return make_trainable(model, recipe).train()
 
 
 def _autocast(recipe: Recipe) -> Any:

@@ -38,11 +38,38 @@ def load_for_training(recipe: Recipe) -> "tuple[PreTrainedModel | PeftModel, Mpl
         )
     if recipe.image_size is not None:
         model = set_image_size(model, processor, recipe.image_size)
+    return make_trainable(model, recipe), processor
+
+
+def make_trainable(model: PreTrainedModel, recipe: Recipe) -> "PreTrainedModel | PeftModel":
+    """Add the adapter of a recipe to a loaded model, and freeze what does not train."""
+    trained: PreTrainedModel | PeftModel = model
     if recipe.adapter is not None:
-        model = add_adapter(model, recipe.adapter, recipe.quantization is not None)
-    freeze_all_but(model, recipe.trains if recipe.adapter is None else "adapters")
+        trained = add_adapter(model, recipe.adapter, recipe.quantization is not None)
+    freeze_all_but(trained, recipe.trains if recipe.adapter is None else "adapters")
     model.config.use_cache = False
-    return model, processor
+    return trained
+
+
+def checkpoint_activations(model: PreTrainedModel, settings: dict[str, Any] | None = None) -> None:
+    """Turn gradient checkpointing on.
+
+    Args:
+        settings: Of `torch.utils.checkpoint`, for example `{"use_reentrant": False}`.
+    """
+    # Older releases of transformers have only the second name, newer ones warn about it.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)(settings)
+
+
+def nf4() -> BitsAndBytesConfig:
+    """Quantization of QLoRA (arXiv:2305.14314): NF4, doubly quantised."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def _quantization(recipe: Recipe) -> dict[str, Any]:
@@ -55,11 +82,4 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
         )
     if recipe.quantization == "8bit":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    # QLoRA (arXiv:2305.14314): NF4, doubly quantised.
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return {"quantization_config": settings}
+    return {"quantization_config": nf4()}
